@@ -1,0 +1,24 @@
+"""Which training examples made a model predict this?
+
+TRAK (Park et al. 2023, arXiv:2303.14186) under the reference implementation's names,
+with nothing to compile.
+"""
+
+import logging
+
+from trak.installation import test_install
+from trak.settings import LIBRARY_VERSION as __version__
+from trak.traker import CheckpointInfo, ExperimentInfo, TRAKer
+
+VERSION = __version__
+
+__all__ = [
+    "VERSION",
+    "CheckpointInfo",
+    "ExperimentInfo",
+    "TRAKer",
+    "__version__",
+    "test_install",
+]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())

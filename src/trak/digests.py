@@ -1,0 +1,75 @@
+"""Content hashes of weights and examples: the store's eyes for mix-ups."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trak.batches import Batch, batch_size, leaves
+
+
+def state_digest(
+    state: Mapping[str, Any], like: Mapping[str, Any] | None = None
+) -> str:
+    """Hashes a state dict by content.
+
+    Args:
+        state: names to tensors; other values enter by their `repr`.
+        like: the state dict of the model that will load it. Tensors are first cast to
+            its dtypes, so that a float32 file and the bfloat16 model that loaded it
+            count as the same weights.
+
+    Returns:
+        32 hexadecimal digits, independent of the order of the names and of devices.
+    """
+    hasher = hashlib.blake2b(digest_size=16)
+    for name in sorted(state):
+        value = state[name]
+        if not isinstance(value, Tensor):
+            hasher.update(f"{name}={value!r};".encode())
+            continue
+        reference = None if like is None else like.get(name)
+        if isinstance(reference, Tensor):
+            value = value.to(reference.dtype)
+        hasher.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        hasher.update(_bytes(value))
+    return hasher.hexdigest()
+
+
+def example_digests(batch: Batch) -> NDArray[np.int64]:
+    """Hashes each sample of a batch, to notice when row `i` is another example.
+
+    Trailing zeros of token-like parts (integers, one axis) are left out, so that the
+    same text padded with zeros to another length counts as the same example.
+
+    Args:
+        batch: a normalized batch.
+
+    Returns:
+        One number a sample, `[b]`, never 0.
+    """
+    hashers = [hashlib.blake2b(digest_size=8) for _ in range(batch_size(batch))]
+    for part in leaves(batch):
+        strip = part.ndim == 2 and not part.is_floating_point()
+        header = f"{part.dtype}:{'*' if strip else tuple(part.shape[1:])};".encode()
+        rows = _as_numpy(part)
+        for hasher, row in zip(hashers, rows, strict=True):
+            hasher.update(header)
+            hasher.update((np.trim_zeros(row, "b") if strip else row).tobytes())
+    digests = [int.from_bytes(h.digest(), "little", signed=True) for h in hashers]
+    return np.asarray([digest or 1 for digest in digests], dtype=np.int64)
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return memoryview(_as_numpy(value).reshape(-1).view(np.uint8))
+
+
+def _as_numpy(value: Tensor) -> NDArray[Any]:
+    value = value.detach().cpu().contiguous()
+    if value.dtype is torch.bfloat16:
+        value = value.view(torch.int16)
+    return np.ascontiguousarray(value.numpy())

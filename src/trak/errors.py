@@ -1,0 +1,38 @@
+"""Every exception the library raises on purpose.
+
+Each also derives from the built-in that describes it, so that `except ValueError`
+written for another library keeps working. A message says what was expected, what was
+found, where, and what to do.
+"""
+
+
+class AttributionError(Exception):
+    """Base of all errors raised by this library."""
+
+
+class InputError(AttributionError, ValueError):
+    """An argument or a batch that cannot be used."""
+
+
+class InputTypeError(AttributionError, TypeError):
+    """An argument or a batch of the wrong type."""
+
+
+class PhaseError(AttributionError, RuntimeError):
+    """A method called before the step it depends on."""
+
+
+class ModelIDException(PhaseError):  # noqa: N818 - upstream's name, users catch it
+    """A checkpoint that is unknown or not ready for what was asked of it."""
+
+
+class StoreMismatchError(AttributionError, ValueError):
+    """Settings, weights or examples differ from those a store was written with."""
+
+
+class StoreCorruptedError(AttributionError, RuntimeError):
+    """A file of the store is damaged: the message names it and the place."""
+
+
+class NumericalError(AttributionError, ArithmeticError):
+    """A number that is not finite, or a matrix that cannot be inverted."""

@@ -1,0 +1,15 @@
+"""Per-sample gradients of the model output, for the selected parameters only."""
+
+from trak.gradient_computers.abstract import (
+    AbstractGradientComputer,
+    select_parameters,
+)
+from trak.gradient_computers.functional import FunctionalGradientComputer
+from trak.gradient_computers.iterative import IterativeGradientComputer
+
+__all__ = [
+    "AbstractGradientComputer",
+    "FunctionalGradientComputer",
+    "IterativeGradientComputer",
+    "select_parameters",
+]

@@ -1,0 +1,134 @@
+"""What every gradient computer offers, and the ways from gradients to blocks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trak.blocks import DenseBlock, Sink
+from trak.errors import InputError
+
+Gradients = Tensor | dict[str, Tensor]
+
+
+class AbstractGradientComputer(ABC):
+    """Per-sample gradients of the model output.
+
+    A subclass of one's own takes the constructor arguments below (and `grad_wrt`) and
+    defines `load_model_params`, `compute_per_sample_grad` and `compute_loss_grad`.
+
+    Attributes:
+        model: the model.
+        modelout_fn: the task.
+        grad_dim: number of selected parameters `p`.
+        dtype: dtype in which rows will be stored; gradients keep the model's.
+        device: where rows will be projected.
+    """
+
+    @abstractmethod
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Any,
+        grad_dim: int | None = None,
+        dtype: torch.dtype | None = torch.float16,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.model = model
+        self.modelout_fn = task
+        self.grad_dim = grad_dim
+        self.dtype = dtype
+        self.device = device
+
+    @abstractmethod
+    def load_model_params(self, model: nn.Module) -> None:
+        """Takes over the model's present weights.
+
+        Args:
+            model: the model.
+        """
+
+    @abstractmethod
+    def compute_per_sample_grad(self, batch: Any) -> Gradients:
+        """Computes df(z_i)/dtheta for every sample of a batch.
+
+        Args:
+            batch: tensors whose first axis is the sample axis.
+
+        Returns:
+            Name to gradient `[b, ...]`, or rows `[b, p]`.
+        """
+
+    @abstractmethod
+    def compute_loss_grad(self, batch: Any) -> Tensor:
+        """Computes the loss weight Q of every sample of a batch.
+
+        Args:
+            batch: tensors whose first axis is the sample axis.
+
+        Returns:
+            `[b]` or `[b, 1]`.
+        """
+
+    def run(self, batch: Any, sink: Sink, layout: Mapping[str, int]) -> None:
+        """Emits the batch's gradients as blocks.
+
+        Args:
+            batch: tensors whose first axis is the sample axis.
+            sink: consumes the blocks.
+            layout: name to number of scalars of the selected parameters, in order.
+
+        Raises:
+            InputError: if the gradients are not as wide as the layout.
+        """
+        grads = self.compute_per_sample_grad(batch)
+        if isinstance(grads, Tensor):
+            if grads.ndim != 2 or grads.shape[1] != sum(layout.values()):
+                raise InputError(
+                    f"{type(self).__name__}.compute_per_sample_grad gave rows of shape "
+                    f"{tuple(grads.shape)}; expected [b, {sum(layout.values())}]."
+                )
+            pieces = grads.split(list(layout.values()), dim=1)
+            grads = dict(zip(layout, pieces, strict=True))
+        for name, gradient in grads.items():
+            sink(DenseBlock(name, gradient.flatten(start_dim=1)))
+
+
+def select_parameters(
+    model: nn.Module, grad_wrt: Iterable[str] | None
+) -> dict[str, nn.Parameter]:
+    """The parameters whose gradients are taken, chosen before anything is computed.
+
+    Args:
+        model: the model.
+        grad_wrt: names as in `model.named_parameters()`; None selects all parameters
+            that require a gradient. Naming a frozen parameter selects it.
+
+    Returns:
+        Name to parameter, in the model's order.
+
+    Raises:
+        InputError: if a name is unknown or nothing is selected.
+    """
+    named = dict(model.named_parameters())
+    if grad_wrt is None:
+        chosen = {name: p for name, p in named.items() if p.requires_grad}
+        if not chosen:
+            raise InputError(
+                "No parameter of the model requires a gradient. Unfreeze those to be "
+                "attributed (requires_grad_(True)), or name them in grad_wrt."
+            )
+        return chosen
+    wanted = {grad_wrt} if isinstance(grad_wrt, str) else set(grad_wrt)
+    unknown = sorted(wanted - set(named))
+    if unknown:
+        raise InputError(
+            f"grad_wrt names {unknown[:5]}, which the model does not have. Its "
+            f"parameters are {sorted(named)[:10]}... ({len(named)} in all; a tied "
+            "parameter goes by its first name)."
+        )
+    if not wanted:
+        raise InputError("grad_wrt is empty; leave it out to select every parameter.")
+    return {name: p for name, p in named.items() if name in wanted}

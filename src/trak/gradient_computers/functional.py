@@ -1,0 +1,151 @@
+"""Exact per-sample gradients with `torch.func`: the default, and what others must equal."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trak.batches import Batch, batch_size, leaves, normalize, select
+from trak.errors import InputError
+from trak.gradient_computers.abstract import AbstractGradientComputer, select_parameters
+from trak.modelout_functions import output_function
+
+logger = logging.getLogger(__name__)
+
+
+class FunctionalGradientComputer(AbstractGradientComputer):
+    """`vmap(grad(f))` over the samples, for the selected parameters only.
+
+    Some models cannot be run under `vmap`: those whose control flow depends on data
+    (Hugging Face models of `transformers` 5 when they build attention masks), and those
+    that use operators without a batching rule. They get one backward pass a sample from
+    the first such batch on, with the same gradients; a log line says so and why.
+
+    Args:
+        model: the model.
+        task: the task; its `get_output` takes one sample.
+        grad_dim: accepted as upstream's name.
+        dtype: accepted as upstream's name; gradients keep the model's dtype.
+        device: accepted as upstream's name.
+        grad_wrt: names of the parameters to take gradients of; those that require one
+            if None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Any,
+        grad_dim: int | None = None,
+        dtype: torch.dtype | None = torch.float16,
+        device: str | torch.device | None = None,
+        grad_wrt: Iterable[str] | None = None,
+    ) -> None:
+        super().__init__(model, task, grad_dim, dtype, device)
+        self.selected = tuple(select_parameters(model, grad_wrt))
+        self.grad_wrt = None if grad_wrt is None else self.selected
+        self._without_vmap = False
+        self.load_model_params(model)
+
+    def load_model_params(self, model: nn.Module) -> None:
+        """Takes over the model's present weights.
+
+        Args:
+            model: the model.
+        """
+        self.model = model
+        self.func_weights = {n: p.detach() for n, p in model.named_parameters()}
+        self.func_buffers = dict(model.named_buffers())
+
+    def compute_per_sample_grad(self, batch: Any) -> dict[str, Tensor]:
+        """Computes df(z_i)/dtheta for every sample of a batch.
+
+        Args:
+            batch: tuple or dict of tensors whose first axis is the sample axis.
+
+        Returns:
+            Name of each selected parameter to its gradients, `[b, *parameter.shape]`.
+
+        Raises:
+            RuntimeError: what the model raises for reasons other than `vmap`.
+        """
+        normal = normalize(batch)
+        if not self._without_vmap:
+            try:
+                return self._vectorized(normal)
+            except RuntimeError as error:
+                if not _is_vmap_limit(error):
+                    raise
+                self._without_vmap = True
+                logger.info(
+                    "torch.func.vmap cannot follow this model; per-sample gradients are "
+                    "computed with one backward pass a sample instead, which gives the "
+                    "same numbers. Reason: %s",
+                    str(error).strip().splitlines()[0],
+                )
+        return self._one_by_one(normal)
+
+    def compute_loss_grad(self, batch: Any) -> Tensor:
+        """Computes the loss weight Q of every sample of a batch.
+
+        Args:
+            batch: tuple or dict of tensors whose first axis is the sample axis.
+
+        Returns:
+            `[b]` or `[b, 1]`, as the task gives it.
+        """
+        with torch.no_grad():
+            return self.modelout_fn.get_out_to_loss_grad(
+                self.model, self.func_weights, self.func_buffers, normalize(batch)
+            )
+
+    def _output(self, chosen: dict[str, Tensor], *sample: Any) -> Tensor:
+        weights = {**self.func_weights, **chosen}
+        get_output = output_function(self.modelout_fn)
+        output = get_output(self.model, weights, self.func_buffers, *sample)
+        if output.numel() != 1:
+            raise InputError(
+                "get_output must return one number for one sample; "
+                f"{type(self.modelout_fn).__name__} returned {tuple(output.shape)}."
+            )
+        return output.reshape(())
+
+    def _chosen(self) -> dict[str, Tensor]:
+        return {name: self.func_weights[name] for name in self.selected}
+
+    def _vectorized(self, batch: Batch) -> dict[str, Tensor]:
+        sample = (batch,) if isinstance(batch, dict) else batch
+        in_dims = (None, *(0 for _ in sample))
+        gradient = torch.func.grad(self._output)
+        per_sample = torch.func.vmap(gradient, in_dims, randomness="different")
+        return per_sample(self._chosen(), *sample)
+
+    def _one_by_one(self, batch: Batch) -> dict[str, Tensor]:
+        num_samples = batch_size(batch)
+        chosen = {n: w.detach().requires_grad_() for n, w in self._chosen().items()}
+        grads = {
+            name: weight.new_zeros(num_samples, *weight.shape)
+            for name, weight in self._chosen().items()
+        }
+        for j in range(num_samples):
+            one = select(batch, slice(j, j + 1))
+            sample = (
+                ({name: part[0] for name, part in one.items()},)
+                if isinstance(one, dict)
+                else tuple(part[0] for part in leaves(one))
+            )
+            with torch.enable_grad():
+                output = self._output(chosen, *sample)
+                found = torch.autograd.grad(
+                    output, list(chosen.values()), allow_unused=True
+                )
+            for rows, gradient in zip(grads.values(), found, strict=True):
+                if gradient is not None:
+                    rows[j] = gradient
+        return grads
+
+
+def _is_vmap_limit(error: RuntimeError) -> bool:
+    text = str(error)
+    return "vmap" in text or "atching rule" in text

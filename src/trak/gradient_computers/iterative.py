@@ -1,0 +1,111 @@
+"""Exact per-sample gradients by plain autograd, one backward pass a sample."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trak.batches import batch_size, normalize
+from trak.errors import InputError
+from trak.gradient_computers.abstract import AbstractGradientComputer, select_parameters
+from trak.modelout_functions import output_function
+from trak.utils import parameters_to_vector
+
+
+class IterativeGradientComputer(AbstractGradientComputer):
+    """One forward pass a batch, then one backward pass a sample.
+
+    For tasks whose `get_output(model, None, None, *batch)` takes a whole batch, runs the
+    module itself and returns one output a sample, such as
+    `IterativeImageClassificationModelOutput`. Uses no `torch.func`.
+
+    Args:
+        model: the model.
+        task: the task.
+        grad_dim: accepted as upstream's name.
+        dtype: accepted as upstream's name; gradients keep the model's dtype.
+        device: accepted as upstream's name.
+        grad_wrt: names of the parameters to take gradients of; those that require one
+            if None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Any,
+        grad_dim: int | None = None,
+        dtype: torch.dtype | None = torch.float16,
+        device: str | torch.device | None = None,
+        grad_wrt: Iterable[str] | None = None,
+    ) -> None:
+        super().__init__(model, task, grad_dim, dtype, device)
+        self.selected = tuple(select_parameters(model, grad_wrt))
+        self.grad_wrt = None if grad_wrt is None else self.selected
+        self.load_model_params(model)
+
+    def load_model_params(self, model: nn.Module) -> None:
+        """Takes over the model's present weights.
+
+        Args:
+            model: the model.
+        """
+        self.model = model
+        named = dict(model.named_parameters())
+        self.model_params = [named[name] for name in self.selected]
+
+    def compute_per_sample_grad(self, batch: Any) -> Tensor:
+        """Computes df(z_i)/dtheta for every sample of a batch.
+
+        Args:
+            batch: tuple or dict of tensors whose first axis is the sample axis.
+
+        Returns:
+            Rows in the order of the selected parameters, `[b, p]`.
+
+        Raises:
+            InputError: if the task does not return one output a sample.
+        """
+        normal = normalize(batch)
+        parts = (normal,) if isinstance(normal, dict) else normal
+        frozen = [p for p in self.model_params if not p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                get_output = output_function(self.modelout_fn)
+                outputs = get_output(self.model, None, None, *parts)
+            if outputs.shape != (batch_size(normal),):
+                raise InputError(
+                    "IterativeGradientComputer needs a task whose get_output takes a "
+                    "batch and returns one output a sample, "
+                    f"[{batch_size(normal)}]; {type(self.modelout_fn).__name__} "
+                    f"returned {tuple(outputs.shape)}."
+                )
+            return torch.stack([self._row(output) for output in outputs])
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+    def compute_loss_grad(self, batch: Any) -> Tensor:
+        """Computes the loss weight Q of every sample of a batch.
+
+        Args:
+            batch: tuple or dict of tensors whose first axis is the sample axis.
+
+        Returns:
+            `[b]` or `[b, 1]`, as the task gives it.
+        """
+        with torch.no_grad():
+            return self.modelout_fn.get_out_to_loss_grad(
+                self.model, None, None, normalize(batch)
+            )
+
+    def _row(self, output: Tensor) -> Tensor:
+        found = torch.autograd.grad(
+            output, self.model_params, retain_graph=True, allow_unused=True
+        )
+        pairs = zip(found, self.model_params, strict=True)
+        return parameters_to_vector(
+            torch.zeros_like(p) if g is None else g for g, p in pairs
+        )

@@ -1,0 +1,140 @@
+"""What a task is: the scalar attributed, and how the loss depends on it."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trak.errors import InputError, InputTypeError
+
+
+class AbstractModelOutput(ABC):
+    """A model output function `f` and the loss weight `Q` (Park et al. 2023, Sec. 3).
+
+    Subclasses define two methods; nothing else is needed:
+
+    - `get_output(model, weights, buffers, *sample)`: the scalar `f(z; theta)` of one
+      sample, whose parts come without the batch axis (a dict batch arrives as one dict).
+      It runs the model by `torch.func.functional_call(model, (weights, buffers), ...)`.
+      A static method, a plain function, or a method with `self`.
+    - `get_out_to_loss_grad(self, model, weights, buffers, batch)`: `Q`, one number a
+      sample, `[b]` or `[b, 1]`.
+
+    Attributes:
+        loss_temperature: divides the logits inside Q.
+        softmax: over the last axis, for use in `get_out_to_loss_grad`.
+    """
+
+    loss_temperature: float = 1.0
+    softmax = torch.nn.Softmax(-1)
+
+    def __init__(self) -> None:  # noqa: B027 - subclasses may have none of their own
+        pass
+
+    @abstractmethod
+    def get_output(self, model: Any, *args: Any) -> Tensor:
+        """The model output of one sample.
+
+        Args:
+            model: the model.
+            args: weights, buffers, then the sample's parts.
+
+        Returns:
+            A scalar.
+        """
+
+    @abstractmethod
+    def get_out_to_loss_grad(
+        self, model: Any, weights: Any, buffers: Any, batch: Any
+    ) -> Tensor:
+        """The derivative of the loss by the model output, up to its sign.
+
+        Args:
+            model: the model.
+            weights: its parameters by name.
+            buffers: its buffers by name.
+            batch: a whole batch.
+
+        Returns:
+            `[b]` or `[b, 1]`.
+        """
+
+
+def output_function(task: Any) -> Callable[..., Tensor]:
+    """A task's `get_output`, whichever way it was written.
+
+    Tutorials show it without `self` and without `@staticmethod`; both forms and a normal
+    method are accepted.
+
+    Args:
+        task: an instance.
+
+    Returns:
+        A function of (model, weights, buffers, *sample).
+    """
+    raw = inspect.getattr_static(task, "get_output")
+    if not inspect.isfunction(raw) or "get_output" in vars(task):
+        return task.get_output
+    first = next(iter(inspect.signature(raw).parameters), "self")
+    return raw if first == "model" else task.get_output
+
+
+def resolve_task(task: Any, by_name: dict[str, type]) -> Any:
+    """Turns a task's name or class into an instance.
+
+    Args:
+        task: an instance, a class without required arguments, or a name.
+        by_name: the built-in tasks.
+
+    Returns:
+        An instance with the two methods.
+
+    Raises:
+        InputError: if the name is not known.
+        InputTypeError: if it is nothing that could be a task.
+    """
+    if isinstance(task, str):
+        if task not in by_name:
+            raise InputError(f"task is one of {sorted(by_name)}, got {task!r}.")
+        return by_name[task]()
+    if isinstance(task, type):
+        try:
+            task = task()
+        except TypeError as error:
+            raise InputTypeError(
+                f"The task class {task} cannot be made without arguments ({error}). "
+                "Pass an instance, or define what is missing."
+            ) from error
+    for method in ("get_output", "get_out_to_loss_grad"):
+        if not callable(getattr(task, method, None)):
+            raise InputTypeError(
+                f"A task needs a method {method!r}; {type(task).__name__} has none. "
+                "Derive from trak.modelout_functions.AbstractModelOutput, or pass one "
+                f"of the names {sorted(by_name)}."
+            )
+    return task
+
+
+def describe_task(task: Any) -> dict[str, Any]:
+    """A task's class and settings, for the store's fingerprint.
+
+    Args:
+        task: an instance. Its settings are what its method `settings()` returns, or else
+            its public attributes that are numbers, strings or booleans.
+
+    Returns:
+        JSON values.
+    """
+    if callable(getattr(task, "settings", None)):
+        values = dict(task.settings())
+    else:
+        values = {
+            name: value
+            for name, value in sorted(vars(task).items())
+            if isinstance(value, bool | int | float | str) and not name.startswith("_")
+        }
+    # the bare name: __main__.Task in a script and train.Task when imported are one task
+    return {"class": type(task).__qualname__, **values}

@@ -1,0 +1,214 @@
+"""Contrastive image-text models (CLIP)."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trak.digests import state_digest
+from trak.errors import InputError, PhaseError
+from trak.modelout_functions.abstract import AbstractModelOutput
+from trak.modelout_functions.margin import call
+
+
+class CLIPModelOutput(AbstractModelOutput):
+    """The two margins of a matching pair against a simulated batch.
+
+    Park et al. 2023, Sec. 5.1: with image embedding `u`, text embedding `v` and the
+    other pairs `j` of a simulated batch,
+    `f = -log sum_j exp(u.v_j - u.v) - log sum_j exp(u_j.v - u.v)`.
+
+    The simulated batch is drawn once, uniformly and by `seed`, from the embeddings that
+    `get_embeddings` computes; the pair itself is left out of its own batch. Embeddings
+    belong to one checkpoint: call `get_embeddings` again for each.
+
+    The model takes `image=` and `text=` and returns (image embeddings, text embeddings,
+    logit scale), as `open_clip` models do.
+
+    Args:
+        temperature: multiplies the similarities inside Q; the model's logit scale if
+            None.
+        simulated_batch_size: number of pairs in the simulated batch.
+        seed: seed of the draw.
+    """
+
+    def __init__(
+        self,
+        temperature: float | None = None,
+        simulated_batch_size: int = 300,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.sim_batch_size = simulated_batch_size
+        self.seed = seed
+        self.num_computed_embeddings = 0
+        self.image_embeddings: Tensor | None = None
+        self.text_embeddings: Tensor | None = None
+        self._digest: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What the gradients depend on, for the store's fingerprint.
+
+        Returns:
+            JSON values.
+        """
+        return {
+            "temperature": self.temperature,
+            "simulated_batch_size": self.sim_batch_size,
+            "seed": self.seed,
+        }
+
+    def get_embeddings(
+        self,
+        model: Any,
+        loader: Iterable[Any],
+        batch_size: int,
+        embedding_dim: int,
+        size: int = 50_000,
+        preprocess_fn_img: Callable[[Any], Tensor] | None = None,
+        preprocess_fn_txt: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        """Computes the embeddings from which the simulated batch is drawn.
+
+        Args:
+            model: the model, with the weights of the checkpoint to be attributed.
+            loader: yields (images, texts).
+            batch_size: accepted as upstream's name; batches are taken as they come.
+            embedding_dim: width of the embeddings.
+            size: how many pairs to embed at most.
+            preprocess_fn_img: applied to the images of a batch.
+            preprocess_fn_txt: applied to the texts of a batch.
+
+        Raises:
+            InputError: if there are fewer pairs than the simulated batch needs, or
+                embeddings have another width.
+        """
+        del batch_size
+        images: list[Tensor] = []
+        texts: list[Tensor] = []
+        done = 0
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            for image, text in loader:
+                u, v, _ = model(
+                    preprocess_fn_img(image) if preprocess_fn_img else image,
+                    preprocess_fn_txt(text) if preprocess_fn_txt else text,
+                )
+                images.append(u[: size - done].detach())
+                texts.append(v[: size - done].detach())
+                done += len(images[-1])
+                if done >= size:
+                    break
+        model.train(training)
+        self._check_embeddings(images, done, embedding_dim)
+        self.image_embeddings, self.text_embeddings = torch.cat(images), torch.cat(texts)
+        self.num_computed_embeddings = done
+        self._digest = state_digest(model.state_dict())
+
+    def _check_embeddings(self, parts: list[Tensor], done: int, width: int) -> None:
+        if done < self.sim_batch_size:
+            raise InputError(
+                f"The loader held {done} pairs, fewer than the simulated batch of "
+                f"{self.sim_batch_size}. Pass simulated_batch_size={done} or less."
+            )
+        if parts[0].shape[1] != width:
+            raise InputError(
+                f"embedding_dim is {width}, but embeddings are {parts[0].shape[1]} wide."
+            )
+
+    def check_ready(self, digest: str) -> None:
+        """Refuses to go on with embeddings of other weights.
+
+        Args:
+            digest: content hash of the checkpoint that is loaded.
+
+        Raises:
+            PhaseError: if `get_embeddings` was not called with these weights.
+        """
+        if self._digest != digest:
+            state = "are missing" if self._digest is None else "are of other weights"
+            raise PhaseError(
+                f"The embeddings for the simulated batch {state}. Call "
+                "traker.task.get_embeddings(model, loader, ...) with the weights of the "
+                "checkpoint before you featurize or score it."
+            )
+
+    def get_output(
+        self, model: Any, weights: Any, buffers: Any, image: Any, label: Any = None
+    ) -> Tensor:
+        """The two margins of one pair.
+
+        Args:
+            model: the model.
+            weights: parameters by name.
+            buffers: buffers by name.
+            image: the image without the batch axis, or a dict with `image` and `text`.
+            label: the text, without the batch axis.
+
+        Returns:
+            A scalar.
+        """
+        image, text = _pair(image, label)
+        inputs = {"image": image.unsqueeze(0), "text": text.unsqueeze(0)}
+        u, v, _ = call(model, (weights, buffers), (), inputs)
+        image_margin, text_margin = self._margins(u, v, 1.0)
+        return (image_margin + text_margin).sum()
+
+    def get_out_to_loss_grad(
+        self, model: Any, weights: Any, buffers: Any, batch: Any
+    ) -> Tensor:
+        """One minus the mean probability of the match, over the simulated batch.
+
+        Args:
+            model: the model.
+            weights: parameters by name.
+            buffers: buffers by name.
+            batch: (images, texts).
+
+        Returns:
+            `[b, 1]`.
+        """
+        image, text = _pair(*((batch,) if isinstance(batch, Mapping) else batch))
+        inputs = {"image": image, "text": text}
+        u, v, scale = call(model, (weights, buffers), (), inputs)
+        temperature = scale if self.temperature is None else self.temperature
+        image_margin, text_margin = self._margins(u, v, temperature)
+        q = (torch.sigmoid(-image_margin) + torch.sigmoid(-text_margin)) / 2
+        return q.detach().unsqueeze(-1)
+
+    def _margins(self, u: Tensor, v: Tensor, scale: Any) -> tuple[Tensor, Tensor]:
+        """Margin of each image among texts, and of each text among images, `[b]`."""
+        images, texts = self._simulated_batch()
+        images, texts = images.to(u), texts.to(v)
+        own = torch.isclose(u.detach()[:, None], images).all(-1)
+        own &= torch.isclose(v.detach()[:, None], texts).all(-1)  # [b, simulated]
+        match = (u * v).sum(-1)
+        among_texts = (scale * (u @ texts.T)).masked_fill(own, -torch.inf)
+        among_images = (scale * (v @ images.T)).masked_fill(own, -torch.inf)
+        return (
+            scale * match - among_texts.logsumexp(-1),
+            scale * match - among_images.logsumexp(-1),
+        )
+
+    def _simulated_batch(self) -> tuple[Tensor, Tensor]:
+        if self.image_embeddings is None or self.text_embeddings is None:
+            raise PhaseError("Run traker.task.get_embeddings before featurizing.")
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(self.num_computed_embeddings, generator=generator)
+        chosen = order[: self.sim_batch_size].to(self.image_embeddings.device)
+        return self.image_embeddings[chosen], self.text_embeddings[chosen]
+
+
+def _pair(image: Any, text: Any = None) -> tuple[Tensor, Tensor]:
+    if isinstance(image, Mapping):
+        if not {"image", "text"} <= set(image):
+            raise InputError(
+                f"A dict batch needs 'image' and 'text'; this one has {sorted(image)}."
+            )
+        return image["image"], image["text"]
+    if text is None:
+        raise InputError("Expected a batch of two parts, (images, texts).")
+    return image, text

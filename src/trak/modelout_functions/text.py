@@ -1,0 +1,99 @@
+"""Text classification (Hugging Face encoders and their wrappers)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from trak.errors import InputError
+from trak.modelout_functions.abstract import AbstractModelOutput
+from trak.modelout_functions.margin import (
+    call,
+    logits_of,
+    margin,
+    one_minus_probability,
+    split_labels,
+)
+
+_NAMES = {
+    4: ("input_ids", "token_type_ids", "attention_mask"),
+    3: ("input_ids", "attention_mask"),
+}
+
+
+def _parts(inputs: tuple[Any, ...]) -> tuple[dict[str, Tensor], Tensor]:
+    """Named inputs and labels of a sample or batch."""
+    if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+        return split_labels(inputs[0])
+    if len(inputs) not in _NAMES:
+        raise InputError(
+            "Expected a dict batch, (input_ids, token_type_ids, attention_mask, labels) "
+            f"or (input_ids, attention_mask, labels); got {len(inputs)} parts."
+        )
+    names = _NAMES[len(inputs)]
+    return dict(zip(names, inputs[:-1], strict=True)), inputs[-1]
+
+
+class TextClassificationModelOutput(AbstractModelOutput):
+    """The margin of the correct class, for models that take token tensors by name.
+
+    Batches are (input_ids, token_type_ids, attention_mask, labels), the same without
+    token types, or a dict with `labels` in it. The model returns a tensor of logits or a
+    Hugging Face output.
+
+    Args:
+        temperature: divides the logits inside Q.
+    """
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.loss_temperature = temperature
+
+    @staticmethod
+    def get_output(
+        model: Any,
+        weights: Any,
+        buffers: Any,
+        input_id: Any,
+        token_type_id: Any = None,
+        attention_mask: Any = None,
+        label: Any = None,
+    ) -> Tensor:
+        """`log(p / (1 - p))` of one sample.
+
+        Args:
+            model: the model.
+            weights: parameters by name.
+            buffers: buffers by name.
+            input_id: token ids without the batch axis, or a dict of all parts.
+            token_type_id: segment of every token; may be left out of the batch.
+            attention_mask: 1 for tokens, 0 for padding.
+            label: the class.
+
+        Returns:
+            A scalar.
+        """
+        sample = (input_id, token_type_id, attention_mask, label)
+        named, wanted = _parts(tuple(part for part in sample if part is not None))
+        kwargs = {name: part.unsqueeze(0) for name, part in named.items()}
+        logits = logits_of(call(model, (weights, buffers), (), kwargs))
+        return margin(logits, wanted.reshape(1)).sum()
+
+    def get_out_to_loss_grad(
+        self, model: Any, weights: Any, buffers: Any, batch: Any
+    ) -> Tensor:
+        """`1 - p` of every sample.
+
+        Args:
+            model: the model.
+            weights: parameters by name.
+            buffers: buffers by name.
+            batch: a whole batch.
+
+        Returns:
+            `[b, 1]`.
+        """
+        inputs = (batch,) if isinstance(batch, Mapping) else tuple(batch)
+        kwargs, labels = _parts(inputs)
+        logits = logits_of(call(model, (weights, buffers), (), kwargs))
+        return one_minus_probability(logits, labels, self.loss_temperature)

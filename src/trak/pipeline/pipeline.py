@@ -1,0 +1,470 @@
+"""Featurize, finalize, score: the computer, projector, store and scoring put together."""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from trak.batches import batch_size, normalize
+from trak.errors import InputError, ModelIDException, PhaseError
+from trak.modelout_functions import describe_task
+from trak.pipeline.model_state import WeightWatch, evaluation_mode, validate_state
+from trak.pipeline.order import refuse_shuffled_loader
+from trak.pipeline.project import RowMaker
+from trak.pipeline.rows import (
+    check_examples,
+    hash_examples,
+    missing_rows,
+    narrow,
+    row_numbers,
+    to_store,
+)
+from trak.pipeline.scoring import finalize_rows, score_blocks
+from trak.savers import AbstractSaver, Rows
+from trak.score_computers import AbstractScoreComputer, LinearScoreComputer
+from trak.settings import RunSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Phase:
+    """What is loaded, and what for.
+
+    Attributes:
+        kind: whether training examples or targets are expected.
+        model_id: the checkpoint.
+        exp_name: the experiment, while scoring.
+        watch: notices changes of the weights.
+        cursor: the next row for `num_samples`.
+    """
+
+    kind: Literal["featurize", "score"]
+    model_id: int
+    exp_name: str
+    watch: WeightWatch
+    cursor: int = 0
+
+
+class Pipeline:
+    """The steps of TRAK over one store.
+
+    Args:
+        model: the model.
+        task: the task.
+        maker: turns batches into rows.
+        saver: the store.
+        scorer: turns rows into scores.
+        settings: the run's settings as they are now.
+        dtype: dtype of the stored rows.
+        examples_are_checked: refuse other examples in rows seen before.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        task: Any,
+        maker: RowMaker,
+        saver: AbstractSaver,
+        scorer: AbstractScoreComputer,
+        settings: Callable[[], RunSettings],
+        dtype: torch.dtype,
+        examples_are_checked: bool,
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.maker = maker
+        self.saver = saver
+        self.scorer = scorer
+        self.settings = settings
+        self.dtype = dtype
+        self.examples_are_checked = examples_are_checked
+        self.phase: Phase | None = None
+        self._features: tuple[int, NDArray[Any]] | None = None
+        saver.features = self.features
+
+    def verify(self) -> None:
+        """Refuses to go on if the store was written with other settings."""
+        self.saver.verify(store_metadata(self.settings()))
+
+    def load(self, checkpoint: Any, model_id: int) -> None:
+        """Registers a checkpoint and loads its weights.
+
+        Args:
+            checkpoint: a state dict that fits the model.
+            model_id: its id.
+        """
+        model_id = as_model_id(model_id)
+        self.verify()
+        digest = validate_state(self.model, checkpoint)
+        self.saver.register_model_id(model_id, digest)
+        self._load_weights(checkpoint)
+        self.saver.load_current_store(model_id)
+        self.phase = Phase("featurize", model_id, "", WeightWatch(self.model))
+
+    def start_scoring(
+        self, exp_name: str, checkpoint: Any, model_id: int, num_targets: int
+    ) -> None:
+        """Opens an experiment and loads the checkpoint's weights.
+
+        Args:
+            exp_name: the experiment.
+            checkpoint: a state dict with the weights that were featurized.
+            model_id: its id.
+            num_targets: how many targets the experiment has.
+
+        Raises:
+            InputError: if `num_targets` is not positive.
+            ModelIDException: if the checkpoint was not featurized.
+        """
+        model_id = as_model_id(model_id)
+        if not isinstance(num_targets, int | np.integer) or num_targets < 1:
+            raise InputError(f"num_targets must be at least 1, got {num_targets!r}.")
+        self.verify()
+        digest = validate_state(self.model, checkpoint)
+        if self.saver.checkpoint_digest(model_id) is None:
+            raise ModelIDException(
+                f"model_id={model_id} is not in {self.saver.save_dir}. Load, featurize "
+                "and finalize it before scoring."
+            )
+        self.saver.register_model_id(model_id, digest)
+        self.saver.init_experiment(exp_name, int(num_targets), model_id)
+        self._load_weights(checkpoint)
+        self.phase = Phase("score", model_id, exp_name, WeightWatch(self.model))
+
+    def featurize(self, batch: Any, inds: Any, num_samples: int | None) -> None:
+        """Stores the rows of a batch of training examples that are not there yet.
+
+        Args:
+            batch: the examples.
+            inds: their row numbers, or None.
+            num_samples: how many follow the last ones, or None.
+        """
+        phase = self._expect("featurize", "load_checkpoint")
+        rows = self.saver.train_rows(phase.model_id)
+        others = [
+            (f"model_id={other}", self.saver.train_rows(other))
+            for other in sorted(self.saver.model_ids)
+        ]
+        self._store(phase, rows, others, batch, inds, num_samples)
+
+    def score(self, batch: Any, inds: Any, num_samples: int | None) -> None:
+        """Stores the rows of a batch of targets that are not there yet.
+
+        Args:
+            batch: the targets.
+            inds: their numbers, or None.
+            num_samples: how many follow the last ones, or None.
+
+        Raises:
+            ModelIDException: if the checkpoint is not finalized.
+        """
+        phase = self._expect("score", "start_scoring_checkpoint")
+        if not self.saver.model_ids[phase.model_id]["is_finalized"]:
+            raise ModelIDException(
+                f"model_id={phase.model_id} is not finalized, so it cannot be scored. "
+                "Call finalize_features() first."
+            )
+        rows = self.saver.target_rows(phase.exp_name, phase.model_id)
+        others = [
+            (
+                f"experiment {phase.exp_name!r} of model_id={other}",
+                self.saver.target_rows(phase.exp_name, other),
+            )
+            for other in sorted(self.saver.model_ids)
+            if self.saver.has_targets(phase.exp_name, other)
+        ]
+        self._store(phase, rows, others, batch, inds, num_samples)
+
+    def finalize_features(self, model_ids: Iterable[int] | None) -> None:
+        """Factors the Gram matrix of every checkpoint that needs it.
+
+        Args:
+            model_ids: the checkpoints; all of the store if None.
+
+        Raises:
+            ModelIDException: if one is unknown or rows are missing.
+        """
+        self.verify()
+        self.saver.refresh()
+        for model_id in self._chosen(model_ids):
+            rows = self.saver.train_rows(model_id)
+            missing = np.flatnonzero(~rows.refresh())
+            if len(missing):
+                raise ModelIDException(
+                    f"model_id={model_id} is not fully featurized: "
+                    f"{len(missing)} of {len(rows.done)} rows are missing "
+                    f"({describe_rows(missing)}). Featurize them, or check that "
+                    "train_set_size is the size of the training set."
+                )
+            if self.saver.model_ids[model_id]["is_finalized"] and self._is_current(
+                model_id
+            ):
+                logger.info("model_id=%s is finalized already.", model_id)
+                continue
+            phi = torch.from_numpy(rows.array("grads"))
+            matrix, info = finalize_rows(self.scorer, phi, self.maker.device)
+            self.saver.save_factor(model_id, matrix, info)
+            self._features = None
+        if self.phase is not None:
+            self.phase.cursor = 0
+
+    def finalize_scores(
+        self, exp_name: str, model_ids: Iterable[int] | None, *, allow_skip: bool
+    ) -> NDArray[Any]:
+        """Computes and writes an experiment's scores.
+
+        Args:
+            exp_name: the experiment.
+            model_ids: the checkpoints to average over; all of the store if None.
+            allow_skip: leave out checkpoints that are not ready, with a warning.
+
+        Returns:
+            Scores, `[n, m]`.
+
+        Raises:
+            PhaseError: if no checkpoint is ready.
+        """
+        self.verify()
+        self.saver.refresh()
+        ready: list[int] = []
+        for model_id in self._chosen(model_ids):
+            problem = self._not_ready(exp_name, model_id)
+            if problem is None:
+                ready.append(model_id)
+            elif allow_skip:
+                logger.warning("Left out of %r: %s", exp_name, problem)
+            else:
+                raise ModelIDException(
+                    f"{problem} To average over the other checkpoints only, name them "
+                    "in model_ids, or pass allow_skip=True."
+                )
+        if not ready:
+            raise PhaseError(f"No checkpoint is ready to score {exp_name!r}.")
+        scores = self.saver.save_scores(
+            exp_name,
+            score_blocks(self.scorer, self.saver, exp_name, ready, self.maker.device),
+            {"model_ids": ready, "computer": type(self.scorer).__name__},
+        )
+        if self.phase is not None:
+            self.phase.cursor = 0
+        return scores
+
+    def features(self, model_id: int) -> NDArray[Any]:
+        """Upstream's features of a checkpoint, computed when asked for and kept.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            `[n, k]` in the store's dtype (float32 where that is float16).
+        """
+        if self._features is None or self._features[0] != model_id:
+            rows = torch.from_numpy(self.saver.train_rows(model_id).array("grads"))
+            matrix, info = self.saver.load_factor(model_id)
+            if isinstance(self.scorer, LinearScoreComputer):
+                features = self.scorer.features((matrix, info), rows)
+            else:
+                phi = rows.to(self.maker.device, torch.float32)
+                features = self.scorer.get_x_xtx_inv(phi, torch.as_tensor(matrix).to(phi))
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            self._features = (model_id, features.to(dtype).cpu().numpy())
+        return self._features[1]
+
+    def _store(
+        self,
+        phase: Phase,
+        rows: Rows,
+        others: list[tuple[str, Rows]],
+        batch: Any,
+        inds: Any,
+        num_samples: int | None,
+    ) -> None:
+        phase.watch.check()
+        device = next(self.model.parameters()).device
+        normal = normalize(batch, device)
+        what = "train_set_size" if phase.kind == "featurize" else "num_targets"
+        size = batch_size(normal)
+        numbers = row_numbers(
+            inds, num_samples, phase.cursor, size, len(rows.done), what
+        )
+        if size and num_samples is not None and phase.cursor == 0:
+            refuse_shuffled_loader()
+        digests = hash_examples(normal, enabled=self.examples_are_checked)
+        kind = "training example" if phase.kind == "featurize" else "target"
+        check_examples(numbers, digests, others, kind)
+        wanted = missing_rows(rows, numbers)
+        if len(wanted):
+            values = self._values(
+                phase, narrow(normal, wanted), numbers[wanted], digests[wanted]
+            )
+            rows.commit(numbers[wanted], values)
+            self.saver.refresh()
+        if num_samples is not None:
+            phase.cursor += size
+
+    def _values(
+        self,
+        phase: Phase,
+        batch: Any,
+        numbers: NDArray[np.int64],
+        digests: NDArray[np.int64],
+    ) -> dict[str, NDArray[Any]]:
+        check_ready = getattr(self.task, "check_ready", None)
+        if check_ready is not None:
+            check_ready(self.saver.checkpoint_digest(phase.model_id))
+        names = numbers.tolist()
+        with torch.inference_mode(False), evaluation_mode(self.model):  # noqa: FBT003
+            values = {"examples": digests[:, None]}
+            # Q first: it is cheap, and checks the labels
+            weights = self.maker.loss_weights(batch, names)
+            made = self.maker.rows(batch, phase.model_id, names)
+        values["grads"] = to_store(made, self.dtype, numbers)
+        if phase.kind == "featurize":
+            values["out_to_loss"] = weights.to(torch.float64).cpu().numpy()
+        return values
+
+    def _load_weights(self, checkpoint: Any) -> None:
+        self.model.load_state_dict(checkpoint)
+        self.model.eval()
+        self.maker.computer.load_model_params(self.model)
+        self._features = None
+
+    def _expect(self, kind: str, method: str) -> Phase:
+        phase = self.phase
+        if phase is None or phase.kind != kind:
+            state = "nothing is loaded" if phase is None else f"{phase.kind} is under way"
+            raise PhaseError(f"Call {method} before {kind}; at present {state}.")
+        return phase
+
+    def _chosen(self, model_ids: Iterable[int] | None) -> list[int]:
+        known = self.saver.model_ids
+        chosen = sorted(known) if model_ids is None else [as_model_id(i) for i in model_ids]
+        unknown = [model_id for model_id in chosen if model_id not in known]
+        if unknown or not chosen:
+            raise ModelIDException(
+                f"Checkpoints {unknown or 'to work on'} are not in "
+                f"{self.saver.save_dir}, which holds {sorted(known)}. Register them with "
+                "load_checkpoint first."
+            )
+        return chosen
+
+    def _is_current(self, model_id: int) -> bool:
+        if not isinstance(self.scorer, LinearScoreComputer):
+            return False
+        return self.scorer.matches(self.saver.load_factor(model_id)[1])
+
+    def _not_ready(self, exp_name: str, model_id: int) -> str | None:
+        if not self.saver.model_ids[model_id]["is_finalized"]:
+            return f"model_id={model_id} is not finalized."
+        if isinstance(self.scorer, LinearScoreComputer) and not self._is_current(model_id):
+            return (
+                f"model_id={model_id} was finalized with "
+                f"{self.saver.load_factor(model_id)[1]}, another ridge or score computer "
+                "than this run's; call finalize_features() again (no gradient is "
+                "recomputed)."
+            )
+        if exp_name not in self.saver.experiments:
+            self.saver.load_scores(exp_name)  # raises the error that names what there is
+        if not self.saver.has_targets(exp_name, model_id):
+            return f"Experiment {exp_name!r} has no targets for model_id={model_id}."
+        missing = np.flatnonzero(~self.saver.target_rows(exp_name, model_id).refresh())
+        if len(missing):
+            return (
+                f"Experiment {exp_name!r} lacks {len(missing)} targets for "
+                f"model_id={model_id}: {describe_rows(missing)} were never scored."
+            )
+        return None
+
+
+def store_metadata(settings: RunSettings) -> dict[str, Any]:
+    """What a store is compared by, with upstream's names beside ours.
+
+    Args:
+        settings: the run's settings.
+
+    Returns:
+        JSON values.
+    """
+    described = settings.describe()
+    return {
+        "JL dimension": described["projection"]["proj_dim"],
+        "JL matrix type": described["projection"]["kind"],
+        "train set size": settings.train_set_size,
+        "fingerprint": settings.fingerprint(),
+        **described,
+    }
+
+
+def as_model_id(model_id: Any) -> int:
+    """Accepts Python and NumPy integers as checkpoint ids.
+
+    Args:
+        model_id: what the user gave.
+
+    Returns:
+        A Python integer.
+
+    Raises:
+        InputError: if it is no integer, or negative.
+    """
+    if isinstance(model_id, bool) or not isinstance(model_id, int | np.integer):
+        raise InputError(
+            f"model_id must be an integer, got {model_id!r}. Number the checkpoints "
+            "0, 1, 2, ..."
+        )
+    if model_id < 0:
+        raise InputError(f"model_id must be at least 0, got {model_id}.")
+    return int(model_id)
+
+
+def describe_rows(rows: NDArray[np.int64], limit: int = 8) -> str:
+    """Names rows, shortly.
+
+    Args:
+        rows: row numbers.
+        limit: how many to name.
+
+    Returns:
+        Text such as `3, 4, 5, ... and 12 more`.
+    """
+    shown = ", ".join(str(row) for row in rows[:limit])
+    return shown if len(rows) <= limit else f"{shown}, ... and {len(rows) - limit} more"
+
+
+def describe_run(
+    model: nn.Module,
+    task: Any,
+    layout: Iterable[str],
+    projection: dict[str, Any],
+    train_set_size: int,
+    dtype: torch.dtype,
+) -> RunSettings:
+    """Collects a run's settings.
+
+    Args:
+        model: the model.
+        task: the task.
+        layout: names of the selected parameters, in order.
+        projection: the projector's description.
+        train_set_size: `n`.
+        dtype: dtype of the stored rows.
+
+    Returns:
+        The settings.
+    """
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return RunSettings(
+        train_set_size=train_set_size,
+        architecture={name: tuple(tensor.shape) for name, tensor in tensors},
+        grad_wrt=tuple(layout),
+        projection=projection,
+        precision=str(dtype).removeprefix("torch."),
+        task=describe_task(task),
+    )

@@ -1,0 +1,178 @@
+"""Which rows a batch fills, which of them are missing, and whether they are the same."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trak.batches import Batch, batch_size, select
+from trak.digests import example_digests
+from trak.errors import InputError, InputTypeError, NumericalError, StoreMismatchError
+from trak.savers import Rows
+
+RowNumbers = NDArray[np.int64]
+
+
+def row_numbers(
+    inds: Any, num_samples: int | None, cursor: int, size: int, num_rows: int, what: str
+) -> RowNumbers:
+    """The rows a batch fills.
+
+    Args:
+        inds: the samples' row numbers, or None.
+        num_samples: how many samples follow the cursor, or None.
+        cursor: the next row, if `num_samples` is given.
+        size: how many samples the batch holds.
+        num_rows: how many rows there are.
+        what: `train_set_size` or `num_targets`, for messages.
+
+    Returns:
+        Row numbers, `[b]`.
+
+    Raises:
+        InputError: if both or neither are given, they do not match the batch, repeat, or
+            lie outside.
+        InputTypeError: if they are not integers.
+    """
+    if (inds is None) == (num_samples is None):
+        raise InputError("Give exactly one of inds and num_samples.")
+    if num_samples is not None:
+        if num_samples != size:
+            raise InputError(
+                f"num_samples={num_samples}, but the batch holds {size} samples. Pass "
+                "the batch's own size (the last batch of a loader is often shorter)."
+            )
+        numbers = np.arange(cursor, cursor + size, dtype=np.int64)
+    else:
+        numbers = _as_integers(inds)
+        if len(numbers) != size:
+            raise InputError(f"{len(numbers)} inds for a batch of {size} samples.")
+        if len(np.unique(numbers)) != size:
+            raise InputError("inds repeat a row within one batch.")
+    outside = numbers[(numbers < 0) | (numbers >= num_rows)]
+    if len(outside):
+        raise InputError(
+            f"Row {outside[0]} is outside 0 to {num_rows - 1}: {what}={num_rows}, and "
+            f"the batch fills rows {numbers.min()} to {numbers.max()}. Nothing of it was "
+            f"stored. Was {what} meant to be larger, or the data passed twice?"
+        )
+    return numbers
+
+
+def missing_rows(rows: Rows, numbers: RowNumbers) -> NDArray[np.int64]:
+    """Positions in a batch whose rows do not exist yet.
+
+    Args:
+        rows: the store's rows.
+        numbers: the batch's row numbers, `[b]`.
+
+    Returns:
+        Positions.
+    """
+    return np.flatnonzero(~rows.done[numbers])
+
+
+def check_examples(
+    numbers: RowNumbers,
+    digests: NDArray[np.int64],
+    others: Iterable[tuple[str, Rows]],
+    what: str,
+) -> None:
+    """Refuses a batch whose samples are others than those seen for the same rows.
+
+    Args:
+        numbers: the batch's row numbers, `[b]`.
+        digests: the samples' content hashes, `[b]`.
+        others: descriptions and rows of everything stored for the same examples.
+        what: `training example` or `target`, for messages.
+
+    Raises:
+        StoreMismatchError: names the first row that differs.
+    """
+    for description, rows in others:
+        known = rows.done[numbers]
+        seen = rows.array("examples")[numbers, 0]
+        different = numbers[known & (seen != 0) & (digests != 0) & (seen != digests)]
+        if len(different):
+            raise StoreMismatchError(
+                f"The {what} in row {different[0]} is not the one that {description} "
+                f"holds there ({len(different)} of {len(numbers)} in this batch "
+                "differ). Every pass must bring the same examples in the same order: is "
+                "the loader shuffled, augmented at random, or of another data set? Use "
+                "another save_dir or exp_name for other data, or check_examples=False if "
+                "the difference is meant (other padding, say)."
+            )
+
+
+def to_store(rows: Tensor, dtype: torch.dtype, numbers: RowNumbers) -> NDArray[Any]:
+    """Rounds rows to the store's dtype, or says which do not fit.
+
+    Args:
+        rows: finite, `[b, k]`.
+        dtype: the store's.
+        numbers: the rows' numbers, for messages.
+
+    Returns:
+        `[b, k]`.
+
+    Raises:
+        NumericalError: names the first row beyond the dtype's range.
+    """
+    rounded = rows.to(dtype)
+    finite = torch.isfinite(rounded).all(dim=1)
+    if not finite.all():
+        bad = int((~finite).nonzero()[0])
+        raise NumericalError(
+            f"The projected gradient of sample {numbers[bad]} reaches "
+            f"{float(rows[bad].abs().max()):.3g}, beyond {dtype}. Nothing of this batch "
+            "was stored. Use use_half_precision=False with a new save_dir."
+        )
+    return rounded.cpu().numpy()
+
+
+def narrow(batch: Batch, positions: NDArray[np.int64]) -> Batch:
+    """Leaves out the samples that need no work.
+
+    Args:
+        batch: a normalized batch.
+        positions: those to keep.
+
+    Returns:
+        The batch itself if all are kept.
+    """
+    if len(positions) == batch_size(batch):
+        return batch
+    return select(batch, torch.from_numpy(positions))
+
+
+def hash_examples(batch: Batch, *, enabled: bool) -> NDArray[np.int64]:
+    """Content hashes of a batch's samples, or zeros.
+
+    Args:
+        batch: a normalized batch.
+        enabled: whether examples are checked.
+
+    Returns:
+        `[b]`.
+    """
+    if enabled:
+        return example_digests(batch)
+    return np.zeros(batch_size(batch), dtype=np.int64)
+
+
+def _as_integers(inds: Any) -> RowNumbers:
+    if isinstance(inds, Tensor):
+        inds = inds.detach().cpu().numpy()
+    elif not isinstance(inds, Mapping) and isinstance(inds, Iterable):
+        inds = [int(i) if isinstance(i, Tensor) else i for i in inds]
+    numbers = np.asarray(inds).reshape(-1)
+    if numbers.size == 0:
+        return np.empty(0, dtype=np.int64)
+    if numbers.dtype == np.bool_ or not np.issubdtype(numbers.dtype, np.integer):
+        raise InputTypeError(
+            f"inds must be integers (list, array or tensor), got dtype {numbers.dtype}."
+        )
+    return numbers.astype(np.int64)

@@ -1,0 +1,35 @@
+"""Random projections of gradients, `[b, p]` to `[b, k]`.
+
+Every projection is unscaled: entries have variance 1, so that inner products grow by `k`
+on average. `TRAKer` divides rows by the square root of the number of parameters.
+"""
+
+from trak.projectors.abstract import (
+    AbstractProjector,
+    BlockProjector,
+    ProjectionType,
+    resolve_device,
+)
+from trak.projectors.choice import make_projector
+from trak.projectors.chunked import ChunkedCudaProjector
+from trak.projectors.dense import (
+    BasicProjector,
+    BasicSingleBlockProjector,
+    CudaProjector,
+)
+from trak.projectors.noop import NoOpProjector
+from trak.projectors.sparse import SparseProjector
+
+__all__ = [
+    "AbstractProjector",
+    "BasicProjector",
+    "BasicSingleBlockProjector",
+    "BlockProjector",
+    "ChunkedCudaProjector",
+    "CudaProjector",
+    "NoOpProjector",
+    "ProjectionType",
+    "SparseProjector",
+    "make_projector",
+    "resolve_device",
+]

@@ -1,0 +1,212 @@
+"""What every projector offers, and the part that consumes gradient blocks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trak.blocks import Block, DenseBlock, Sink
+from trak.errors import InputError
+from trak.utils import vectorize
+
+
+class ProjectionType(str, Enum):
+    """Distribution of a projection's entries."""
+
+    normal = "normal"
+    rademacher = "rademacher"
+    sparse = "sparse"
+
+
+class AbstractProjector(ABC):
+    """Maps per-sample gradients `[b, p]` to `[b, k]`.
+
+    A subclass of one's own needs `project` only.
+
+    Attributes:
+        grad_dim: number of parameters `p`.
+        proj_dim: projection dimension `k`; 0 means "as wide as the gradient".
+        seed: seed of the random entries.
+        proj_type: distribution of the entries.
+        device: where to project.
+    """
+
+    @abstractmethod
+    def __init__(
+        self,
+        grad_dim: int,
+        proj_dim: int,
+        seed: int,
+        proj_type: str | ProjectionType,
+        device: str | torch.device | None,
+    ) -> None:
+        self.grad_dim = grad_dim
+        self.proj_dim = proj_dim
+        self.seed = seed
+        self.proj_type = proj_type
+        self.device = device
+
+    @abstractmethod
+    def project(self, grads: Tensor | Mapping[str, Tensor], model_id: int) -> Tensor:
+        """Projects a batch of gradients.
+
+        Args:
+            grads: `[b, p]`, or name to gradient `[b, ...]`.
+            model_id: the checkpoint, which chooses the random matrix.
+
+        Returns:
+            `[b, k]`.
+        """
+
+    def free_memory(self) -> None:
+        """Drops what can be computed again."""
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """CUDA where it is present and nothing was asked for, else the CPU.
+
+    Args:
+        device: what the user asked for.
+
+    Returns:
+        The device.
+
+    Raises:
+        InputError: if CUDA was asked for and is not there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device='cuda' was asked for, but this machine has no CUDA device that "
+            "torch can see. Use device='cpu', or leave device out."
+        )
+    return device
+
+
+class BlockProjector(AbstractProjector):
+    """A projection whose entries are a function of their place.
+
+    Entry (row, column) of a parameter's matrix depends on the seed, the checkpoint, the
+    parameter's name, the row and the column, and on nothing else. Entries have mean 0
+    and variance 1, so that `E<P^T x, P^T y> = k <x, y>` (unscaled, as upstream).
+
+    Attributes:
+        layout: name to number of scalars of every parameter, in order. Without a layout
+            the gradient is one nameless parameter.
+    """
+
+    def __init__(
+        self,
+        grad_dim: int,
+        proj_dim: int,
+        seed: int,
+        proj_type: str | ProjectionType,
+        device: str | torch.device | None,
+        layout: Mapping[str, int] | None = None,
+    ) -> None:
+        if proj_dim < 1:
+            raise InputError(f"proj_dim must be at least 1, got {proj_dim}.")
+        if layout is not None and sum(layout.values()) != grad_dim:
+            total = sum(layout.values())
+            raise InputError(f"The layout holds {total} scalars, grad_dim {grad_dim}.")
+        device = resolve_device(device)
+        super().__init__(grad_dim, proj_dim, seed, proj_type, device)
+        self.layout = None if layout is None else dict(layout)
+
+    @abstractmethod
+    def matrix(self, name: str, num_rows: int, model_id: int) -> Tensor:
+        """One parameter's projection matrix, written out: the definition.
+
+        Args:
+            name: the parameter's name.
+            num_rows: number of scalars of the parameter, `p`.
+            model_id: the checkpoint.
+
+        Returns:
+            `[p, k]`, float32.
+        """
+
+    @abstractmethod
+    def add(self, block: DenseBlock, out: Tensor, model_id: int) -> None:
+        """Adds `block.gradient @ matrix(block.name, p, model_id)` to `out`.
+
+        Args:
+            block: per-sample gradients of one parameter, float32 or float64.
+            out: `[b, k]`, float32 or float64.
+            model_id: the checkpoint.
+        """
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What the entries depend on, for the store's fingerprint.
+
+        Returns:
+            JSON values.
+        """
+
+    def sink(self, out: Tensor, model_id: int) -> Sink:
+        """A consumer of blocks that adds each block's projection to `out`.
+
+        Args:
+            out: `[b, k]`, zeros to begin with.
+            model_id: the checkpoint.
+
+        Returns:
+            A function to hand to a gradient computer.
+        """
+
+        def consume(block: Block) -> None:
+            gradient = block.dense().gradient.detach().to(out.device, out.dtype)
+            self.add(DenseBlock(block.name, gradient), out, model_id)
+
+        return consume
+
+    def project(self, grads: Tensor | Mapping[str, Tensor], model_id: int) -> Tensor:
+        """Projects a batch of gradients.
+
+        Args:
+            grads: `[b, p]`, or name to gradient `[b, ...]`.
+            model_id: the checkpoint, which chooses the random matrix.
+
+        Returns:
+            `[b, k]`; float64 for float64 gradients, else float32.
+
+        Raises:
+            InputError: if the gradient is not `grad_dim` wide.
+        """
+        blocks = list(self._blocks(grads))
+        width = sum(block.gradient.shape[1] for block in blocks)
+        if width != self.grad_dim:
+            raise InputError(
+                f"The projector was made for gradients of width {self.grad_dim}, "
+                f"got {width}. Make one with grad_dim={width}."
+            )
+        double = any(block.gradient.dtype is torch.float64 for block in blocks)
+        out = torch.zeros(
+            (blocks[0].gradient.shape[0], self.proj_dim),
+            dtype=torch.float64 if double else torch.float32,
+            device=self.device,
+        )
+        sink = self.sink(out, model_id)
+        for block in blocks:
+            sink(block)
+        return out
+
+    def _blocks(self, grads: Tensor | Mapping[str, Tensor]) -> Iterable[DenseBlock]:
+        if isinstance(grads, Mapping):
+            if self.layout is None:
+                yield DenseBlock("", vectorize(grads))
+                return
+            for name, gradient in grads.items():
+                yield DenseBlock(name, gradient.flatten(start_dim=1))
+        elif self.layout is None or grads.shape[1] != self.grad_dim:
+            yield DenseBlock("", grads)
+        else:
+            pieces = grads.split(list(self.layout.values()), dim=1)
+            for name, piece in zip(self.layout, pieces, strict=True):
+                yield DenseBlock(name, piece)

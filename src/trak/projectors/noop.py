@@ -1,0 +1,43 @@
+"""No projection: rows are the gradients themselves."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from trak.projectors.abstract import AbstractProjector, ProjectionType, resolve_device
+from trak.utils import vectorize
+
+
+class NoOpProjector(AbstractProjector):
+    """Returns the gradients as they are; `k` is then the number of parameters.
+
+    Args:
+        grad_dim: number of parameters; not needed.
+        proj_dim: 0, for "as wide as the gradient".
+        seed: not used.
+        proj_type: not used.
+        device: where the rows should be.
+    """
+
+    def __init__(
+        self,
+        grad_dim: int = 0,
+        proj_dim: int = 0,
+        seed: int = 0,
+        proj_type: str | ProjectionType = "na",
+        device: str | torch.device | None = None,
+    ) -> None:
+        super().__init__(grad_dim, proj_dim, seed, proj_type, resolve_device(device))
+
+    def project(self, grads: Tensor | Mapping[str, Tensor], model_id: int) -> Tensor:  # noqa: ARG002
+        """Flattens the gradients and changes nothing else.
+
+        Args:
+            grads: `[b, p]`, or name to gradient `[b, ...]`.
+            model_id: not used.
+
+        Returns:
+            `[b, p]`.
+        """
+        return vectorize(grads) if isinstance(grads, Mapping) else grads

@@ -1,0 +1,200 @@
+"""What the pipeline asks of a store."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Rows(Protocol):
+    """Rows of several arrays that exist together or not at all."""
+
+    @property
+    def done(self) -> NDArray[np.bool_]:
+        """True for every row that exists."""
+        ...
+
+    def refresh(self) -> NDArray[np.bool_]:
+        """Reads what other processes have written since."""
+        ...
+
+    def commit(
+        self, rows: NDArray[np.int64], values: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Writes rows of every array; they exist when this returns."""
+        ...
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One array, `[rows, columns]`."""
+        ...
+
+
+class AbstractSaver(ABC):
+    """A store of projected gradients, factors and scores.
+
+    Attributes:
+        save_dir: the store's folder.
+        metadata: what the store is compared by: the run's settings.
+        model_ids: id to `{"is_featurized": 0 or 1, "is_finalized": 0 or 1}`.
+        experiments: name to `{"num_targets", "scores_path", "scores_finalized", ...}`.
+        current_model_id: the checkpoint that `current_store` shows.
+        current_experiment_name: the experiment that `current_store` shows.
+        current_store: arrays by upstream's names, read when they are asked for.
+        features: computes "features" of a checkpoint; set by the pipeline.
+    """
+
+    save_dir: Path
+    metadata: Mapping[str, Any]
+    model_ids: dict[int, dict[str, int]]
+    experiments: dict[str, dict[str, Any]]
+    current_model_id: int | None = None
+    current_experiment_name: str | None = None
+    current_store: Mapping[str, Any]
+    features: Callable[[int], NDArray[Any]] | None = None
+
+    @abstractmethod
+    def verify(self, metadata: Mapping[str, Any]) -> None:
+        """Refuses to go on if the store was written with other settings.
+
+        Args:
+            metadata: the run's settings as they are now.
+        """
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Brings `model_ids` and `experiments` up to date with the disk."""
+
+    @abstractmethod
+    def checkpoint_digest(self, model_id: int) -> str | None:
+        """The content hash a checkpoint was registered with.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            The hash, or None if the id is new.
+        """
+
+    @abstractmethod
+    def register_model_id(self, model_id: int, digest: str) -> None:
+        """Registers a checkpoint, or finds it registered with the same weights.
+
+        Args:
+            model_id: the checkpoint.
+            digest: content hash of its weights.
+        """
+
+    @abstractmethod
+    def init_experiment(self, exp_name: str, num_targets: int, model_id: int) -> None:
+        """Creates or opens an experiment for a checkpoint.
+
+        Args:
+            exp_name: the experiment.
+            num_targets: how many targets it has.
+            model_id: the checkpoint.
+        """
+
+    @abstractmethod
+    def load_current_store(
+        self,
+        model_id: int,
+        exp_name: str | None = None,
+        exp_num_targets: int | None = -1,
+    ) -> None:
+        """Points `current_store` at a checkpoint and, if named, an experiment.
+
+        Args:
+            model_id: the checkpoint.
+            exp_name: the experiment.
+            exp_num_targets: accepted as upstream's name.
+        """
+
+    @abstractmethod
+    def train_rows(self, model_id: int) -> Rows:
+        """Rows of the training examples: `grads`, `out_to_loss` and `examples`.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            Their arrays.
+        """
+
+    @abstractmethod
+    def target_rows(self, exp_name: str, model_id: int) -> Rows:
+        """Rows of an experiment's targets: `grads` and `examples`.
+
+        Args:
+            exp_name: the experiment.
+            model_id: the checkpoint.
+
+        Returns:
+            Their arrays.
+        """
+
+    @abstractmethod
+    def has_targets(self, exp_name: str, model_id: int) -> bool:
+        """Whether scoring was started for a checkpoint.
+
+        Args:
+            exp_name: the experiment.
+            model_id: the checkpoint.
+
+        Returns:
+            True if it has target rows.
+        """
+
+    @abstractmethod
+    def save_factor(
+        self, model_id: int, matrix: NDArray[np.float64], info: Mapping[str, Any]
+    ) -> None:
+        """Keeps the square matrix from which scores are solved.
+
+        Args:
+            model_id: the checkpoint.
+            matrix: `[q, q]`.
+            info: how it was made.
+        """
+
+    @abstractmethod
+    def load_factor(self, model_id: int) -> tuple[NDArray[np.float64], dict[str, Any]]:
+        """What `save_factor` kept.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            The matrix `[q, q]` and how it was made.
+        """
+
+    @abstractmethod
+    def save_scores(
+        self,
+        exp_name: str,
+        blocks: Iterable[tuple[int, NDArray[Any]]],
+        info: Mapping[str, Any],
+    ) -> NDArray[Any]:
+        """Writes an experiment's scores, replacing earlier ones at the end.
+
+        Args:
+            exp_name: the experiment.
+            blocks: first row and scores `[rows, m]` of consecutive stretches.
+            info: what the scores were made from.
+
+        Returns:
+            The scores, `[n, m]`.
+        """
+
+    @abstractmethod
+    def load_scores(self, exp_name: str) -> NDArray[Any]:
+        """An experiment's scores.
+
+        Args:
+            exp_name: the experiment.
+
+        Returns:
+            `[n, m]`.
+        """

@@ -1,0 +1,151 @@
+"""Row files: plain `.npy` arrays that are written by `pwrite` and read by a map."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from trak.errors import StoreCorruptedError
+from trak.savers.filesystem import link_new, temporary_path
+
+
+class RowFile:
+    """A two-dimensional array on disk, one row an example.
+
+    The disk space is taken when the file is created, so that a full disk is a clean
+    `OSError` then, and not a killed process later. An existing file is never truncated.
+
+    Args:
+        path: the file.
+        shape: rows and columns.
+        dtype: the rows' dtype.
+
+    Raises:
+        StoreCorruptedError: if the file is there with another shape, dtype or length.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int], dtype: Any) -> None:
+        self.path = path
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
+        if not path.exists():
+            self._create()
+        self._offset = self._check()
+
+    def write(self, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
+        """Writes rows, without waiting for the disk.
+
+        Args:
+            rows: row numbers, `[b]`.
+            values: `[b, columns]`.
+        """
+        values = np.ascontiguousarray(values, dtype=self.dtype)
+        row_bytes = self.shape[1] * self.dtype.itemsize
+        descriptor = os.open(self.path, os.O_WRONLY)
+        try:
+            for first, last in runs(rows):
+                data = memoryview(values[first:last].view(np.uint8).reshape(-1))
+                offset = self._offset + int(rows[first]) * row_bytes
+                while data:
+                    written = os.pwrite(descriptor, data, offset)
+                    data, offset = data[written:], offset + written
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def read(self) -> NDArray[Any]:
+        """Maps the array; what a caller changes stays in memory.
+
+        Returns:
+            `[rows, columns]`, backed by the file.
+        """
+        return np.memmap(
+            self.path, self.dtype, mode="c", offset=self._offset, shape=self.shape
+        )
+
+    def _header(self) -> bytes:
+        return npy_header(self.shape, self.dtype)
+
+    def _create(self) -> None:
+        temporary = temporary_path(self.path)
+        try:
+            header = self._header()
+            size = len(header) + self.shape[0] * self.shape[1] * self.dtype.itemsize
+            with temporary.open("wb") as file:
+                file.write(header)
+                file.flush()
+                allocate(file.fileno(), size)
+                os.fsync(file.fileno())
+            link_new(temporary, self.path)
+        finally:
+            temporary.unlink()
+
+    def _check(self) -> int:
+        header = self._header()
+        size = len(header) + self.shape[0] * self.shape[1] * self.dtype.itemsize
+        with self.path.open("rb") as file:
+            found = file.read(len(header))
+        length = self.path.stat().st_size
+        if found != header or length != size:
+            raise StoreCorruptedError(
+                f"{self.path} should be a .npy array of shape {self.shape} and dtype "
+                f"{self.dtype} in {size} bytes; it has {length} bytes and begins with "
+                f"{found[:80]!r}. Remove its folder and featurize again."
+            )
+        return len(header)
+
+
+def npy_header(shape: tuple[int, int], dtype: np.dtype[Any]) -> bytes:
+    """The bytes before the data of a C-ordered `.npy` file (format 1.0).
+
+    Args:
+        shape: rows and columns.
+        dtype: the dtype.
+
+    Returns:
+        Magic string, version, header length and header.
+    """
+    buffer = io.BytesIO()
+    description = {
+        "descr": npy.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    npy.write_array_header_1_0(buffer, description)
+    return buffer.getvalue()
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Extends a file with zeros, taking the disk space now where the system can.
+
+    Args:
+        descriptor: an open file.
+        size: its length in bytes.
+    """
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
+
+
+def runs(rows: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Cuts a list of row numbers into stretches of consecutive ones.
+
+    Args:
+        rows: row numbers, `[b]`.
+
+    Returns:
+        First and end position of every stretch.
+
+    Example:
+        >>> runs(np.array([4, 5, 6, 2, 9, 10]))
+        [(0, 3), (3, 4), (4, 6)]
+    """
+    if len(rows) == 0:
+        return []
+    cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    return list(zip(cuts[:-1], cuts[1:], strict=True))

@@ -1,0 +1,474 @@
+"""The store: one folder, readable with NumPy and a text editor. See FORMAT.md."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trak.errors import (
+    InputError,
+    ModelIDException,
+    PhaseError,
+    StoreCorruptedError,
+    StoreMismatchError,
+)
+from trak.savers.abstract import AbstractSaver
+from trak.savers.arrays import RowFile
+from trak.savers.filesystem import (
+    create_json,
+    read_json,
+    replace_json,
+    sync_directory,
+    temporary_path,
+)
+from trak.savers.rows import RowGroup
+from trak.savers.view import CurrentStore
+from trak.settings import differences
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+
+
+class MmapSaver(AbstractSaver):
+    """The store on a local file system.
+
+    Args:
+        save_dir: the folder; created if absent.
+        metadata: the run's settings; an existing store must have been written with the
+            same.
+        train_set_size: number of training examples, `n`.
+        proj_dim: projection dimension, `k`.
+        load_from_save_dir: list the checkpoints and experiments that are there already.
+            If False, only those this object registers are listed; what is on disk is
+            checked, continued and never overwritten all the same.
+        logging_level: accepted as upstream's name.
+        use_half_precision: store float16 rows where `metadata` does not name a
+            precision.
+
+    Raises:
+        StoreMismatchError: if the folder holds a store of other settings.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        metadata: Mapping[str, Any],
+        train_set_size: int,
+        proj_dim: int,
+        load_from_save_dir: bool = True,
+        logging_level: int = logging.INFO,  # noqa: ARG002
+        use_half_precision: bool = True,
+    ) -> None:
+        self.save_dir = Path(save_dir).resolve()
+        self.metadata = dict(metadata)
+        self.train_set_size = train_set_size
+        self.proj_dim = proj_dim
+        self.load_from_save_dir = load_from_save_dir
+        default = "float16" if use_half_precision else "float32"
+        self.dtype = np.dtype(self.metadata.get("precision", default))
+        self.model_ids: dict[int, dict[str, int]] = {}
+        self.experiments: dict[str, dict[str, Any]] = {}
+        self.current_store = CurrentStore(self)
+        self._train: dict[int, RowGroup] = {}
+        self._targets: dict[tuple[str, int], RowGroup] = {}
+        self._open()
+
+    def _open(self) -> None:
+        for name in ("", "scores", "experiments"):
+            (self.save_dir / name).mkdir(parents=True, exist_ok=True)
+        content = {"format": FORMAT_VERSION, **self.metadata}
+        if create_json(self.save_dir / "metadata.json", content):
+            logger.info("Created a store in %s.", self.save_dir)
+        self.verify(self.metadata)
+        if self.load_from_save_dir:
+            folders = self.save_dir.glob("*/checkpoint.json")
+            self.model_ids = {int(path.parent.name): {} for path in folders}
+            names = (self.save_dir / "experiments").glob("*.json")
+            self.experiments = {path.stem: {} for path in names}
+        self.refresh()
+        finalized = [i for i, v in sorted(self.model_ids.items()) if v["is_finalized"]]
+        logger.info(
+            "%s holds checkpoints %s (finalized: %s) and experiments %s.",
+            self.save_dir,
+            sorted(self.model_ids),
+            finalized,
+            sorted(self.experiments),
+        )
+
+    def verify(self, metadata: Mapping[str, Any]) -> None:
+        """Refuses to go on if the store was written with other settings.
+
+        Args:
+            metadata: the run's settings as they are now.
+
+        Raises:
+            StoreMismatchError: lists every setting that differs.
+        """
+        path = self.save_dir / "metadata.json"
+        if not path.exists():
+            raise StoreMismatchError(
+                f"{path} is gone: the store was moved or removed during the run."
+            )
+        lines = differences({"format": FORMAT_VERSION, **metadata}, read_json(path))
+        if lines:
+            shown = "\n".join(f"  - {line}" for line in lines[:12])
+            more = f"\n  ... and {len(lines) - 12} more" if len(lines) > 12 else ""
+            raise StoreMismatchError(
+                f"The store in {self.save_dir} was written with other settings, and its "
+                "rows cannot be mixed with this run's:\n"
+                f"{shown}{more}\nUse another save_dir, or the settings of the store."
+            )
+
+    def refresh(self) -> None:
+        """Brings `model_ids` and `experiments` up to date with the disk."""
+        for model_id in self.model_ids:
+            done = self.train_rows(model_id).refresh()
+            self.model_ids[model_id] = {
+                "is_featurized": int(done.all()),
+                "is_finalized": int((self._folder(model_id) / "factor.json").exists()),
+            }
+        for name in self.experiments:
+            path = self._experiment_path(name)
+            if path.exists():
+                self.experiments[name] = read_json(path)
+
+    def checkpoint_digest(self, model_id: int) -> str | None:
+        """The content hash a checkpoint was registered with.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            The hash, or None if the id is new.
+        """
+        path = self._folder(model_id) / "checkpoint.json"
+        return read_json(path)["digest"] if path.exists() else None
+
+    def register_model_id(self, model_id: int, digest: str) -> None:
+        """Registers a checkpoint, or finds it registered with the same weights.
+
+        Args:
+            model_id: the checkpoint.
+            digest: content hash of its weights.
+
+        Raises:
+            StoreMismatchError: if the id belongs to other weights.
+        """
+        folder = self._folder(model_id)
+        if self.checkpoint_digest(model_id) is None:
+            folder.mkdir(exist_ok=True)
+            sync_directory(self.save_dir)
+            create_json(folder / "checkpoint.json", {"digest": digest})
+        found = self.checkpoint_digest(model_id)
+        if found != digest:
+            raise StoreMismatchError(
+                f"model_id={model_id} in {self.save_dir} belongs to a checkpoint with "
+                f"content hash {found}; the weights given now hash to {digest}. Rows of "
+                "two checkpoints cannot be mixed: give the new checkpoint another "
+                "model_id, or use another save_dir."
+            )
+        self.model_ids.setdefault(model_id, {})
+        self.init_store(model_id)
+        self.refresh()
+
+    def init_store(self, model_id: int) -> None:
+        """Creates a checkpoint's row files, or opens those that are there.
+
+        Args:
+            model_id: the checkpoint.
+        """
+        self.train_rows(model_id)
+        self.load_current_store(model_id)
+
+    def serialize_current_model_id_metadata(self, already_exists: bool = True) -> None:  # noqa: ARG002
+        """Upstream's name for `refresh`: the journals hold this, and are always whole.
+
+        Args:
+            already_exists: accepted as upstream's name.
+        """
+        self.refresh()
+
+    def train_rows(self, model_id: int) -> RowGroup:
+        """Rows of the training examples: `grads`, `out_to_loss` and `examples`.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            Their arrays, `[n, k]`, `[n, 1]` and `[n, 1]`.
+        """
+        if model_id not in self._train:
+            folder = self._folder(model_id)
+            self._train[model_id] = RowGroup(
+                folder / "grads.journal",
+                self.train_set_size,
+                {
+                    "grads": (folder / "grads.mmap", self.proj_dim, self.dtype),
+                    "out_to_loss": (folder / "out_to_loss.mmap", 1, self._q_dtype()),
+                    "examples": (folder / "examples.mmap", 1, np.int64),
+                },
+            )
+        return self._train[model_id]
+
+    def save_factor(
+        self, model_id: int, matrix: NDArray[np.float64], info: Mapping[str, Any]
+    ) -> None:
+        """Keeps the square matrix from which scores are solved.
+
+        Args:
+            model_id: the checkpoint.
+            matrix: `[q, q]`.
+            info: how it was made.
+        """
+        folder = self._folder(model_id)
+        (folder / "factor.json").unlink(missing_ok=True)
+        sync_directory(folder)
+        _write_array(folder / "factor.npy", np.asarray(matrix, np.float64))
+        shape = list(matrix.shape)
+        replace_json(folder / "factor.json", {**info, "shape": shape})
+        self.refresh()
+
+    def load_factor(self, model_id: int) -> tuple[NDArray[np.float64], dict[str, Any]]:
+        """What `save_factor` kept.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            The matrix `[q, q]` and how it was made.
+
+        Raises:
+            ModelIDException: if the checkpoint is not finalized.
+        """
+        folder = self._folder(model_id)
+        if not (folder / "factor.json").exists():
+            raise ModelIDException(
+                f"model_id={model_id} in {self.save_dir} is not finalized. Call "
+                "finalize_features() first."
+            )
+        info = read_json(folder / "factor.json")
+        path = folder / "factor.npy"
+        file = RowFile(path, tuple(info["shape"]), np.float64)
+        return file.read(), info
+
+    def del_grads(self, model_id: int, target: bool = False) -> None:
+        """Keeps the rows: scores are computed from them, and nothing is kept twice.
+
+        Args:
+            model_id: the checkpoint.
+            target: accepted as upstream's name.
+        """
+        logger.warning(
+            "Nothing was deleted for model_id=%s (target=%s): this store keeps the "
+            "projected gradients and no second array of features.",
+            model_id,
+            target,
+        )
+
+    def init_experiment(self, exp_name: str, num_targets: int, model_id: int) -> None:
+        """Creates or opens an experiment for a checkpoint.
+
+        Args:
+            exp_name: the experiment.
+            num_targets: how many targets it has.
+            model_id: the checkpoint.
+
+        Raises:
+            StoreMismatchError: if the name is taken by one with other targets.
+            ModelIDException: if the checkpoint is not in the store.
+        """
+        path = self._experiment_path(exp_name)
+        if self.checkpoint_digest(model_id) is None:
+            raise ModelIDException(
+                f"model_id={model_id} is not in {self.save_dir}, which holds "
+                f"{sorted(self.model_ids)}. Featurize and finalize it before scoring."
+            )
+        content = {
+            "num_targets": num_targets,
+            "scores_path": f"scores/{exp_name}.mmap",
+            "scores_finalized": 0,
+        }
+        create_json(path, content)
+        found = read_json(path)["num_targets"]
+        if found != num_targets:
+            raise StoreMismatchError(
+                f"Experiment {exp_name!r} in {self.save_dir} has {found} targets; "
+                f"num_targets={num_targets} was asked for. Use another exp_name."
+            )
+        self.model_ids.setdefault(model_id, {})
+        self.experiments.setdefault(exp_name, {})
+        self.refresh()
+        self.target_rows(exp_name, model_id)
+        self.load_current_store(model_id, exp_name)
+
+    def target_rows(self, exp_name: str, model_id: int) -> RowGroup:
+        """Rows of an experiment's targets: `grads` and `examples`.
+
+        Args:
+            exp_name: the experiment.
+            model_id: the checkpoint.
+
+        Returns:
+            Their arrays, `[m, k]` and `[m, 1]`.
+        """
+        key = (exp_name, model_id)
+        if key not in self._targets:
+            folder = self._folder(model_id)
+            self._targets[key] = RowGroup(
+                folder / f"{exp_name}_grads.journal",
+                self.experiment(exp_name)["num_targets"],
+                {
+                    "grads": (
+                        folder / f"{exp_name}_grads.mmap",
+                        self.proj_dim,
+                        self.dtype,
+                    ),
+                    "examples": (folder / f"{exp_name}_examples.mmap", 1, np.int64),
+                },
+            )
+        return self._targets[key]
+
+    def has_targets(self, exp_name: str, model_id: int) -> bool:
+        """Whether scoring was started for a checkpoint.
+
+        Args:
+            exp_name: the experiment.
+            model_id: the checkpoint.
+
+        Returns:
+            True if it has target rows.
+        """
+        return (self._folder(model_id) / f"{exp_name}_grads.journal").exists()
+
+    def experiment(self, exp_name: str) -> dict[str, Any]:
+        """What is recorded of an experiment.
+
+        Args:
+            exp_name: the experiment.
+
+        Returns:
+            Its record.
+
+        Raises:
+            PhaseError: if there is none of this name.
+        """
+        path = self._experiment_path(exp_name)
+        if not path.exists():
+            names = sorted(p.stem for p in path.parent.glob("*.json"))
+            raise PhaseError(
+                f"There is no experiment {exp_name!r} in {self.save_dir}; it has "
+                f"{names}. Call start_scoring_checkpoint and score first."
+            )
+        return read_json(path)
+
+    def save_scores(
+        self,
+        exp_name: str,
+        blocks: Iterable[tuple[int, NDArray[Any]]],
+        info: Mapping[str, Any],
+    ) -> NDArray[Any]:
+        """Writes an experiment's scores, replacing earlier ones at the end.
+
+        Args:
+            exp_name: the experiment.
+            blocks: first row and scores `[rows, m]` of consecutive stretches.
+            info: what the scores were made from.
+
+        Returns:
+            The scores, `[n, m]`.
+        """
+        record = self.experiment(exp_name)
+        path = self.save_dir / record["scores_path"]
+        temporary = temporary_path(path)
+        temporary.unlink()
+        try:
+            shape = (self.train_set_size, record["num_targets"])
+            file = RowFile(temporary, shape, self._score_dtype())
+            for start, block in blocks:
+                file.write(np.arange(start, start + len(block)), block)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_directory(path.parent)
+        record = {**record, **info, "scores_finalized": 1}
+        replace_json(self._experiment_path(exp_name), record)
+        self.experiments.setdefault(exp_name, {})
+        self.refresh()
+        return self.load_scores(exp_name)
+
+    def load_scores(self, exp_name: str) -> NDArray[Any]:
+        """An experiment's scores.
+
+        Args:
+            exp_name: the experiment.
+
+        Returns:
+            `[n, m]`, backed by the file; what a caller changes stays in memory.
+
+        Raises:
+            PhaseError: if they were not finalized.
+            StoreCorruptedError: if their file is gone.
+        """
+        record = self.experiment(exp_name)
+        if not record["scores_finalized"]:
+            raise PhaseError(
+                f"Experiment {exp_name!r} has no scores yet. Call "
+                f"finalize_scores(exp_name={exp_name!r}) first."
+            )
+        path = self.save_dir / record["scores_path"]
+        if not path.exists():
+            raise StoreCorruptedError(f"{path} is gone; call finalize_scores again.")
+        shape = (self.train_set_size, record["num_targets"])
+        return RowFile(path, shape, self._score_dtype()).read()
+
+    def load_current_store(
+        self,
+        model_id: int,
+        exp_name: str | None = None,
+        exp_num_targets: int | None = -1,  # noqa: ARG002
+    ) -> None:
+        """Points `current_store` at a checkpoint and, if named, an experiment.
+
+        Args:
+            model_id: the checkpoint.
+            exp_name: the experiment.
+            exp_num_targets: accepted as upstream's name.
+        """
+        self.current_model_id = model_id
+        if exp_name is not None:
+            self.current_experiment_name = exp_name
+
+    def _folder(self, model_id: int) -> Path:
+        return self.save_dir / str(model_id)
+
+    def _experiment_path(self, exp_name: str) -> Path:
+        if not re.fullmatch(r"[\w\-+=@,()\[\] ][\w\-+=@,.()\[\] ]*", exp_name):
+            raise InputError(
+                f"exp_name becomes a file name: use letters, digits, '_', '-' and '.', "
+                f"and no leading '.'; got {exp_name!r}."
+            )
+        return self.save_dir / "experiments" / f"{exp_name}.json"
+
+    def _q_dtype(self) -> np.dtype[Any]:
+        # Q lies in (0, 1] and reaches below float16's range for confident models
+        return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
+
+    def _score_dtype(self) -> np.dtype[Any]:
+        return self._q_dtype()
+
+
+def _write_array(path: Path, matrix: NDArray[Any]) -> None:
+    temporary = temporary_path(path)
+    temporary.unlink()
+    try:
+        file = RowFile(temporary, (matrix.shape[0], matrix.shape[1]), matrix.dtype)
+        file.write(np.arange(len(matrix)), matrix)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)

@@ -1,0 +1,75 @@
+"""A group of arrays whose rows come and go together, under one journal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trak.savers.arrays import RowFile
+from trak.savers.journal import Journal
+
+
+class RowGroup:
+    """Rows of several arrays, all written or not at all.
+
+    The order is: rows, wait for the disk, journal, wait for the disk. A row without a
+    record does not exist.
+
+    Args:
+        journal: path of the journal.
+        num_rows: number of rows there will be.
+        arrays: name to (path, columns, dtype).
+    """
+
+    def __init__(
+        self,
+        journal: Path,
+        num_rows: int,
+        arrays: Mapping[str, tuple[Path, int, Any]],
+    ) -> None:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        self._files = {
+            name: RowFile(path, (num_rows, columns), dtype)
+            for name, (path, columns, dtype) in arrays.items()
+        }
+        self._journal = Journal(journal, num_rows)
+
+    @property
+    def done(self) -> NDArray[np.bool_]:
+        """True for every row that exists, `[rows]`."""
+        return self._journal.done
+
+    def refresh(self) -> NDArray[np.bool_]:
+        """Reads what other processes have written since.
+
+        Returns:
+            True for every row that exists, `[rows]`.
+        """
+        self._journal.refresh()
+        return self._journal.done
+
+    def commit(
+        self, rows: NDArray[np.int64], values: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Writes rows of every array; they exist when this returns.
+
+        Args:
+            rows: row numbers, `[b]`.
+            values: name to rows, `[b, columns]`, for every array.
+        """
+        for name, file in self._files.items():
+            file.write(rows, values[name])
+        self._journal.append(rows)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """Maps one array; what a caller changes stays in memory.
+
+        Args:
+            name: the array.
+
+        Returns:
+            `[rows, columns]`.
+        """
+        return self._files[name].read()

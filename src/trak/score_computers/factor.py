@@ -1,0 +1,136 @@
+"""The ridge system, factored once and solved for many targets.
+
+With rows Phi `[n, k]` and ridge lambda, TRAK's scores before Q are
+`Phi (Phi^T Phi + lambda I)^-1 Phi_targets^T` (Park et al. 2023, Eq. 9 and Sec. 3.2, with
+a ridge). The same numbers come from the smaller of two systems: `k x k` (primal) or,
+by the push-through identity `Phi (Phi^T Phi + lambda I)^-1 = (Phi Phi^T + lambda I)^-1
+Phi`, `n x n` (dual). All in float64.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from trak.errors import InputError, NumericalError
+
+Form = Literal["primal", "dual"]
+
+
+@dataclass(frozen=True, slots=True)
+class RidgeFactor:
+    """A Cholesky factor and what it is the factor of.
+
+    Attributes:
+        lower: lower triangular `L` with `L L^T = Gram + ridge I`; the Gram matrix can be
+            had back from it, so that the ridge changes without a pass over the rows.
+        form: whose Gram matrix it is: `Phi^T Phi` (primal) or `Phi Phi^T` (dual).
+        ridge: what was added to the diagonal.
+        mean_squared_norm: mean of the rows' squared norms, in which relative ridges
+            are measured.
+    """
+
+    lower: Float64[Tensor, "q q"]
+    form: Form
+    ridge: float
+    mean_squared_norm: float
+
+    def gram(self) -> Float64[Tensor, "q q"]:
+        """The Gram matrix, without the ridge.
+
+        Returns:
+            `L L^T - ridge I`.
+        """
+        gram = self.lower @ self.lower.T
+        gram.diagonal().sub_(self.ridge)
+        return gram
+
+    def solve(self, right: Float64[Tensor, "q m"]) -> Float64[Tensor, "q m"]:
+        """Solves `(Gram + ridge I) X = right`.
+
+        Args:
+            right: one column a target.
+
+        Returns:
+            X.
+        """
+        return torch.cholesky_solve(right, self.lower)
+
+
+def smaller_form(num_rows: int, width: int) -> Form:
+    """The form with the smaller system.
+
+    Args:
+        num_rows: `n`.
+        width: `k`.
+
+    Returns:
+        `"dual"` if there are fewer rows than columns.
+    """
+    return "dual" if num_rows < width else "primal"
+
+
+def factorize(
+    gram: Float64[Tensor, "q q"],
+    *,
+    form: Form,
+    ridge: float,
+    num_rows: int,
+    row_eps: float = 0.0,
+) -> RidgeFactor:
+    """Factors `Gram + ridge I`, or says why that would not mean anything.
+
+    Args:
+        gram: a Gram matrix.
+        form: whose.
+        ridge: at least 0; what is added to the diagonal.
+        num_rows: number of rows `n`.
+        row_eps: relative precision of the stored rows. Eigenvalues below `(2 eps)^2` of
+            the largest are rounding noise of the rows.
+
+    Returns:
+        The factor.
+
+    Raises:
+        InputError: if the ridge is negative or not finite.
+        NumericalError: if the matrix is singular to working precision.
+    """
+    if not (ridge >= 0 and ridge < float("inf")):
+        raise InputError(f"The ridge must be finite and at least 0, got {ridge}.")
+    mean_squared_norm = float(gram.trace()) / num_rows
+    if mean_squared_norm == 0:
+        raise NumericalError(
+            "Every projected gradient is zero, so there is nothing to attribute. Is the "
+            "model output constant in the selected parameters (grad_wrt)?"
+        )
+    system = gram.clone()
+    system.diagonal().add_(ridge)
+    threshold = max((2 * row_eps) ** 2, 1e-13)
+    if ridge < threshold * float(gram.trace()):  # else the ridge itself is enough
+        eigenvalues = torch.linalg.eigvalsh(system)
+        if eigenvalues[0] < threshold * eigenvalues[-1]:
+            raise NumericalError(_singular(form, eigenvalues, ridge))
+    lower, failed = torch.linalg.cholesky_ex(system)
+    if failed:
+        raise NumericalError(
+            f"The Gram matrix plus a ridge of {ridge:.3g} is not positive definite. The "
+            f"mean squared row norm is {mean_squared_norm:.3g}; use a ridge near that, "
+            "which is the default when lambda_reg is left out."
+        )
+    return RidgeFactor(lower, form, float(ridge), mean_squared_norm)
+
+
+def _singular(form: Form, eigenvalues: Tensor, ridge: float) -> str:
+    what = "rows than columns" if form == "dual" else "columns than rows"
+    low, high = float(eigenvalues[0]), float(eigenvalues[-1])
+    return (
+        f"The Gram matrix ({len(eigenvalues)} x {len(eigenvalues)}, {form}: no more "
+        f"{what}) is singular to the precision of the stored rows: eigenvalues from "
+        f"{low:.3g} to {high:.3g}. With lambda_reg={ridge:.3g} its inverse, and every "
+        "score, would be noise. This happens when proj_dim exceeds the number of training examples or "
+        "of parameters, and for unprojected softmax models, whose last layer has a "
+        "direction without gradient. Leave lambda_reg out (a ridge of the mean squared "
+        "row norm), set a positive one, or lower proj_dim."
+    )

@@ -1,0 +1,440 @@
+"""`TRAKer`: upstream's signatures over this library's pipeline. No maths here."""
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from trak.errors import InputError
+from trak.gradient_computers import (
+    AbstractGradientComputer,
+    FunctionalGradientComputer,
+    select_parameters,
+)
+from trak.modelout_functions import resolve_task
+from trak.pipeline import Pipeline, RowMaker, describe_run, store_metadata
+from trak.projectors import (
+    AbstractProjector,
+    BlockProjector,
+    make_projector,
+    resolve_device,
+)
+from trak.savers import AbstractSaver, MmapSaver
+from trak.score_computers import (
+    AbstractScoreComputer,
+    RidgeScoreComputer,
+    TopScores,
+    top_scores,
+)
+from trak.settings import RunSettings
+from trak.utils import get_num_params
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What a store holds of a checkpoint.
+
+    Attributes:
+        model_id: its id.
+        digest: content hash of its weights.
+        num_featurized: rows that exist.
+        is_featurized: whether all rows exist.
+        is_finalized: whether it can be scored.
+    """
+
+    model_id: int
+    digest: str
+    num_featurized: int
+    is_featurized: bool
+    is_finalized: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentInfo:
+    """What a store holds of an experiment.
+
+    Attributes:
+        name: its name.
+        num_targets: how many targets it has.
+        num_scored: targets that exist, by checkpoint.
+        scores_finalized: whether scores can be read.
+        model_ids: the checkpoints the scores are the mean of.
+    """
+
+    name: str
+    num_targets: int
+    num_scored: dict[int, int]
+    scores_finalized: bool
+    model_ids: tuple[int, ...]
+
+
+class TRAKer:
+    """Which training examples made a model predict this? (Park et al. 2023)
+
+    For each checkpoint: `load_checkpoint`, `featurize` every batch of the training set,
+    `finalize_features`; then `start_scoring_checkpoint`, `score` every batch of targets;
+    at the end `finalize_scores`. A score is positive where adding the training example
+    raises the target's model output.
+
+    Args:
+        model: the model; `load_checkpoint` loads weights into it and puts it into
+            evaluation mode.
+        task: what is attributed: a name in `trak.modelout_functions.TASK_TO_MODELOUT`, a
+            class, or an instance.
+        train_set_size: number of training examples, `n`.
+        save_dir: the store's folder; created if absent, continued if there.
+        load_from_save_dir: know the checkpoints and experiments that are in the store
+            already. Nothing in it is overwritten either way.
+        device: where to project and score; CUDA where present, else the CPU, if None.
+        gradient_computer: class that computes per-sample gradients.
+        projector: instance that projects them; chosen by size if None.
+        saver: class of the store.
+        score_computer: class or instance; `RidgeScoreComputer` if None.
+            `BasicScoreComputer` scales as upstream does.
+        proj_dim: projection dimension `k`; a given projector's own counts instead.
+        logging_level: level of the logger `trak`. No handler is installed.
+        use_half_precision: store rows in float16; else in float32 (float64 for float64
+            models). Arithmetic is float32 or float64 in either case.
+        proj_max_batch_size: accepted as upstream's name; any batch size is right.
+        projector_seed: seed of the projection.
+        grad_wrt: names of the parameters to attribute to; those that require a gradient
+            if None.
+        lambda_reg: ridge added to the Gram matrix as it is. None stands for the mean
+            squared row norm of the projected gradients.
+        check_examples: refuse a batch whose examples are others than those that were
+            seen for the same rows (after a resume, or at another checkpoint).
+
+    Raises:
+        InputError: if an argument cannot be used.
+        StoreMismatchError: if `save_dir` holds a store of other settings.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Any,
+        train_set_size: int,
+        save_dir: str | Path = "./trak_results",
+        load_from_save_dir: bool = True,
+        device: str | torch.device | None = None,
+        gradient_computer: type[AbstractGradientComputer] = FunctionalGradientComputer,
+        projector: AbstractProjector | None = None,
+        saver: type[AbstractSaver] | None = None,
+        score_computer: type[AbstractScoreComputer]
+        | AbstractScoreComputer
+        | None = None,
+        proj_dim: int = 2048,
+        logging_level: int = logging.INFO,
+        use_half_precision: bool = True,
+        proj_max_batch_size: int = 32,
+        projector_seed: int = 0,
+        grad_wrt: Iterable[str] | None = None,
+        lambda_reg: float | None = None,
+        *,
+        check_examples: bool = True,
+    ) -> None:
+        self.logger = logging.getLogger("trak")
+        self.logger.setLevel(logging_level)
+        self.model = model
+        self.task = resolve_task(task)
+        self.train_set_size = train_set_size
+        self.device = resolve_device(device)
+        chosen = select_parameters(model, grad_wrt)
+        self.grad_wrt = None if grad_wrt is None else list(chosen)
+        self.lambda_reg = lambda_reg
+        self.num_params = get_num_params(model)
+        self.num_params_for_grad = sum(p.numel() for p in chosen.values())
+        self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
+        self.dtype = _storage_dtype(chosen.values(), use_half_precision)
+        self.proj_seed = projector_seed
+        self._layout = {name: p.numel() for name, p in chosen.items()}
+        self.init_projector(projector, proj_dim, proj_max_batch_size)
+        everything = len(chosen) == sum(1 for _ in model.parameters())
+        self.gradient_computer = gradient_computer(
+            model=model,
+            task=self.task,
+            grad_dim=self.num_params_for_grad,
+            dtype=self.dtype,
+            device=self.device,
+            grad_wrt=None if everything else list(chosen),  # type: ignore[call-arg]
+        )
+        self.score_computer = _make_scorer(
+            score_computer, self.dtype, self.device, logging_level, lambda_reg
+        )
+        self.save_dir = Path(save_dir).resolve()
+        self.load_from_save_dir = load_from_save_dir
+        self.saver = (saver or MmapSaver)(
+            save_dir=self.save_dir,
+            metadata=store_metadata(self._settings()),
+            train_set_size=train_set_size,
+            proj_dim=self.proj_dim,
+            load_from_save_dir=load_from_save_dir,
+            logging_level=logging_level,
+            use_half_precision=use_half_precision,
+        )  # type: ignore[call-arg]
+        self._pipeline = self._make_pipeline(check_examples)
+
+    def init_projector(
+        self,
+        projector: AbstractProjector | None,
+        proj_dim: int,
+        proj_max_batch_size: int,
+    ) -> None:
+        """Takes the given projector, or makes the default one.
+
+        Args:
+            projector: an instance, or None.
+            proj_dim: projection dimension for the default.
+            proj_max_batch_size: accepted as upstream's name.
+        """
+        del proj_max_batch_size
+        self.projector: AbstractProjector = projector or make_projector(
+            self._layout, proj_dim, self.proj_seed, self.device
+        )
+        self.proj_dim: int = self.projector.proj_dim or self.num_params_for_grad
+
+    @property
+    def ckpt_loaded(self) -> int | str:
+        """The checkpoint that is loaded for featurizing, as upstream names it."""
+        phase = self._pipeline.phase
+        loaded = phase is not None and phase.kind == "featurize"
+        return phase.model_id if phase and loaded else "no ckpt loaded"
+
+    def load_checkpoint(
+        self,
+        checkpoint: Any,
+        model_id: int,
+        _allow_featurizing_already_registered: bool = False,
+    ) -> None:
+        """Loads a checkpoint's weights and makes room for its rows in the store.
+
+        An id that is in the store already is continued where it stopped, provided that
+        the weights are the same.
+
+        Args:
+            checkpoint: a state dict.
+            model_id: a number of its own for this checkpoint.
+            _allow_featurizing_already_registered: accepted as upstream's name.
+        """
+        self._pipeline.load(checkpoint, model_id)
+
+    def featurize(
+        self, batch: Any, inds: Any = None, num_samples: int | None = None
+    ) -> None:
+        """Computes and stores the projected gradients of a batch of training examples.
+
+        Rows that exist are not computed again, whatever the batch size was. When this
+        returns, the rows are on disk.
+
+        Args:
+            batch: tuple, list or dict of tensors, or a `BatchEncoding`.
+            inds: the examples' numbers in the training set (list, array or tensor).
+            num_samples: instead of `inds`: the batch's size; rows are then counted in
+                the order of the calls since `load_checkpoint`.
+        """
+        self._pipeline.featurize(batch, inds, num_samples)
+
+    def finalize_features(
+        self, model_ids: Iterable[int] | None = None, del_grads: bool = False
+    ) -> None:
+        """Factors the Gram matrix of every featurized checkpoint.
+
+        May be called again with another `lambda_reg`: no gradient is recomputed.
+
+        Args:
+            model_ids: the checkpoints; all in the store if None.
+            del_grads: accepted as upstream's name; rows are kept, since scores are
+                computed from them.
+        """
+        self.projector.free_memory()
+        self._pipeline.finalize_features(model_ids)
+        if del_grads:
+            self.logger.warning(
+                "del_grads=True deletes nothing: this store keeps the projected "
+                "gradients and no second array of features."
+            )
+
+    def start_scoring_checkpoint(
+        self, exp_name: str, checkpoint: Any, model_id: int, num_targets: int
+    ) -> None:
+        """Loads a checkpoint's weights and makes room for an experiment's targets.
+
+        Args:
+            exp_name: name of this set of targets; it becomes part of file names.
+            checkpoint: a state dict with the weights that were featurized.
+            model_id: the checkpoint's number.
+            num_targets: how many targets there are, `m`.
+        """
+        self._pipeline.start_scoring(exp_name, checkpoint, model_id, num_targets)
+
+    def score(
+        self, batch: Any, inds: Any = None, num_samples: int | None = None
+    ) -> None:
+        """Computes and stores the projected gradients of a batch of targets.
+
+        Args:
+            batch: as for `featurize`.
+            inds: the targets' numbers, 0 to `num_targets - 1`.
+            num_samples: instead of `inds`: the batch's size.
+        """
+        self._pipeline.score(batch, inds, num_samples)
+
+    def finalize_scores(
+        self,
+        exp_name: str,
+        model_ids: Iterable[int] | None = None,
+        allow_skip: bool = False,
+    ) -> NDArray[Any]:
+        """Computes an experiment's scores and writes them to `scores/{exp_name}.mmap`.
+
+        Args:
+            exp_name: the experiment.
+            model_ids: the checkpoints to average over; all in the store if None.
+            allow_skip: leave out checkpoints that are not ready, with a warning.
+
+        Returns:
+            Scores, `[n, m]`, float32 (float64 for float64 models), backed by a plain
+            `.npy` file; changing the array does not change the file.
+        """
+        return self._pipeline.finalize_scores(
+            exp_name, model_ids, allow_skip=allow_skip
+        )
+
+    def scores(self, exp_name: str) -> NDArray[Any]:
+        """Reads an experiment's finalized scores.
+
+        Args:
+            exp_name: the experiment.
+
+        Returns:
+            `[n, m]`.
+        """
+        self._pipeline.verify()
+        return self.saver.load_scores(exp_name)
+
+    def top_k(self, exp_name: str, k: int = 10, *, helpful: bool = True) -> TopScores:
+        """The training examples with the strongest scores for every target.
+
+        Args:
+            exp_name: the experiment.
+            k: how many a target.
+            helpful: the largest scores; if False, the smallest (the most harmful).
+
+        Returns:
+            `indices` and `scores`, each `[m, k]`, strongest first.
+        """
+        return top_scores(self.scores(exp_name), k, helpful=helpful)
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """Lists the checkpoints of the store.
+
+        Returns:
+            One entry a checkpoint, by id.
+        """
+        self.saver.refresh()
+        return [
+            CheckpointInfo(
+                model_id=model_id,
+                digest=self.saver.checkpoint_digest(model_id) or "",
+                num_featurized=int(np.sum(self.saver.train_rows(model_id).done)),
+                is_featurized=bool(state["is_featurized"]),
+                is_finalized=bool(state["is_finalized"]),
+            )
+            for model_id, state in sorted(self.saver.model_ids.items())
+        ]
+
+    def experiments(self) -> list[ExperimentInfo]:
+        """Lists the experiments of the store.
+
+        Returns:
+            One entry an experiment, by name.
+        """
+        self.saver.refresh()
+        return [
+            ExperimentInfo(
+                name=name,
+                num_targets=record["num_targets"],
+                num_scored={
+                    i: int(np.sum(self.saver.target_rows(name, i).refresh()))
+                    for i in sorted(self.saver.model_ids)
+                    if self.saver.has_targets(name, i)
+                },
+                scores_finalized=bool(record["scores_finalized"]),
+                model_ids=tuple(record.get("model_ids", ())),
+            )
+            for name, record in sorted(self.saver.experiments.items())
+        ]
+
+    def _settings(self) -> RunSettings:
+        projector = self.projector
+        if isinstance(projector, BlockProjector):
+            projection = projector.settings()
+        else:
+            kind = getattr(projector.proj_type, "value", projector.proj_type)
+            name = type(projector).__qualname__
+            projection = {"kind": str(kind), "class": name, "seed": int(projector.seed)}
+        projection["proj_dim"] = self.proj_dim
+        size, dtype = self.train_set_size, self.dtype
+        return describe_run(self.model, self.task, self._layout, projection, size, dtype)
+
+    def _make_pipeline(self, check_examples: bool) -> Pipeline:
+        maker = RowMaker(
+            model=self.model,
+            computer=self.gradient_computer,
+            projector=self.projector,
+            layout=self._layout,
+            scale=math.sqrt(self.num_params_for_grad),
+            device=self.device,
+        )
+        return Pipeline(
+            model=self.model,
+            task=self.task,
+            maker=maker,
+            saver=self.saver,
+            scorer=self.score_computer,
+            settings=self._settings,
+            dtype=self.dtype,
+            examples_are_checked=check_examples,
+        )
+
+
+def _storage_dtype(
+    parameters: Iterable[torch.Tensor], use_half_precision: bool
+) -> torch.dtype:
+    if use_half_precision:
+        return torch.float16
+    if any(p.dtype is torch.float64 for p in parameters):
+        return torch.float64
+    return torch.float32
+
+
+def _make_scorer(
+    scorer: type[AbstractScoreComputer] | AbstractScoreComputer | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    logging_level: int,
+    lambda_reg: float | None,
+) -> AbstractScoreComputer:
+    if isinstance(scorer, AbstractScoreComputer):
+        if lambda_reg is not None:
+            raise InputError(
+                "score_computer is an instance with a ridge of its own; leave lambda_reg "
+                "out, or pass the class."
+            )
+        return scorer
+    cls = scorer or RidgeScoreComputer
+    if not issubclass(cls, RidgeScoreComputer) and lambda_reg is None:
+        lambda_reg = 0.0  # what upstream passes
+    return cls(
+        dtype=dtype,
+        device=device,
+        logging_level=logging_level,  # type: ignore[call-arg]
+        lambda_reg=lambda_reg,
+    )
