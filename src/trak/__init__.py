@@ -7,10 +7,11 @@ with nothing to compile.
 import logging
 
 from trak.installation import test_install
-from trak.settings import LIBRARY_VERSION as __version__
+from trak.settings import LIBRARY_VERSION
 from trak.traker import CheckpointInfo, ExperimentInfo, TRAKer
 
-VERSION = __version__
+__version__ = LIBRARY_VERSION
+VERSION = LIBRARY_VERSION
 
 __all__ = [
     "VERSION",

@@ -28,8 +28,7 @@ def normalize(batch: Any, device: torch.device | None = None) -> Batch:
         A tuple or a dict of tensors that agree on their first axis.
 
     Raises:
-        InputTypeError: if a part is not a tensor and cannot become one.
-        InputError: if the batch is empty or its parts differ in length.
+        InputTypeError: if the batch is no tensor, iterable or mapping.
     """
     normal: Batch
     if isinstance(batch, Mapping):

@@ -12,9 +12,7 @@ from torch import Tensor
 from trak.batches import Batch, batch_size, leaves
 
 
-def state_digest(
-    state: Mapping[str, Any], like: Mapping[str, Any] | None = None
-) -> str:
+def state_digest(state: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> str:
     """Hashes a state dict by content.
 
     Args:
@@ -36,7 +34,7 @@ def state_digest(
         if isinstance(reference, Tensor):
             value = value.to(reference.dtype)
         hasher.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        hasher.update(_bytes(value))
+        hasher.update(_as_numpy(value).data)  # pyright: ignore[reportArgumentType]
     return hasher.hexdigest()
 
 
@@ -62,10 +60,6 @@ def example_digests(batch: Batch) -> NDArray[np.int64]:
             hasher.update((np.trim_zeros(row, "b") if strip else row).tobytes())
     digests = [int.from_bytes(h.digest(), "little", signed=True) for h in hashers]
     return np.asarray([digest or 1 for digest in digests], dtype=np.int64)
-
-
-def _bytes(value: Tensor) -> memoryview:
-    return memoryview(_as_numpy(value).reshape(-1).view(np.uint8))
 
 
 def _as_numpy(value: Tensor) -> NDArray[Any]:

@@ -3,33 +3,39 @@
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trak.errors import InputError
 from trak.gradient_computers import (
     AbstractGradientComputer,
     FunctionalGradientComputer,
     select_parameters,
 )
 from trak.modelout_functions import resolve_task
-from trak.pipeline import Pipeline, RowMaker, describe_run, store_metadata
+from trak.pipeline import (
+    CheckpointInfo,
+    ExperimentInfo,
+    Pipeline,
+    RowMaker,
+    describe_run,
+    list_checkpoints,
+    list_experiments,
+    make_scorer,
+    storage_dtype,
+    store_metadata,
+)
 from trak.projectors import (
     AbstractProjector,
-    BlockProjector,
     make_projector,
     resolve_device,
 )
 from trak.savers import AbstractSaver, MmapSaver
 from trak.score_computers import (
     AbstractScoreComputer,
-    RidgeScoreComputer,
     TopScores,
     top_scores,
 )
@@ -37,46 +43,8 @@ from trak.settings import RunSettings
 from trak.utils import get_num_params
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointInfo:
-    """What a store holds of a checkpoint.
-
-    Attributes:
-        model_id: its id.
-        digest: content hash of its weights.
-        num_featurized: rows that exist.
-        is_featurized: whether all rows exist.
-        is_finalized: whether it can be scored.
-    """
-
-    model_id: int
-    digest: str
-    num_featurized: int
-    is_featurized: bool
-    is_finalized: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExperimentInfo:
-    """What a store holds of an experiment.
-
-    Attributes:
-        name: its name.
-        num_targets: how many targets it has.
-        num_scored: targets that exist, by checkpoint.
-        scores_finalized: whether scores can be read.
-        model_ids: the checkpoints the scores are the mean of.
-    """
-
-    name: str
-    num_targets: int
-    num_scored: dict[int, int]
-    scores_finalized: bool
-    model_ids: tuple[int, ...]
-
-
 class TRAKer:
-    """Which training examples made a model predict this? (Park et al. 2023)
+    """Which training examples made a model predict this (Park et al. 2023)?
 
     For each checkpoint: `load_checkpoint`, `featurize` every batch of the training set,
     `finalize_features`; then `start_scoring_checkpoint`, `score` every batch of targets;
@@ -127,9 +95,7 @@ class TRAKer:
         gradient_computer: type[AbstractGradientComputer] = FunctionalGradientComputer,
         projector: AbstractProjector | None = None,
         saver: type[AbstractSaver] | None = None,
-        score_computer: type[AbstractScoreComputer]
-        | AbstractScoreComputer
-        | None = None,
+        score_computer: type[AbstractScoreComputer] | AbstractScoreComputer | None = None,
         proj_dim: int = 2048,
         logging_level: int = logging.INFO,
         use_half_precision: bool = True,
@@ -152,25 +118,27 @@ class TRAKer:
         self.num_params = get_num_params(model)
         self.num_params_for_grad = sum(p.numel() for p in chosen.values())
         self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
-        self.dtype = _storage_dtype(chosen.values(), use_half_precision)
+        self.dtype = storage_dtype(chosen.values(), use_half_precision)
         self.proj_seed = projector_seed
         self._layout = {name: p.numel() for name, p in chosen.items()}
         self.init_projector(projector, proj_dim, proj_max_batch_size)
         everything = len(chosen) == sum(1 for _ in model.parameters())
-        self.gradient_computer = gradient_computer(
+        make_computer: Any = gradient_computer
+        self.gradient_computer: AbstractGradientComputer = make_computer(
             model=model,
             task=self.task,
             grad_dim=self.num_params_for_grad,
             dtype=self.dtype,
             device=self.device,
-            grad_wrt=None if everything else list(chosen),  # type: ignore[call-arg]
+            grad_wrt=None if everything else list(chosen),
         )
-        self.score_computer = _make_scorer(
+        self.score_computer = make_scorer(
             score_computer, self.dtype, self.device, logging_level, lambda_reg
         )
         self.save_dir = Path(save_dir).resolve()
         self.load_from_save_dir = load_from_save_dir
-        self.saver = (saver or MmapSaver)(
+        make_saver: Any = saver or MmapSaver
+        self.saver: AbstractSaver = make_saver(
             save_dir=self.save_dir,
             metadata=store_metadata(self._settings()),
             train_set_size=train_set_size,
@@ -178,7 +146,7 @@ class TRAKer:
             load_from_save_dir=load_from_save_dir,
             logging_level=logging_level,
             use_half_precision=use_half_precision,
-        )  # type: ignore[call-arg]
+        )
         self._pipeline = self._make_pipeline(check_examples)
 
     def init_projector(
@@ -274,9 +242,7 @@ class TRAKer:
         """
         self._pipeline.start_scoring(exp_name, checkpoint, model_id, num_targets)
 
-    def score(
-        self, batch: Any, inds: Any = None, num_samples: int | None = None
-    ) -> None:
+    def score(self, batch: Any, inds: Any = None, num_samples: int | None = None) -> None:
         """Computes and stores the projected gradients of a batch of targets.
 
         Args:
@@ -303,9 +269,7 @@ class TRAKer:
             Scores, `[n, m]`, float32 (float64 for float64 models), backed by a plain
             `.npy` file; changing the array does not change the file.
         """
-        return self._pipeline.finalize_scores(
-            exp_name, model_ids, allow_skip=allow_skip
-        )
+        return self._pipeline.finalize_scores(exp_name, model_ids, allow_skip=allow_skip)
 
     def scores(self, exp_name: str) -> NDArray[Any]:
         """Reads an experiment's finalized scores.
@@ -338,17 +302,7 @@ class TRAKer:
         Returns:
             One entry a checkpoint, by id.
         """
-        self.saver.refresh()
-        return [
-            CheckpointInfo(
-                model_id=model_id,
-                digest=self.saver.checkpoint_digest(model_id) or "",
-                num_featurized=int(np.sum(self.saver.train_rows(model_id).done)),
-                is_featurized=bool(state["is_featurized"]),
-                is_finalized=bool(state["is_finalized"]),
-            )
-            for model_id, state in sorted(self.saver.model_ids.items())
-        ]
+        return list_checkpoints(self.saver)
 
     def experiments(self) -> list[ExperimentInfo]:
         """Lists the experiments of the store.
@@ -356,33 +310,18 @@ class TRAKer:
         Returns:
             One entry an experiment, by name.
         """
-        self.saver.refresh()
-        return [
-            ExperimentInfo(
-                name=name,
-                num_targets=record["num_targets"],
-                num_scored={
-                    i: int(np.sum(self.saver.target_rows(name, i).refresh()))
-                    for i in sorted(self.saver.model_ids)
-                    if self.saver.has_targets(name, i)
-                },
-                scores_finalized=bool(record["scores_finalized"]),
-                model_ids=tuple(record.get("model_ids", ())),
-            )
-            for name, record in sorted(self.saver.experiments.items())
-        ]
+        return list_experiments(self.saver)
 
     def _settings(self) -> RunSettings:
-        projector = self.projector
-        if isinstance(projector, BlockProjector):
-            projection = projector.settings()
-        else:
-            kind = getattr(projector.proj_type, "value", projector.proj_type)
-            name = type(projector).__qualname__
-            projection = {"kind": str(kind), "class": name, "seed": int(projector.seed)}
-        projection["proj_dim"] = self.proj_dim
-        size, dtype = self.train_set_size, self.dtype
-        return describe_run(self.model, self.task, self._layout, projection, size, dtype)
+        return describe_run(
+            model=self.model,
+            task=self.task,
+            layout=self._layout,
+            projector=self.projector,
+            proj_dim=self.proj_dim,
+            train_set_size=self.train_set_size,
+            dtype=self.dtype,
+        )
 
     def _make_pipeline(self, check_examples: bool) -> Pipeline:
         maker = RowMaker(
@@ -403,38 +342,3 @@ class TRAKer:
             dtype=self.dtype,
             examples_are_checked=check_examples,
         )
-
-
-def _storage_dtype(
-    parameters: Iterable[torch.Tensor], use_half_precision: bool
-) -> torch.dtype:
-    if use_half_precision:
-        return torch.float16
-    if any(p.dtype is torch.float64 for p in parameters):
-        return torch.float64
-    return torch.float32
-
-
-def _make_scorer(
-    scorer: type[AbstractScoreComputer] | AbstractScoreComputer | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    logging_level: int,
-    lambda_reg: float | None,
-) -> AbstractScoreComputer:
-    if isinstance(scorer, AbstractScoreComputer):
-        if lambda_reg is not None:
-            raise InputError(
-                "score_computer is an instance with a ridge of its own; leave lambda_reg "
-                "out, or pass the class."
-            )
-        return scorer
-    cls = scorer or RidgeScoreComputer
-    if not issubclass(cls, RidgeScoreComputer) and lambda_reg is None:
-        lambda_reg = 0.0  # what upstream passes
-    return cls(
-        dtype=dtype,
-        device=device,
-        logging_level=logging_level,  # type: ignore[call-arg]
-        lambda_reg=lambda_reg,
-    )

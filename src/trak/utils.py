@@ -183,17 +183,14 @@ def get_matrix_mult(
     """
     dtype = features.dtype if target_dtype is None else target_dtype
     fits = not features.is_cuda or (
-        get_output_memory(features, target_grads, dtype)
-        < get_free_memory(features.device)
+        get_output_memory(features, target_grads, dtype) < get_free_memory(features.device)
     )
     if fits and not use_blockwise:
         return get_matrix_mult_standard(features, target_grads, dtype)
     return get_matrix_mult_blockwise(features, target_grads, dtype, batch_size)
 
 
-def get_parameter_chunk_sizes(
-    model: nn.Module, batch_size: int
-) -> tuple[int, list[int]]:
+def get_parameter_chunk_sizes(model: nn.Module, batch_size: int) -> tuple[int, list[int]]:
     """Groups a model's parameters, in order, into chunks of bounded size.
 
     Args:

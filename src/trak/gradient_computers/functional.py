@@ -141,7 +141,7 @@ class FunctionalGradientComputer(AbstractGradientComputer):
                     output, list(chosen.values()), allow_unused=True
                 )
             for rows, gradient in zip(grads.values(), found, strict=True):
-                if gradient is not None:
+                if gradient is not None:  # pyright: ignore[reportUnnecessaryComparison]
                     rows[j] = gradient
         return grads
 

@@ -82,7 +82,9 @@ class IterativeGradientComputer(AbstractGradientComputer):
                     f"[{batch_size(normal)}]; {type(self.modelout_fn).__name__} "
                     f"returned {tuple(outputs.shape)}."
                 )
-            return torch.stack([self._row(output) for output in outputs])
+            with torch.enable_grad():
+                each = outputs.unbind()
+            return torch.stack([self._row(output) for output in each])
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
@@ -107,5 +109,6 @@ class IterativeGradientComputer(AbstractGradientComputer):
         )
         pairs = zip(found, self.model_params, strict=True)
         return parameters_to_vector(
-            torch.zeros_like(p) if g is None else g for g, p in pairs
+            p.new_zeros(p.shape) if g is None else g  # pyright: ignore[reportUnnecessaryComparison]
+            for g, p in pairs
         )

@@ -80,10 +80,6 @@ class CLIPModelOutput(AbstractModelOutput):
             size: how many pairs to embed at most.
             preprocess_fn_img: applied to the images of a batch.
             preprocess_fn_txt: applied to the texts of a batch.
-
-        Raises:
-            InputError: if there are fewer pairs than the simulated batch needs, or
-                embeddings have another width.
         """
         del batch_size
         images: list[Tensor] = []
@@ -104,7 +100,10 @@ class CLIPModelOutput(AbstractModelOutput):
                     break
         model.train(training)
         self._check_embeddings(images, done, embedding_dim)
-        self.image_embeddings, self.text_embeddings = torch.cat(images), torch.cat(texts)
+        self.image_embeddings, self.text_embeddings = (
+            torch.cat(images),
+            torch.cat(texts),
+        )
         self.num_computed_embeddings = done
         self._digest = state_digest(model.state_dict())
 
@@ -136,7 +135,7 @@ class CLIPModelOutput(AbstractModelOutput):
                 "checkpoint before you featurize or score it."
             )
 
-    def get_output(
+    def get_output(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model: Any, weights: Any, buffers: Any, image: Any, label: Any = None
     ) -> Tensor:
         """The two margins of one pair.
@@ -180,7 +179,7 @@ class CLIPModelOutput(AbstractModelOutput):
         return q.detach().unsqueeze(-1)
 
     def _margins(self, u: Tensor, v: Tensor, scale: Any) -> tuple[Tensor, Tensor]:
-        """Margin of each image among texts, and of each text among images, `[b]`."""
+        # of each image among texts, and of each text among images, both [b]
         images, texts = self._simulated_batch()
         images, texts = images.to(u), texts.to(v)
         own = torch.isclose(u.detach()[:, None], images).all(-1)

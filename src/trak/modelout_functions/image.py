@@ -16,8 +16,10 @@ from trak.modelout_functions.margin import (
 )
 
 
-def _parts(inputs: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], dict[str, Any], Tensor]:
-    """Positional inputs, named inputs and labels of a sample or batch."""
+def _parts(
+    inputs: tuple[Any, ...],
+) -> tuple[tuple[Tensor, ...], dict[str, Any], Tensor]:
+    # positional inputs, named inputs and labels of a sample or batch
     if len(inputs) == 1 and isinstance(inputs[0], Mapping):
         named, labels = split_labels(inputs[0])
         if set(named) == {"image"} or set(named) == {"images"}:
@@ -44,7 +46,7 @@ class ImageClassificationModelOutput(AbstractModelOutput):
         self.loss_temperature = temperature
 
     @staticmethod
-    def get_output(
+    def get_output(  # pyright: ignore[reportIncompatibleMethodOverride]
         model: Any, weights: Any, buffers: Any, image: Any, label: Any = None
     ) -> Tensor:
         """`log(p / (1 - p))` of one sample.
@@ -93,7 +95,7 @@ class IterativeImageClassificationModelOutput(ImageClassificationModelOutput):
     """
 
     @staticmethod
-    def get_output(
+    def get_output(  # pyright: ignore[reportIncompatibleMethodOverride]
         model: Any, weights: Any, buffers: Any, images: Any, labels: Any = None
     ) -> Tensor:
         """`log(p / (1 - p))` of a batch, or of one sample if weights are given.

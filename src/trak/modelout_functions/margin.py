@@ -60,9 +60,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - others
 
 
-def one_minus_probability(
-    logits: Tensor, labels: Tensor, temperature: float
-) -> Tensor:
+def one_minus_probability(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """`Q = 1 - p`, the derivative of `log(1 + exp(-f))` by `f`, up to its sign.
 
     Park et al. 2023, Sec. 3.3. Computed as `sigmoid(-margin)`, which keeps its relative
@@ -131,9 +129,7 @@ def split_labels(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor
     return inputs, batch[found[0]]
 
 
-def call(
-    model: Any, state: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Any:
+def call(model: Any, state: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Runs the model, functionally where weights are given.
 
     Args:

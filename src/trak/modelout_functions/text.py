@@ -22,7 +22,7 @@ _NAMES = {
 
 
 def _parts(inputs: tuple[Any, ...]) -> tuple[dict[str, Tensor], Tensor]:
-    """Named inputs and labels of a sample or batch."""
+    # named inputs and labels of a sample or batch
     if len(inputs) == 1 and isinstance(inputs[0], Mapping):
         return split_labels(inputs[0])
     if len(inputs) not in _NAMES:
@@ -50,7 +50,7 @@ class TextClassificationModelOutput(AbstractModelOutput):
         self.loss_temperature = temperature
 
     @staticmethod
-    def get_output(
+    def get_output(  # pyright: ignore[reportIncompatibleMethodOverride]
         model: Any,
         weights: Any,
         buffers: Any,

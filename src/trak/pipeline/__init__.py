@@ -1,17 +1,25 @@
 """Wires gradient computer, projector, store and scoring together."""
 
-from trak.pipeline.pipeline import (
-    Pipeline,
-    as_model_id,
-    describe_run,
-    store_metadata,
+from trak.pipeline.choices import make_scorer, storage_dtype
+from trak.pipeline.describe import describe_run, store_metadata
+from trak.pipeline.inventory import (
+    CheckpointInfo,
+    ExperimentInfo,
+    list_checkpoints,
+    list_experiments,
 )
+from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker
 
 __all__ = [
+    "CheckpointInfo",
+    "ExperimentInfo",
     "Pipeline",
     "RowMaker",
-    "as_model_id",
     "describe_run",
+    "list_checkpoints",
+    "list_experiments",
+    "make_scorer",
+    "storage_dtype",
     "store_metadata",
 ]

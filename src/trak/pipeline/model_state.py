@@ -1,6 +1,6 @@
 """Loading weights without half-loading them, and noticing when they change."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,7 +77,7 @@ class WeightWatch:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Generator[None]:
     """Runs a block with the model in evaluation mode, and restores every module's mode.
 
     Args:

@@ -15,7 +15,6 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-
 from trak.errors import InputError
 
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)

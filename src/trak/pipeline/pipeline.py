@@ -12,7 +12,7 @@ from torch import nn
 
 from trak.batches import batch_size, normalize
 from trak.errors import InputError, ModelIDException, PhaseError
-from trak.modelout_functions import describe_task
+from trak.pipeline.describe import as_model_id, describe_rows, store_metadata
 from trak.pipeline.model_state import WeightWatch, evaluation_mode, validate_state
 from trak.pipeline.order import refuse_shuffled_loader
 from trak.pipeline.project import RowMaker
@@ -109,7 +109,7 @@ class Pipeline:
         self.phase = Phase("featurize", model_id, "", WeightWatch(self.model))
 
     def start_scoring(
-        self, exp_name: str, checkpoint: Any, model_id: int, num_targets: int
+        self, exp_name: str, checkpoint: Any, model_id: int, num_targets: Any
     ) -> None:
         """Opens an experiment and loads the checkpoint's weights.
 
@@ -229,7 +229,8 @@ class Pipeline:
             Scores, `[n, m]`.
 
         Raises:
-            PhaseError: if no checkpoint is ready.
+            ModelIDException: if a checkpoint is not ready.
+            PhaseError: if none is.
         """
         self.verify()
         self.saver.refresh()
@@ -291,9 +292,7 @@ class Pipeline:
         normal = normalize(batch, device)
         what = "train_set_size" if phase.kind == "featurize" else "num_targets"
         size = batch_size(normal)
-        numbers = row_numbers(
-            inds, num_samples, phase.cursor, size, len(rows.done), what
-        )
+        numbers = row_numbers(inds, num_samples, phase.cursor, size, len(rows.done), what)
         if size and num_samples is not None and phase.cursor == 0:
             refuse_shuffled_loader()
         digests = hash_examples(normal, enabled=self.examples_are_checked)
@@ -320,7 +319,7 @@ class Pipeline:
         if check_ready is not None:
             check_ready(self.saver.checkpoint_digest(phase.model_id))
         names = numbers.tolist()
-        with torch.inference_mode(False), evaluation_mode(self.model):  # noqa: FBT003
+        with torch.inference_mode(False), evaluation_mode(self.model):
             values = {"examples": digests[:, None]}
             # Q first: it is cheap, and checks the labels
             weights = self.maker.loss_weights(batch, names)
@@ -381,90 +380,3 @@ class Pipeline:
                 f"model_id={model_id}: {describe_rows(missing)} were never scored."
             )
         return None
-
-
-def store_metadata(settings: RunSettings) -> dict[str, Any]:
-    """What a store is compared by, with upstream's names beside ours.
-
-    Args:
-        settings: the run's settings.
-
-    Returns:
-        JSON values.
-    """
-    described = settings.describe()
-    return {
-        "JL dimension": described["projection"]["proj_dim"],
-        "JL matrix type": described["projection"]["kind"],
-        "train set size": settings.train_set_size,
-        "fingerprint": settings.fingerprint(),
-        **described,
-    }
-
-
-def as_model_id(model_id: Any) -> int:
-    """Accepts Python and NumPy integers as checkpoint ids.
-
-    Args:
-        model_id: what the user gave.
-
-    Returns:
-        A Python integer.
-
-    Raises:
-        InputError: if it is no integer, or negative.
-    """
-    if isinstance(model_id, bool) or not isinstance(model_id, int | np.integer):
-        raise InputError(
-            f"model_id must be an integer, got {model_id!r}. Number the checkpoints "
-            "0, 1, 2, ..."
-        )
-    if model_id < 0:
-        raise InputError(f"model_id must be at least 0, got {model_id}.")
-    return int(model_id)
-
-
-def describe_rows(rows: NDArray[np.int64], limit: int = 8) -> str:
-    """Names rows, shortly.
-
-    Args:
-        rows: row numbers.
-        limit: how many to name.
-
-    Returns:
-        Text such as `3, 4, 5, ... and 12 more`.
-    """
-    shown = ", ".join(str(row) for row in rows[:limit])
-    return shown if len(rows) <= limit else f"{shown}, ... and {len(rows) - limit} more"
-
-
-def describe_run(
-    model: nn.Module,
-    task: Any,
-    layout: Iterable[str],
-    projection: dict[str, Any],
-    train_set_size: int,
-    dtype: torch.dtype,
-) -> RunSettings:
-    """Collects a run's settings.
-
-    Args:
-        model: the model.
-        task: the task.
-        layout: names of the selected parameters, in order.
-        projection: the projector's description.
-        train_set_size: `n`.
-        dtype: dtype of the stored rows.
-
-    Returns:
-        The settings.
-    """
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    return RunSettings(
-        train_set_size=train_set_size,
-        architecture={name: tuple(tensor.shape) for name, tensor in tensors},
-        grad_wrt=tuple(layout),
-        projection=projection,
-        precision=str(dtype).removeprefix("torch."),
-        task=describe_task(task),
-    )

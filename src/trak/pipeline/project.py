@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,9 +105,7 @@ class RowMaker:
         projector = self.projector
         if isinstance(projector, BlockProjector) and projector.layout is not None:
             parameters = dict(self.model.named_parameters())
-            double = any(
-                parameters[name].dtype is torch.float64 for name in self.layout
-            )
+            double = any(parameters[name].dtype is torch.float64 for name in self.layout)
             shape = (batch_size(batch), projector.proj_dim)
             dtype = torch.float64 if double else torch.float32
             out = torch.zeros(shape, dtype=dtype, device=self.device)

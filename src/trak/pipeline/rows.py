@@ -35,7 +35,6 @@ def row_numbers(
     Raises:
         InputError: if both or neither are given, they do not match the batch, repeat, or
             lie outside.
-        InputTypeError: if they are not integers.
     """
     if (inds is None) == (num_samples is None):
         raise InputError("Give exactly one of inds and num_samples.")

@@ -98,5 +98,5 @@ def _scorer(
 
 
 def _on(rows: Tensor, device: torch.device) -> Tensor:
-    """Rows on the device; file-backed rows stay where they are on a CPU."""
+    # file-backed rows stay where they are on a CPU
     return rows if device.type == "cpu" else rows.to(device)

@@ -21,6 +21,29 @@ class ProjectionType(str, Enum):
     sparse = "sparse"
 
 
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """CUDA where it is present and nothing was asked for, else the CPU.
+
+    Args:
+        device: what the user asked for.
+
+    Returns:
+        The device.
+
+    Raises:
+        InputError: if CUDA was asked for and is not there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device='cuda' was asked for, but this machine has no CUDA device that "
+            "torch can see. Use device='cpu', or leave device out."
+        )
+    return device
+
+
 class AbstractProjector(ABC):
     """Maps per-sample gradients `[b, p]` to `[b, k]`.
 
@@ -47,7 +70,7 @@ class AbstractProjector(ABC):
         self.proj_dim = proj_dim
         self.seed = seed
         self.proj_type = proj_type
-        self.device = device
+        self.device = resolve_device(device)
 
     @abstractmethod
     def project(self, grads: Tensor | Mapping[str, Tensor], model_id: int) -> Tensor:
@@ -61,31 +84,8 @@ class AbstractProjector(ABC):
             `[b, k]`.
         """
 
-    def free_memory(self) -> None:
+    def free_memory(self) -> None:  # noqa: B027 - nothing to drop unless overridden
         """Drops what can be computed again."""
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """CUDA where it is present and nothing was asked for, else the CPU.
-
-    Args:
-        device: what the user asked for.
-
-    Returns:
-        The device.
-
-    Raises:
-        InputError: if CUDA was asked for and is not there.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "device='cuda' was asked for, but this machine has no CUDA device that "
-            "torch can see. Use device='cpu', or leave device out."
-        )
-    return device
 
 
 class BlockProjector(AbstractProjector):
@@ -114,7 +114,6 @@ class BlockProjector(AbstractProjector):
         if layout is not None and sum(layout.values()) != grad_dim:
             total = sum(layout.values())
             raise InputError(f"The layout holds {total} scalars, grad_dim {grad_dim}.")
-        device = resolve_device(device)
         super().__init__(grad_dim, proj_dim, seed, proj_type, device)
         self.layout = None if layout is None else dict(layout)
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ DENSE_UP_TO = 1 << 25
 
 
 def make_projector(
-    layout: Mapping[str, int], proj_dim: int, seed: int, device: torch.device
+    layout: Mapping[str, int], proj_dim: Any, seed: int, device: torch.device
 ) -> BlockProjector:
     """Chooses by the size of the projection matrix: dense Rademacher or sparse.
 

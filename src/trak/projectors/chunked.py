@@ -47,9 +47,7 @@ class ChunkedCudaProjector(AbstractProjector):
                 f"for {len(sizes)} chunks."
             )
         first = projector_per_chunk[0]
-        super().__init__(
-            sum(sizes), first.proj_dim, first.seed, first.proj_type, device
-        )
+        super().__init__(sum(sizes), first.proj_dim, first.seed, first.proj_type, device)
         self.projector_per_chunk = list(projector_per_chunk)
         self.max_chunk_size = max_chunk_size
         self.params_per_chunk = sizes

@@ -89,7 +89,7 @@ def philox(
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """The 64-bit product of two 32-bit words, as its upper and lower word."""
+    # the 64-bit product of two 32-bit words, as its upper and lower word
     # constant * word may pass 2^63, so the constant is split: no partial product does
     low = (constant & 0xFFFF) * word
     high = (constant >> 16) * word + (low >> 16)

@@ -122,7 +122,7 @@ class BasicProjector(BlockProjector):
 
     def _generate(self, name: str, rows: tuple[int, int], model_id: int) -> Tensor:
         source = counter.stream(self.proj_type.value, self.seed, model_id, name)
-        return self._entries(source, rows, self.proj_dim, torch.device(self.device))
+        return self._entries(source, rows, self.proj_dim, self.device)
 
     def _cached(self, name: str, rows: tuple[int, int], model_id: int) -> Tensor:
         matrix = self._cache.get((name, rows[0]))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trak.projectors.abstract import AbstractProjector, ProjectionType, resolve_device
+from trak.projectors.abstract import AbstractProjector, ProjectionType
 from trak.utils import vectorize
 
 
@@ -28,7 +28,7 @@ class NoOpProjector(AbstractProjector):
         proj_type: str | ProjectionType = "na",
         device: str | torch.device | None = None,
     ) -> None:
-        super().__init__(grad_dim, proj_dim, seed, proj_type, resolve_device(device))
+        super().__init__(grad_dim, proj_dim, seed, proj_type, device)
 
     def project(self, grads: Tensor | Mapping[str, Tensor], model_id: int) -> Tensor:  # noqa: ARG002
         """Flattens the gradients and changes nothing else.

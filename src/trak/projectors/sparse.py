@@ -55,9 +55,7 @@ class SparseProjector(BlockProjector):
     ) -> None:
         if proj_type != ProjectionType.sparse:
             raise InputError(f"proj_type is 'sparse' here, got {proj_type!r}.")
-        super().__init__(
-            grad_dim, proj_dim, seed, ProjectionType.sparse, device, layout
-        )
+        super().__init__(grad_dim, proj_dim, seed, ProjectionType.sparse, device, layout)
         if not 1 <= nonzeros <= proj_dim:
             raise InputError(f"nonzeros is between 1 and {proj_dim}, got {nonzeros}.")
         self.nonzeros = nonzeros
@@ -124,11 +122,11 @@ class SparseProjector(BlockProjector):
     def _generate(
         self, name: str, rows: tuple[int, int], model_id: int
     ) -> tuple[Tensor, Tensor]:
-        """Columns and values of the nonzeros, each `[nonzeros, rows]`."""
+        # columns and values of the nonzeros, each [nonzeros, rows]
         source = counter.stream("sparse", self.seed, model_id, name)
         edges = [part * self.proj_dim // self.nonzeros for part in range(self.nonzeros)]
         edges.append(self.proj_dim)
-        device = torch.device(self.device)
+        device = self.device
         shape = (self.nonzeros, rows[1] - rows[0])
         columns = torch.empty(shape, dtype=torch.int64, device=device)
         values = torch.empty(shape, dtype=torch.float32, device=device)
@@ -151,7 +149,7 @@ class SparseProjector(BlockProjector):
 
 
 def _nonzero_columns(gradient: Tensor) -> Tensor | None:
-    """Columns of the groups that are not zero everywhere, if that leaves few."""
+    # columns of the groups that are not zero everywhere, if that leaves few
     num_samples, width = gradient.shape
     if width < _SCAN_FROM:
         return None
@@ -171,5 +169,5 @@ def _scatter(values: Tensor, columns: Tensor, out: Tensor) -> None:
     if out.is_cuda:
         out.index_add_(1, columns, values)
         return
-    for sample, row in zip(values, out, strict=True):
-        row += torch.bincount(columns, weights=sample, minlength=row.shape[0])
+    for j, sample in enumerate(values):
+        out[j] += torch.bincount(columns, weights=sample, minlength=out.shape[1])

@@ -21,9 +21,7 @@ class Rows(Protocol):
         """Reads what other processes have written since."""
         ...
 
-    def commit(
-        self, rows: NDArray[np.int64], values: Mapping[str, NDArray[Any]]
-    ) -> None:
+    def commit(self, rows: NDArray[np.int64], values: Mapping[str, NDArray[Any]]) -> None:
         """Writes rows of every array; they exist when this returns."""
         ...
 

@@ -1,6 +1,7 @@
 """Row files: plain `.npy` arrays that are written by `pwrite` and read by a map."""
 
 import io
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class RowFile:
         descriptor = os.open(self.path, os.O_WRONLY)
         try:
             for first, last in runs(rows):
-                data = memoryview(values[first:last].view(np.uint8).reshape(-1))
+                data = memoryview(values[first:last].tobytes())
                 offset = self._offset + int(rows[first]) * row_bytes
                 while data:
                     written = os.pwrite(descriptor, data, offset)
@@ -148,4 +149,4 @@ def runs(rows: NDArray[np.int64]) -> list[tuple[int, int]]:
     if len(rows) == 0:
         return []
     cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(itertools.pairwise(cuts))

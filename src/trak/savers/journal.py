@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,6 @@ class Journal:
 
         Raises:
             StoreCorruptedError: if a line that is not the last is damaged.
-            StoreMismatchError: if the journal is of another number of rows.
         """
         with self.path.open("rb") as file:
             file.seek(self._offset)
@@ -102,7 +101,7 @@ class Journal:
             self.done[start : start + count] = True
 
     @contextmanager
-    def _locked(self) -> Iterator[int]:
+    def _locked(self) -> Generator[int]:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -124,7 +123,7 @@ class Journal:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """The payload of a line, or None if the line is damaged."""
+    # None if the line is damaged
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         return None

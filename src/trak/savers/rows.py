@@ -50,9 +50,7 @@ class RowGroup:
         self._journal.refresh()
         return self._journal.done
 
-    def commit(
-        self, rows: NDArray[np.int64], values: Mapping[str, NDArray[Any]]
-    ) -> None:
+    def commit(self, rows: NDArray[np.int64], values: Mapping[str, NDArray[Any]]) -> None:
         """Writes rows of every array; they exist when this returns.
 
         Args:

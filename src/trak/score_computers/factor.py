@@ -129,8 +129,8 @@ def _singular(form: Form, eigenvalues: Tensor, ridge: float) -> str:
         f"The Gram matrix ({len(eigenvalues)} x {len(eigenvalues)}, {form}: no more "
         f"{what}) is singular to the precision of the stored rows: eigenvalues from "
         f"{low:.3g} to {high:.3g}. With lambda_reg={ridge:.3g} its inverse, and every "
-        "score, would be noise. This happens when proj_dim exceeds the number of training examples or "
-        "of parameters, and for unprojected softmax models, whose last layer has a "
+        "score, would be noise. This happens when proj_dim exceeds the number of "
+        "training examples or of parameters, and for unprojected softmax models, whose last layer has a "
         "direction without gradient. Leave lambda_reg out (a ridge of the mean squared "
         "row norm), set a positive one, or lower proj_dim."
     )

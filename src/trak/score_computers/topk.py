@@ -59,7 +59,7 @@ def top_scores(
 
 
 def _smallest(values: NDArray[np.floating], k: int) -> NDArray[np.int64]:
-    """Positions of the `k` smallest values of every column, in order, `[k, m]`."""
+    # positions of the k smallest values of every column, in order, [k, m]
     if k >= len(values):
         return np.argsort(values, axis=0, kind="stable")
     # everything below the k-th value, then ties in the order of their rows

@@ -1,0 +1,51 @@
+# Each target works alone on a fresh machine with Python 3.10 or newer.
+PYTHON ?= python3
+VENV := .venv
+UPSTREAM := .venv-traker
+BIN := $(VENV)/bin
+PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+
+.PHONY: demo test test-slow lint docs clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/qnli.py
+
+# the second environment holds the reference implementation, for the parity tests: both
+# packages are called trak
+test: $(VENV)/.dev $(UPSTREAM)/.installed
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+test-slow: $(VENV)/.dev $(UPSTREAM)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python $(PIP) "torch==2.13.0"
+	$(BIN)/python $(PIP) --editable ".[demo]"
+	touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python $(PIP) "torch==2.13.0"
+	$(BIN)/python $(PIP) --editable ".[dev,docs]"
+	touch $@ $(VENV)/.demo
+
+$(UPSTREAM)/.installed: constraints.txt
+	$(PYTHON) -m venv $(UPSTREAM)
+	$(UPSTREAM)/bin/python $(PIP) "torch==2.13.0"
+	$(UPSTREAM)/bin/python $(PIP) "traker==0.3.2" numpy
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(UPSTREAM) site trak_results

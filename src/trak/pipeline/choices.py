@@ -1,0 +1,65 @@
+"""What the facade's arguments stand for."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trak.errors import InputError
+from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
+
+
+def storage_dtype(parameters: Iterable[Tensor], use_half_precision: bool) -> torch.dtype:
+    """The dtype in which rows are stored.
+
+    Args:
+        parameters: the selected parameters.
+        use_half_precision: the user's wish.
+
+    Returns:
+        float16 if wished for; else float64 for float64 models, and float32 for others.
+    """
+    if use_half_precision:
+        return torch.float16
+    if any(p.dtype is torch.float64 for p in parameters):
+        return torch.float64
+    return torch.float32
+
+
+def make_scorer(
+    scorer: type[AbstractScoreComputer] | AbstractScoreComputer | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    logging_level: int,
+    lambda_reg: float | None,
+) -> AbstractScoreComputer:
+    """The score computer that the facade's arguments stand for.
+
+    Args:
+        scorer: an instance, a class, or None for `RidgeScoreComputer`.
+        dtype: dtype of the stored rows.
+        device: where to compute.
+        logging_level: handed to the class.
+        lambda_reg: the ridge; None lets `RidgeScoreComputer` choose and is 0, upstream's
+            default, for other classes.
+
+    Returns:
+        An instance.
+
+    Raises:
+        InputError: if an instance and a ridge are given.
+    """
+    if isinstance(scorer, AbstractScoreComputer):
+        if lambda_reg is not None:
+            raise InputError(
+                "score_computer is an instance with a ridge of its own; leave lambda_reg "
+                "out, or pass the class."
+            )
+        return scorer
+    cls: Any = scorer or RidgeScoreComputer
+    if not issubclass(cls, RidgeScoreComputer) and lambda_reg is None:
+        lambda_reg = 0.0
+    return cls(
+        dtype=dtype, device=device, logging_level=logging_level, lambda_reg=lambda_reg
+    )

@@ -1,0 +1,171 @@
+"""Gradient computers against the oracle."""
+
+import logging
+
+import pytest
+import torch
+from tests import cases, reference
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from trak.errors import InputError
+from trak.gradient_computers import (
+    AbstractGradientComputer,
+    FunctionalGradientComputer,
+    IterativeGradientComputer,
+)
+from trak.modelout_functions import (
+    ImageClassificationModelOutput,
+    IterativeImageClassificationModelOutput,
+)
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def collect(computer: AbstractGradientComputer, batch, names, model):
+    sizes = {n: p.numel() for n, p in model.named_parameters() if n in names}
+    blocks = {}
+    computer.run(batch, lambda block: blocks.update({block.name: block.gradient}), sizes)
+    return blocks
+
+
+def assert_equal(found, expected, dtype):
+    assert list(found) == list(expected)
+    scale = max(float(rows.abs().max()) for rows in expected.values())
+    for name, rows in expected.items():
+        assert found[name].dtype is dtype
+        error = float((found[name].double() - rows).abs().max()) if rows.numel() else 0.0
+        assert error <= TOLERANCE[dtype] * scale, name
+
+
+def flops(computer, batch):
+    with FlopCounterMode(display=False) as counter:
+        computer.compute_per_sample_grad(batch)
+    return counter.get_total_flops()
+
+
+def functional(model, grad_wrt=None, task=None):
+    task = task or ImageClassificationModelOutput()
+    return FunctionalGradientComputer(model=model, task=task, grad_wrt=grad_wrt)
+
+
+def iterative(model, grad_wrt=None):
+    task = IterativeImageClassificationModelOutput()
+    return IterativeGradientComputer(model=model, task=task, grad_wrt=grad_wrt)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("name", cases.NAMES)
+@pytest.mark.parametrize("make", [functional, iterative])
+def test_gradients_equal_the_oracle(make, name, size, dtype):
+    model, batch = cases.make(name, size, dtype)
+    expected = reference.gradient_rows(model, batch)
+    assert_equal(collect(make(model), batch, expected, model), expected, dtype)
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_one_backward_pass_a_sample_equals_vmap(name):
+    model, batch = cases.make(name, 5)
+    computer = functional(model)
+    with_vmap = computer.compute_per_sample_grad(batch)
+    computer._without_vmap = True
+    without = computer.compute_per_sample_grad(batch)
+    assert list(with_vmap) == list(without)
+    for key, rows in with_vmap.items():
+        torch.testing.assert_close(without[key], rows, rtol=1e-10, atol=1e-10)
+
+
+class DataDependent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.layer(x) if bool(x.sum() > 0) else self.layer(-x)
+
+
+def test_data_dependent_models_fall_back_with_one_log_line(caplog):
+    model = DataDependent().double()
+    batch = (torch.randn(6, 6, dtype=torch.float64), torch.randint(0, 3, (6,)))
+    computer = functional(model)
+    with caplog.at_level(logging.INFO, "trak"):
+        found = collect(computer, batch, {"layer.weight", "layer.bias"}, model)
+        collect(computer, batch, {"layer.weight", "layer.bias"}, model)
+    assert_equal(found, reference.gradient_rows(model, batch), torch.float64)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    assert "vmap" in lines[0]
+    assert "data-dependent" in lines[0]
+
+
+def test_errors_that_have_nothing_to_do_with_vmap_are_not_swallowed():
+    model, (inputs, labels) = cases.make("mlp", 3)
+    computer = functional(model)
+    with pytest.raises(RuntimeError, match="size"):
+        computer.compute_per_sample_grad((inputs[:, :2], labels))
+    assert not computer._without_vmap
+
+
+@pytest.mark.parametrize("make", [functional, iterative])
+def test_selection_happens_before_anything_is_computed(make):
+    model, batch = cases.make("mlp", 4)
+    names = ["3.weight", "3.bias"]
+    found = collect(make(model, names), batch, names, model)
+    assert_equal(found, reference.gradient_rows(model, batch, names), torch.float64)
+    assert flops(make(model, names), batch) < 0.6 * flops(make(model), batch)
+
+
+@pytest.mark.parametrize("make", [functional, iterative])
+def test_frozen_parameters_are_left_out_unless_named(make):
+    model, batch = cases.make("mlp", 4)
+    model[0].requires_grad_(False)
+    found = collect(make(model), batch, {"3.weight", "3.bias"}, model)
+    assert list(found) == ["3.weight", "3.bias"]
+    named = collect(make(model, ["0.bias"]), batch, {"0.bias"}, model)
+    assert not model[0].bias.requires_grad
+    model[0].requires_grad_(True)
+    expected = reference.gradient_rows(model, batch, ["0.bias"])
+    assert_equal(named, expected, torch.float64)
+
+
+def test_grad_wrt_may_be_a_generator_and_keeps_the_models_order():
+    model, _ = cases.make("mlp", 1)
+    computer = functional(model, (name for name in ["3.bias", "0.weight"]))
+    assert computer.selected == ("0.weight", "3.bias")
+
+
+@pytest.mark.parametrize("grad_wrt", [["3.wieght"], []])
+def test_wrong_selections_are_refused(grad_wrt):
+    model, _ = cases.make("mlp", 1)
+    with pytest.raises(InputError, match="grad_wrt"):
+        functional(model, grad_wrt)
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    model, _ = cases.make("mlp", 1)
+    model.requires_grad_(False)
+    with pytest.raises(InputError, match="requires a gradient"):
+        functional(model)
+
+
+@pytest.mark.parametrize("make", [functional, iterative])
+def test_gradients_do_not_depend_on_the_callers_grad_mode(make):
+    model, batch = cases.make("mlp", 3)
+    expected = reference.gradient_rows(model, batch)
+    with torch.no_grad():
+        found = collect(make(model), batch, expected, model)
+    assert_equal(found, expected, torch.float64)
+
+
+def test_the_model_is_left_as_it_was():
+    model, batch = cases.make("cnn", 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    flags = [p.requires_grad for p in model.parameters()]
+    for make in (functional, iterative):
+        make(model).compute_per_sample_grad(batch)
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    assert attributes == {name: set(vars(module)) for name, module in model.named_modules()}
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,268 @@
+"""Scores of whole runs against the oracle."""
+
+import numpy as np
+import pytest
+import torch
+from tests import cases, reference, runs
+
+from trak import TRAKer
+from trak.errors import InputError, NumericalError
+from trak.gradient_computers import IterativeGradientComputer
+from trak.projectors import BasicProjector, NoOpProjector, SparseProjector
+from trak.score_computers import (
+    AbstractScoreComputer,
+    BasicScoreComputer,
+    BasicSingleBlockScoreComputer,
+    RidgeScoreComputer,
+    top_scores,
+)
+
+
+def assert_scores(found, expected, tolerance=1e-6):
+    assert found.shape == expected.shape
+    assert np.isfinite(found).all()
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_scores_equal_the_oracle(name, count, tmp_path):
+    model, train, targets = runs.data(name, 30, 5)
+    states = cases.checkpoints(name, count)
+    traker = runs.make_traker(model, 30, tmp_path)
+    found = runs.whole_run(traker, train, targets, states)
+    assert found.dtype == np.float64
+    expected = runs.oracle(model, train, targets, states, traker.projector)
+    assert_scores(found, reference.trak_scores(expected))
+
+
+@pytest.mark.parametrize("n", [10, 60])
+@pytest.mark.parametrize("kind", ["normal", "rademacher", "sparse", "none"])
+def test_every_projection_with_more_and_fewer_rows_than_columns(kind, n, tmp_path):
+    model, train, targets = runs.data("mlp", n, 4)
+    states = cases.checkpoints("mlp", 1)
+    width = sum(p.numel() for p in model.parameters())
+    projector = {
+        "none": NoOpProjector(device="cpu"),
+        "sparse": SparseProjector(width, 24, 3, device="cpu", nonzeros=2),
+    }.get(kind) or BasicProjector(width, 24, 3, kind, "cpu")
+    traker = runs.make_traker(model, n, tmp_path, projector=projector)
+    found = runs.whole_run(traker, train, targets, states)
+    per_checkpoint = []
+    for phi, aims, q in runs.oracle(model, train, targets, states, None):
+        rows = [phi, aims]
+        if kind != "none":
+            matrix = projector.matrix("", width, 0).double()
+            rows = [part @ matrix for part in rows]
+        per_checkpoint.append((*rows, q))
+    assert_scores(found, reference.trak_scores(per_checkpoint))
+
+
+@pytest.mark.parametrize("n", [10, 60])
+def test_an_explicit_ridge_is_added_as_it_is(n, tmp_path):
+    model, train, targets = runs.data("mlp", n, 4)
+    states = cases.checkpoints("mlp", 2)
+    traker = runs.make_traker(model, n, tmp_path, lambda_reg=0.37, proj_dim=20)
+    found = runs.whole_run(traker, train, targets, states)
+    expected = runs.oracle(model, train, targets, states, traker.projector)
+    assert_scores(found, reference.trak_scores(expected, ridge=0.37))
+
+
+@pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-4), (True, 3e-2)])
+def test_float32_models_and_half_precision_rows(half, tolerance, tmp_path):
+    model, train, targets = runs.data("mlp", 40, 5, torch.float32)
+    states = cases.checkpoints("mlp", 2, torch.float32)
+    traker = runs.make_traker(model, 40, tmp_path, use_half_precision=half)
+    found = runs.whole_run(traker, train, targets, states)
+    assert found.dtype == np.float32
+    expected = runs.oracle(model, train, targets, states, traker.projector)
+    assert_scores(found, reference.trak_scores(expected), tolerance)
+
+
+def test_bfloat16_models(tmp_path):
+    model, train, targets = runs.data("mlp", 40, 5, torch.bfloat16)
+    states = cases.checkpoints("mlp", 1, torch.bfloat16)
+    traker = runs.make_traker(model, 40, tmp_path)
+    found = runs.whole_run(traker, train, targets, states)
+    model.double()
+    wide = [
+        tuple(p.double() if p.is_floating_point() else p for p in b)
+        for b in (train, targets)
+    ]
+    expected = runs.oracle(model, *wide, states, traker.projector)
+    correlation = np.corrcoef(found.ravel(), reference.trak_scores(expected).ravel())[0, 1]
+    assert correlation > 0.99
+
+
+def test_selected_parameters_only(tmp_path):
+    model, train, targets = runs.data("mlp", 30, 5)
+    names = ["3.weight", "3.bias"]
+    states = cases.checkpoints("mlp", 1)
+    traker = runs.make_traker(model, 30, tmp_path, grad_wrt=(n for n in names))
+    assert traker.num_params_for_grad == 18
+    found = runs.whole_run(traker, train, targets, states)
+    expected = runs.oracle(model, train, targets, states, traker.projector, names)
+    assert_scores(found, reference.trak_scores(expected))
+
+
+def test_the_iterative_computer_gives_the_same_scores(tmp_path):
+    model, train, targets = runs.data("cnn", 20, 3)
+    states = cases.checkpoints("cnn", 1)
+    usual = runs.make_traker(model, 20, tmp_path / "a")
+    first = runs.whole_run(usual, train, targets, states)
+    other = TRAKer(
+        model=model,
+        task="iterative_image_classification",
+        train_set_size=20,
+        save_dir=tmp_path / "b",
+        device="cpu",
+        proj_dim=16,
+        use_half_precision=False,
+        gradient_computer=IterativeGradientComputer,
+    )
+    assert_scores(runs.whole_run(other, train, targets, states), np.asarray(first), 1e-9)
+
+
+def test_positive_scores_raise_the_targets_output(tmp_path):
+    """One step of training on an example moves a target's output by its score's sign."""
+    model, train, targets = runs.data("mlp", 40, 6)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    projector = NoOpProjector(device="cpu")
+    traker = runs.make_traker(model, 40, tmp_path, projector=projector, lambda_reg=1e6)
+    scores = np.array(runs.whole_run(traker, train, targets, [state]))
+
+    def outputs():
+        return np.array([
+            reference.model_output(model, [p[j : j + 1] for p in targets]).item()
+            for j in range(6)
+        ])
+
+    before = outputs()
+    moves = np.empty_like(scores)
+    for i in range(40):
+        model.load_state_dict(state)
+        inputs, labels = (p[i : i + 1] for p in train)
+        torch.nn.functional.cross_entropy(model(inputs), labels).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 1e-4 * p.grad
+                p.grad = None
+        moves[i] = outputs() - before
+    # with a huge ridge TRAK is the gradient inner product, so the sign is exact
+    large = np.abs(moves) > 1e-3 * np.abs(moves).max()
+    assert (np.sign(moves) == np.sign(scores))[large].all()
+
+
+def test_a_singular_system_without_ridge_is_refused(tmp_path):
+    model, train, targets = runs.data("mlp", 60, 4)
+    options = {"projector": NoOpProjector(device="cpu"), "lambda_reg": 0.0}
+    traker = runs.make_traker(model, 60, tmp_path, **options)
+    with pytest.raises(NumericalError, match=r"singular.*lambda_reg"):
+        runs.whole_run(traker, train, targets, cases.checkpoints("mlp", 1))
+
+
+def test_fewer_rows_than_columns_without_ridge_gives_the_least_norm_solution(tmp_path):
+    model, train, targets = runs.data("mlp", 8, 4)
+    states = cases.checkpoints("mlp", 1)
+    traker = runs.make_traker(model, 8, tmp_path, proj_dim=30, lambda_reg=0.0)
+    found = runs.whole_run(traker, train, targets, states)
+    phi, aims, q = runs.oracle(model, train, targets, states, traker.projector)[0]
+    expected = (phi @ torch.linalg.pinv(phi.T @ phi, rtol=1e-12) @ aims.T * q).numpy()
+    assert_scores(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("ridge", [-1.0, float("nan"), float("inf")])
+def test_impossible_ridges_are_refused(ridge, tmp_path):
+    model, train, _ = runs.data("mlp", 8, 1)
+    traker = runs.make_traker(model, 8, tmp_path, lambda_reg=ridge)
+    runs.featurize(traker, train, model.state_dict())
+    with pytest.raises(InputError, match="ridge"):
+        traker.finalize_features()
+
+
+def test_another_ridge_needs_no_second_pass_over_the_data(tmp_path):
+    model, train, targets = runs.data("mlp", 30, 4)
+    states = cases.checkpoints("mlp", 1)
+    first = runs.make_traker(model, 30, tmp_path, lambda_reg=0.1)
+    runs.whole_run(first, train, targets, states)
+    second = runs.make_traker(model, 30, tmp_path, lambda_reg=2.0)
+    with pytest.raises(RuntimeError, match="finalize_features"):
+        second.finalize_scores("exp")
+    second.finalize_features()
+    expected = runs.oracle(model, train, targets, states, second.projector)
+    found = second.finalize_scores("exp")
+    assert_scores(found, reference.trak_scores(expected, ridge=2.0))
+
+
+class UpstreamStyle(AbstractScoreComputer):
+    """A user's score computer with upstream's three methods and nothing else."""
+
+    def __init__(self, dtype, device, logging_level, lambda_reg):
+        super().__init__(dtype, device)
+        self.ridge = lambda_reg
+
+    def get_xtx(self, grads):
+        return grads.T @ grads
+
+    def get_x_xtx_inv(self, grads, xtx):
+        return grads @ torch.linalg.inv(xtx + self.ridge * torch.eye(len(xtx)))
+
+    def get_scores(self, features, target_grads, accumulator):
+        accumulator += features @ target_grads.T
+
+
+@pytest.mark.parametrize("computer", [UpstreamStyle, BasicScoreComputer])
+def test_other_score_computers(computer, tmp_path):
+    model, train, targets = runs.data("mlp", 40, 4)
+    states = cases.checkpoints("mlp", 2)
+    traker = runs.make_traker(model, 40, tmp_path, score_computer=computer, lambda_reg=0.5)
+    found = runs.whole_run(traker, train, targets, states)
+    per_checkpoint = runs.oracle(model, train, targets, states, traker.projector)
+    if computer is BasicScoreComputer:
+        parts = []
+        for phi, aims, _ in per_checkpoint:
+            inverse = torch.linalg.inv(phi.T @ phi + 0.5 * torch.eye(16))
+            parts.append(phi @ (inverse / inverse.abs().mean()) @ aims.T)
+        weights = torch.stack([q for _, _, q in per_checkpoint]).mean(0)
+        expected = (torch.stack(parts).mean(0) * weights).numpy()
+        assert_scores(found, expected)
+    else:
+        assert_scores(found, reference.trak_scores(per_checkpoint, ridge=0.5), 1e-4)
+
+
+def test_upstreams_bare_score_computer_can_be_made(tmp_path):
+    model, train, targets = runs.data("mlp", 60, 4)
+    computer = BasicSingleBlockScoreComputer
+    traker = runs.make_traker(model, 60, tmp_path, score_computer=computer, proj_dim=8)
+    states = cases.checkpoints("mlp", 1)
+    found = runs.whole_run(traker, train, targets, states)
+    expected = runs.oracle(model, train, targets, states, traker.projector)
+    assert_scores(found, reference.trak_scores(expected, ridge=0.0), 1e-4)
+    with pytest.raises(InputError, match="no ridge"):
+        BasicSingleBlockScoreComputer(lambda_reg=0.1)
+
+
+def test_upstreams_methods_of_the_default_computer():
+    phi, aims = (
+        torch.randn(30, 6, dtype=torch.float64),
+        torch.randn(4, 6, dtype=torch.float64),
+    )
+    computer = RidgeScoreComputer()
+    features = computer.get_x_xtx_inv(phi, computer.get_xtx(phi))
+    scores = torch.zeros(30, 4, dtype=torch.float64)
+    computer.get_scores(features, aims, accumulator=scores)
+    torch.testing.assert_close(scores, reference.scores_before_q(phi, aims))
+
+
+@pytest.mark.parametrize("helpful", [True, False])
+@pytest.mark.parametrize("block", [7, 1000])
+def test_top_scores_equal_a_full_sort(block, helpful, monkeypatch):
+    monkeypatch.setattr("trak.score_computers.topk._BLOCK_ROWS", block)
+    scores = np.random.default_rng(0).integers(0, 20, (100, 6)).astype(np.float32)
+    found = top_scores(scores, 9, helpful=helpful)
+    order = np.argsort(-scores if helpful else scores, axis=0, kind="stable")[:9].T
+    assert np.array_equal(found.indices, order)
+    assert np.array_equal(found.scores, np.take_along_axis(scores.T, order, axis=1))
+    assert top_scores(scores, 500).indices.shape == (6, 100)
+    with pytest.raises(InputError, match="k must be"):
+        top_scores(scores, 0)
