@@ -1,5 +1,7 @@
 """Projectors against their written-out matrices, and the statistics they promise."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -154,7 +156,7 @@ def test_sparse_rows_have_one_entry_in_each_part(nonzeros):
     matrix = SparseProjector(70, 20, 0, device="cpu", nonzeros=nonzeros).matrix("", 70, 0)
     assert ((matrix != 0).sum(1) == nonzeros).all()
     edges = [part * 20 // nonzeros for part in range(nonzeros)] + [20]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         part = matrix[:, start:stop]
         assert ((part != 0).sum(1) == 1).all()
         assert torch.allclose(part[part != 0].abs(), torch.tensor((stop - start) ** 0.5))

@@ -1,5 +1,6 @@
 """The store: bytes, crashes, damage and several processes."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -161,10 +162,8 @@ def test_a_death_at_any_write_loses_no_committed_row(call, tmp_path, monkeypatch
             return real(*args)
 
         monkeypatch.setattr(os, call, die)
-        try:
+        with contextlib.suppress(Stop):
             commit(RowGroup(tmp_path / "j", 8, arrays), 1 + deadline)
-        except Stop:
-            pass
         monkeypatch.setattr(os, call, real)
         group = RowGroup(tmp_path / "j", 8, arrays)
         for name in ("x", "q"):
