@@ -150,7 +150,7 @@ class Pipeline:
         rows = self.saver.train_rows(phase.model_id)
         others = [
             (f"model_id={other}", self.saver.train_rows(other))
-            for other in sorted(self.saver.model_ids)
+            for other in self._own_first(phase.model_id)
         ]
         self._store(phase, rows, others, batch, inds, num_samples)
 
@@ -177,7 +177,7 @@ class Pipeline:
                 f"experiment {phase.exp_name!r} of model_id={other}",
                 self.saver.target_rows(phase.exp_name, other),
             )
-            for other in sorted(self.saver.model_ids)
+            for other in self._own_first(phase.model_id)
             if self.saver.has_targets(phase.exp_name, other)
         ]
         self._store(phase, rows, others, batch, inds, num_samples)
@@ -304,9 +304,13 @@ class Pipeline:
                 phase, narrow(normal, wanted), numbers[wanted], digests[wanted]
             )
             rows.commit(numbers[wanted], values)
-            self.saver.refresh()
+            self.saver.refresh(phase.model_id)
         if num_samples is not None:
             phase.cursor += size
+
+    def _own_first(self, model_id: int) -> list[int]:
+        others = sorted(set(self.saver.model_ids) - {model_id})
+        return [model_id, *others]
 
     def _values(
         self,

@@ -62,8 +62,12 @@ class AbstractSaver(ABC):
         """
 
     @abstractmethod
-    def refresh(self) -> None:
-        """Brings `model_ids` and `experiments` up to date with the disk."""
+    def refresh(self, model_id: int | None = None) -> None:
+        """Brings `model_ids` and `experiments` up to date with the disk.
+
+        Args:
+            model_id: look at this checkpoint only.
+        """
 
     @abstractmethod
     def checkpoint_digest(self, model_id: int) -> str | None:

@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from trak.errors import StoreCorruptedError
-from trak.savers.filesystem import link_new, temporary_path
+from trak.savers.filesystem import link_new, sync_directory, temporary_path
 
 
 class RowFile:
@@ -98,6 +99,32 @@ class RowFile:
                 f"{found[:80]!r}. Remove its folder and featurize again."
             )
         return len(header)
+
+
+def write_array(
+    path: Path,
+    shape: tuple[int, int],
+    dtype: Any,
+    blocks: Iterable[tuple[int, NDArray[Any]]],
+) -> None:
+    """Writes a whole array; a reader or a crash sees the old file or the new one.
+
+    Args:
+        path: the file.
+        shape: rows and columns.
+        dtype: the dtype.
+        blocks: first row and rows of stretches that cover the array.
+    """
+    temporary = temporary_path(path)
+    temporary.unlink()
+    try:
+        file = RowFile(temporary, shape, dtype)
+        for start, block in blocks:
+            file.write(np.arange(start, start + len(block)), block)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
 
 
 def npy_header(shape: tuple[int, int], dtype: np.dtype[Any]) -> bytes:

@@ -1,7 +1,6 @@
 """The store: one folder, readable with NumPy and a text editor. See FORMAT.md."""
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trak.errors import (
-    InputError,
     ModelIDException,
     PhaseError,
     StoreCorruptedError,
     StoreMismatchError,
 )
 from trak.savers.abstract import AbstractSaver
-from trak.savers.arrays import RowFile
+from trak.savers.arrays import RowFile, write_array
 from trak.savers.filesystem import (
     create_json,
     read_json,
     replace_json,
     sync_directory,
-    temporary_path,
 )
+from trak.savers.layout import StoreLayout
 from trak.savers.rows import RowGroup
 from trak.savers.view import CurrentStore
 from trak.settings import differences
@@ -70,7 +68,8 @@ class MmapSaver(AbstractSaver):
         self.proj_dim = proj_dim
         self.load_from_save_dir = load_from_save_dir
         default = "float16" if use_half_precision else "float32"
-        self.dtype = np.dtype(self.metadata.get("precision", default))
+        dtype = np.dtype(self.metadata.get("precision", default))
+        self._layout = StoreLayout(self.save_dir, train_set_size, proj_dim, dtype)
         self.model_ids: dict[int, dict[str, int]] = {}
         self.experiments: dict[str, dict[str, Any]] = {}
         self.current_store = CurrentStore(self)
@@ -124,16 +123,25 @@ class MmapSaver(AbstractSaver):
                 f"{shown}{more}\nUse another save_dir, or the settings of the store."
             )
 
-    def refresh(self) -> None:
-        """Brings `model_ids` and `experiments` up to date with the disk."""
-        for model_id in self.model_ids:
-            done = self.train_rows(model_id).refresh()
-            self.model_ids[model_id] = {
+    def refresh(self, model_id: int | None = None) -> None:
+        """Brings `model_ids` and `experiments` up to date with the disk.
+
+        Args:
+            model_id: look at this checkpoint only.
+        """
+        if model_id is None:
+            self._refresh_experiments()
+        for each in self.model_ids if model_id is None else [model_id]:
+            done = self.train_rows(each).refresh()
+            factor = self._layout.checkpoint(each) / "factor.json"
+            self.model_ids[each] = {
                 "is_featurized": int(done.all()),
-                "is_finalized": int((self._folder(model_id) / "factor.json").exists()),
+                "is_finalized": int(factor.exists()),
             }
+
+    def _refresh_experiments(self) -> None:
         for name in self.experiments:
-            path = self._experiment_path(name)
+            path = self._layout.experiment(name)
             if path.exists():
                 self.experiments[name] = read_json(path)
 
@@ -146,7 +154,7 @@ class MmapSaver(AbstractSaver):
         Returns:
             The hash, or None if the id is new.
         """
-        path = self._folder(model_id) / "checkpoint.json"
+        path = self._layout.checkpoint(model_id) / "checkpoint.json"
         return read_json(path)["digest"] if path.exists() else None
 
     def register_model_id(self, model_id: int, digest: str) -> None:
@@ -159,7 +167,7 @@ class MmapSaver(AbstractSaver):
         Raises:
             StoreMismatchError: if the id belongs to other weights.
         """
-        folder = self._folder(model_id)
+        folder = self._layout.checkpoint(model_id)
         if self.checkpoint_digest(model_id) is None:
             folder.mkdir(exist_ok=True)
             sync_directory(self.save_dir)
@@ -203,16 +211,7 @@ class MmapSaver(AbstractSaver):
             Their arrays, `[n, k]`, `[n, 1]` and `[n, 1]`.
         """
         if model_id not in self._train:
-            folder = self._folder(model_id)
-            self._train[model_id] = RowGroup(
-                folder / "grads.journal",
-                self.train_set_size,
-                {
-                    "grads": (folder / "grads.mmap", self.proj_dim, self.dtype),
-                    "out_to_loss": (folder / "out_to_loss.mmap", 1, self._q_dtype()),
-                    "examples": (folder / "examples.mmap", 1, np.int64),
-                },
-            )
+            self._train[model_id] = self._layout.train_rows(model_id)
         return self._train[model_id]
 
     def save_factor(
@@ -225,11 +224,11 @@ class MmapSaver(AbstractSaver):
             matrix: `[q, q]`.
             info: how it was made.
         """
-        folder = self._folder(model_id)
+        folder = self._layout.checkpoint(model_id)
         (folder / "factor.json").unlink(missing_ok=True)
         sync_directory(folder)
-        _write_array(folder / "factor.npy", np.asarray(matrix, np.float64))
-        shape = list(matrix.shape)
+        shape = (matrix.shape[0], matrix.shape[1])
+        write_array(folder / "factor.npy", shape, np.float64, [(0, matrix)])
         replace_json(folder / "factor.json", {**info, "shape": shape})
         self.refresh()
 
@@ -245,7 +244,7 @@ class MmapSaver(AbstractSaver):
         Raises:
             ModelIDException: if the checkpoint is not finalized.
         """
-        folder = self._folder(model_id)
+        folder = self._layout.checkpoint(model_id)
         if not (folder / "factor.json").exists():
             raise ModelIDException(
                 f"model_id={model_id} in {self.save_dir} is not finalized. Call "
@@ -282,7 +281,7 @@ class MmapSaver(AbstractSaver):
             StoreMismatchError: if the name is taken by one with other targets.
             ModelIDException: if the checkpoint is not in the store.
         """
-        path = self._experiment_path(exp_name)
+        path = self._layout.experiment(exp_name)
         if self.checkpoint_digest(model_id) is None:
             raise ModelIDException(
                 f"model_id={model_id} is not in {self.save_dir}, which holds "
@@ -318,19 +317,8 @@ class MmapSaver(AbstractSaver):
         """
         key = (exp_name, model_id)
         if key not in self._targets:
-            folder = self._folder(model_id)
-            self._targets[key] = RowGroup(
-                folder / f"{exp_name}_grads.journal",
-                self.experiment(exp_name)["num_targets"],
-                {
-                    "grads": (
-                        folder / f"{exp_name}_grads.mmap",
-                        self.proj_dim,
-                        self.dtype,
-                    ),
-                    "examples": (folder / f"{exp_name}_examples.mmap", 1, np.int64),
-                },
-            )
+            num_targets = self.experiment(exp_name)["num_targets"]
+            self._targets[key] = self._layout.target_rows(exp_name, model_id, num_targets)
         return self._targets[key]
 
     def has_targets(self, exp_name: str, model_id: int) -> bool:
@@ -343,7 +331,7 @@ class MmapSaver(AbstractSaver):
         Returns:
             True if it has target rows.
         """
-        return (self._folder(model_id) / f"{exp_name}_grads.journal").exists()
+        return self._layout.target_journal(exp_name, model_id).exists()
 
     def experiment(self, exp_name: str) -> dict[str, Any]:
         """What is recorded of an experiment.
@@ -357,7 +345,7 @@ class MmapSaver(AbstractSaver):
         Raises:
             PhaseError: if there is none of this name.
         """
-        path = self._experiment_path(exp_name)
+        path = self._layout.experiment(exp_name)
         if not path.exists():
             names = sorted(p.stem for p in path.parent.glob("*.json"))
             raise PhaseError(
@@ -384,19 +372,10 @@ class MmapSaver(AbstractSaver):
         """
         record = self.experiment(exp_name)
         path = self.save_dir / record["scores_path"]
-        temporary = temporary_path(path)
-        temporary.unlink()
-        try:
-            shape = (self.train_set_size, record["num_targets"])
-            file = RowFile(temporary, shape, self._score_dtype())
-            for start, block in blocks:
-                file.write(np.arange(start, start + len(block)), block)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_directory(path.parent)
+        shape = (self.train_set_size, record["num_targets"])
+        write_array(path, shape, self._layout.score_dtype, blocks)
         record = {**record, **info, "scores_finalized": 1}
-        replace_json(self._experiment_path(exp_name), record)
+        replace_json(self._layout.experiment(exp_name), record)
         self.experiments.setdefault(exp_name, {})
         self.refresh()
         return self.load_scores(exp_name)
@@ -424,7 +403,7 @@ class MmapSaver(AbstractSaver):
         if not path.exists():
             raise StoreCorruptedError(f"{path} is gone; call finalize_scores again.")
         shape = (self.train_set_size, record["num_targets"])
-        return RowFile(path, shape, self._score_dtype()).read()
+        return RowFile(path, shape, self._layout.score_dtype).read()
 
     def load_current_store(
         self,
@@ -442,33 +421,3 @@ class MmapSaver(AbstractSaver):
         self.current_model_id = model_id
         if exp_name is not None:
             self.current_experiment_name = exp_name
-
-    def _folder(self, model_id: int) -> Path:
-        return self.save_dir / str(model_id)
-
-    def _experiment_path(self, exp_name: str) -> Path:
-        if not re.fullmatch(r"[\w\-+=@,()\[\] ][\w\-+=@,.()\[\] ]*", exp_name):
-            raise InputError(
-                f"exp_name becomes a file name: use letters, digits, '_', '-' and '.', "
-                f"and no leading '.'; got {exp_name!r}."
-            )
-        return self.save_dir / "experiments" / f"{exp_name}.json"
-
-    def _q_dtype(self) -> np.dtype[Any]:
-        # Q lies in (0, 1] and reaches below float16's range for confident models
-        return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
-
-    def _score_dtype(self) -> np.dtype[Any]:
-        return self._q_dtype()
-
-
-def _write_array(path: Path, matrix: NDArray[Any]) -> None:
-    temporary = temporary_path(path)
-    temporary.unlink()
-    try:
-        file = RowFile(temporary, (matrix.shape[0], matrix.shape[1]), matrix.dtype)
-        file.write(np.arange(len(matrix)), matrix)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)

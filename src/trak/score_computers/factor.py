@@ -124,13 +124,13 @@ def factorize(
 
 def _singular(form: Form, eigenvalues: Tensor, ridge: float) -> str:
     what = "rows than columns" if form == "dual" else "columns than rows"
-    low, high = float(eigenvalues[0]), float(eigenvalues[-1])
+    size, low, high = len(eigenvalues), float(eigenvalues[0]), float(eigenvalues[-1])
     return (
-        f"The Gram matrix ({len(eigenvalues)} x {len(eigenvalues)}, {form}: no more "
-        f"{what}) is singular to the precision of the stored rows: eigenvalues from "
-        f"{low:.3g} to {high:.3g}. With lambda_reg={ridge:.3g} its inverse, and every "
-        "score, would be noise. This happens when proj_dim exceeds the number of "
-        "training examples or of parameters, and for unprojected softmax models, whose last layer has a "
-        "direction without gradient. Leave lambda_reg out (a ridge of the mean squared "
-        "row norm), set a positive one, or lower proj_dim."
+        f"The Gram matrix ({size} x {size}, {form}: no more {what}) is singular to the "
+        f"precision of the stored rows: eigenvalues from {low:.3g} to {high:.3g}. With "
+        f"lambda_reg={ridge:.3g} its inverse, and every score, would be noise. This "
+        "happens when proj_dim exceeds the number of training examples or of parameters, "
+        "and for unprojected softmax models, whose last layer has a direction without "
+        "gradient. Leave lambda_reg out (a ridge of the mean squared row norm), set a "
+        "positive one, or lower proj_dim."
     )

@@ -1,0 +1,122 @@
+"""Where things lie in a store, and in which dtype. The normative text is FORMAT.md."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trak.errors import InputError, StoreMismatchError
+from trak.savers.rows import RowGroup
+
+
+class StoreLayout:
+    """Paths, dtypes and row groups of a store.
+
+    Args:
+        save_dir: the store's folder.
+        num_rows: number of training examples, `n`.
+        width: projection dimension, `k`.
+        dtype: dtype of projected gradients.
+    """
+
+    def __init__(self, save_dir: Path, num_rows: int, width: int, dtype: Any) -> None:
+        self.save_dir = save_dir
+        self.num_rows = num_rows
+        self.width = width
+        self.dtype = np.dtype(dtype)
+        # Q lies in (0, 1] and reaches below float16's range for confident models
+        wide = np.float64 if self.dtype == np.float64 else np.float32
+        self.q_dtype = self.score_dtype = np.dtype(wide)
+
+    def checkpoint(self, model_id: int) -> Path:
+        """A checkpoint's folder.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            Its path.
+        """
+        return self.save_dir / str(model_id)
+
+    def experiment(self, exp_name: str) -> Path:
+        """An experiment's record.
+
+        Args:
+            exp_name: the experiment.
+
+        Returns:
+            Its path.
+
+        Raises:
+            InputError: if the name cannot be a file name.
+        """
+        if not re.fullmatch(r"[\w\-+=@,()\[\] ][\w\-+=@,.()\[\] ]*", exp_name):
+            raise InputError(
+                "exp_name becomes a file name: use letters, digits, '_', '-' and '.', and "
+                f"no leading '.'; got {exp_name!r}."
+            )
+        return self.save_dir / "experiments" / f"{exp_name}.json"
+
+    def train_rows(self, model_id: int) -> RowGroup:
+        """Creates or opens a checkpoint's rows.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            `grads` `[n, k]`, `out_to_loss` `[n, 1]` and `examples` `[n, 1]`.
+        """
+        folder = self.checkpoint(model_id)
+        self._refuse_other_writers(folder)
+        arrays = {
+            "grads": (folder / "grads.mmap", self.width, self.dtype),
+            "out_to_loss": (folder / "out_to_loss.mmap", 1, self.q_dtype),
+            "examples": (folder / "examples.mmap", 1, np.int64),
+        }
+        return RowGroup(folder / "grads.journal", self.num_rows, arrays)
+
+    def target_journal(self, exp_name: str, model_id: int) -> Path:
+        """The journal of an experiment's targets.
+
+        Args:
+            exp_name: the experiment.
+            model_id: the checkpoint.
+
+        Returns:
+            Its path.
+        """
+        return self.checkpoint(model_id) / f"{exp_name}_grads.journal"
+
+    def target_rows(self, exp_name: str, model_id: int, num_targets: int) -> RowGroup:
+        """Creates or opens an experiment's rows.
+
+        Args:
+            exp_name: the experiment.
+            model_id: the checkpoint.
+            num_targets: how many targets it has, `m`.
+
+        Returns:
+            `grads` `[m, k]` and `examples` `[m, 1]`.
+        """
+        folder = self.checkpoint(model_id)
+        self._refuse_other_writers(folder)
+        arrays = {
+            "grads": (folder / f"{exp_name}_grads.mmap", self.width, self.dtype),
+            "examples": (folder / f"{exp_name}_examples.mmap", 1, np.int64),
+        }
+        journal = self.target_journal(exp_name, model_id)
+        return RowGroup(journal, num_targets, arrays)
+
+    def _refuse_other_writers(self, folder: Path) -> None:
+        others = sorted(
+            path.name
+            for path in folder.glob("*.journal")
+            if re.search(r"\.w\d+\.journal$", path.name)
+        )
+        if others:
+            raise StoreMismatchError(
+                f"{folder} holds rows of further writers ({others[0]}), which this "
+                "version cannot read; the rows it would see are not all there are."
+            )
