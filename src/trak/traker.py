@@ -280,8 +280,7 @@ class TRAKer:
         Returns:
             `[n, m]`.
         """
-        self._pipeline.verify()
-        return self.saver.load_scores(exp_name)
+        return self._pipeline.scores(exp_name)
 
     def top_k(self, exp_name: str, k: int = 10, *, helpful: bool = True) -> TopScores:
         """The training examples with the strongest scores for every target.

@@ -50,7 +50,10 @@ class AbstractModelOutput(ABC):
     def get_out_to_loss_grad(
         self, model: Any, weights: Any, buffers: Any, batch: Any
     ) -> Tensor:
-        """The derivative of the loss by the model output, up to its sign.
+        """Q, minus the derivative of the loss by the model output: `-dloss/df`.
+
+        Positive where raising the output lowers the loss; with the other sign, every score
+        would flip.
 
         Args:
             model: the model.

@@ -61,7 +61,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def one_minus_probability(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """`Q = 1 - p`, the derivative of `log(1 + exp(-f))` by `f`, up to its sign.
+    """`Q = 1 - p`, minus the derivative of the loss `log(1 + exp(-f))` by `f`.
 
     Park et al. 2023, Sec. 3.3. Computed as `sigmoid(-margin)`, which keeps its relative
     precision where `1 - softmax` would round to 0.

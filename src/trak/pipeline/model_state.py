@@ -63,7 +63,7 @@ class WeightWatch:
         """Refuses to go on with other weights than those that were loaded.
 
         Raises:
-            PhaseError: if a parameter was changed in place.
+            PhaseError: if a parameter or buffer was changed in place.
         """
         if self._read() != self._versions:
             raise PhaseError(
@@ -73,7 +73,8 @@ class WeightWatch:
             )
 
     def _read(self) -> list[tuple[int, int]]:
-        return [(id(p), p._version) for p in self._model.parameters()]  # noqa: SLF001
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        return [(id(t), t._version) for t in tensors]  # noqa: SLF001
 
 
 @contextmanager

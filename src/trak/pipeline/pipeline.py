@@ -248,14 +248,39 @@ class Pipeline:
                 )
         if not ready:
             raise PhaseError(f"No checkpoint is ready to score {exp_name!r}.")
-        scores = self.saver.save_scores(
-            exp_name,
-            score_blocks(self.scorer, self.saver, exp_name, ready, self.maker.device),
-            {"model_ids": ready, "computer": type(self.scorer).__name__},
-        )
+        blocks = score_blocks(self.scorer, self.saver, exp_name, ready, self.maker.device)
+        info = {"model_ids": ready, "factors": self._factors(ready)}
+        scores = self.saver.save_scores(exp_name, blocks, info)
         if self.phase is not None:
             self.phase.cursor = 0
         return scores
+
+    def scores(self, exp_name: str) -> NDArray[Any]:
+        """Reads an experiment's scores, if they are still what the store would give.
+
+        Args:
+            exp_name: the experiment.
+
+        Returns:
+            Scores, `[n, m]`.
+
+        Raises:
+            PhaseError: if a checkpoint was finalized anew since.
+        """
+        self.verify()
+        scores = self.saver.load_scores(exp_name)
+        record = self.saver.experiment(exp_name)
+        if record["factors"] != self._factors(record["model_ids"]):
+            raise PhaseError(
+                f"The scores of {exp_name!r} were computed before a checkpoint was "
+                "finalized with another ridge or score computer. Call "
+                f"finalize_scores(exp_name={exp_name!r}) again."
+            )
+        return scores
+
+    def _factors(self, model_ids: list[int]) -> dict[str, Any]:
+        # JSON object keys are strings
+        return {str(i): self.saver.load_factor(i)[1] for i in model_ids}
 
     def features(self, model_id: int) -> NDArray[Any]:
         """Upstream's features of a checkpoint, computed when asked for and kept.

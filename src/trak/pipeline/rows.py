@@ -15,6 +15,8 @@ from trak.savers import Rows
 
 RowNumbers = NDArray[np.int64]
 
+_UNDERFLOW = 0.05  # of a row's norm lost to rounding; float16's normal range loses 0.0005
+
 
 def row_numbers(
     inds: Any, num_samples: int | None, cursor: int, size: int, num_rows: int, what: str
@@ -120,9 +122,20 @@ def to_store(rows: Tensor, dtype: torch.dtype, numbers: RowNumbers) -> NDArray[A
         `[b, k]`.
 
     Raises:
-        NumericalError: names the first row beyond the dtype's range.
+        NumericalError: names the first row beyond the dtype's range or below it.
     """
     rounded = rows.to(dtype)
+    size = torch.linalg.vector_norm(rows, dim=1)
+    lost = torch.linalg.vector_norm(rounded.to(rows.dtype) - rows, dim=1)
+    small = lost > _UNDERFLOW * size
+    if small.any() and torch.isfinite(rounded).all():
+        bad = int(small.nonzero()[0])
+        raise NumericalError(
+            f"The projected gradient of sample {numbers[bad]} is so small "
+            f"({float(rows[bad].abs().max()):.3g} at most) that {dtype} loses it to "
+            "rounding. Nothing of this batch was stored. Use use_half_precision=False "
+            "with a new save_dir."
+        )
     finite = torch.isfinite(rounded).all(dim=1)
     if not finite.all():
         bad = int((~finite).nonzero()[0])

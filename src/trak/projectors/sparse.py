@@ -19,13 +19,13 @@ _CACHE_BYTES = 1 << 30
 
 
 class SparseProjector(BlockProjector):
-    """Each row of the matrix has `nonzeros` entries of value +-sqrt(k / nonzeros).
+    """Each row of the matrix has `nonzeros` nonzero entries.
 
-    The `k` columns are cut into `nonzeros` parts of near-equal width and every row has
-    one entry in each part, in a uniformly drawn column: the block construction of Kane
-    and Nelson 2014, "Sparser Johnson-Lindenstrauss transforms", Sec. 1.1 (with one
-    nonzero, the CountSketch of Charikar, Chen, Farach-Colton 2002). Scaled so that
-    entries have variance 1 and `E<P^T x, P^T y> = k <x, y>`, like the dense kinds; with
+    The `k` columns are cut into `nonzeros` parts of near-equal width `w` and every row
+    has one entry of value +-sqrt(w) in each part, in a uniformly drawn column: the
+    block construction of Kane and Nelson 2014, "Sparser Johnson-Lindenstrauss
+    transforms", Sec. 1.1 (with one nonzero, the CountSketch of Charikar, Chen and
+    Farach-Colton 2002). Scaled so that entries have variance 1 and `E<P^T x, P^T y> = k <x, y>`, like the dense kinds; with
     one nonzero the variance of `<P^T x, P^T y> / k` is
     `(|x|^2 |y|^2 + <x, y>^2 - 2 sum_j x_j^2 y_j^2) / k`.
 

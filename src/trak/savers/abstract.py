@@ -90,6 +90,17 @@ class AbstractSaver(ABC):
         """
 
     @abstractmethod
+    def experiment(self, exp_name: str) -> dict[str, Any]:
+        """What is recorded of an experiment.
+
+        Args:
+            exp_name: the experiment.
+
+        Returns:
+            Its record.
+        """
+
+    @abstractmethod
     def init_experiment(self, exp_name: str, num_targets: int, model_id: int) -> None:
         """Creates or opens an experiment for a checkpoint.
 

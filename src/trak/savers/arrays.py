@@ -3,7 +3,8 @@
 import io
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class RowFile:
         self._offset = self._check()
 
     def write(self, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
-        """Writes rows, without waiting for the disk.
+        """Writes rows and waits until they are on disk.
 
         Args:
             rows: row numbers, `[b]`.
@@ -101,26 +102,22 @@ class RowFile:
         return len(header)
 
 
-def write_array(
-    path: Path,
-    shape: tuple[int, int],
-    dtype: Any,
-    blocks: Iterable[tuple[int, NDArray[Any]]],
-) -> None:
+@contextmanager
+def new_array(path: Path, shape: tuple[int, int], dtype: Any) -> Generator[RowFile]:
     """Writes a whole array; a reader or a crash sees the old file or the new one.
 
     Args:
-        path: the file.
+        path: the file, replaced at the end.
         shape: rows and columns.
         dtype: the dtype.
-        blocks: first row and rows of stretches that cover the array.
+
+    Yields:
+        The file to fill, under a temporary name.
     """
     temporary = temporary_path(path)
     temporary.unlink()
     try:
-        file = RowFile(temporary, shape, dtype)
-        for start, block in blocks:
-            file.write(np.arange(start, start + len(block)), block)
+        yield RowFile(temporary, shape, dtype)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

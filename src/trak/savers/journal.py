@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from trak.errors import StoreCorruptedError, StoreMismatchError
 from trak.savers.arrays import runs
+from trak.savers.filesystem import sync_directory
 
 FORMAT = 1
 
@@ -52,6 +53,7 @@ class Journal:
                 if not self._offset:
                     header = {"format": FORMAT, "writer": 0, "rows": [0, num_rows]}
                     self._append(descriptor, header)
+            sync_directory(path.parent)
 
     def append(self, rows: NDArray[np.int64]) -> None:
         """Records rows that are on disk, and waits until the record is too.
@@ -83,7 +85,7 @@ class Journal:
                     return  # the last line: torn by a crash
                 raise StoreCorruptedError(
                     f"{self.path} is damaged at byte {self._offset}: the line's "
-                    "checksum does not match. Remove its folder and featurize again."
+                    "checksum or JSON is wrong. Remove its folder and featurize again."
                 )
             self._apply(payload)
             self._offset += len(line) + 1
@@ -98,6 +100,12 @@ class Journal:
                 )
             return
         for start, count in payload["done"]:
+            if start < 0 or count < 1 or start + count > self.num_rows:
+                raise StoreCorruptedError(
+                    f"{self.path} lists rows {start} to {start + count - 1} at byte "
+                    f"{self._offset}; there are {self.num_rows}. Remove its folder and "
+                    "featurize again."
+                )
             self.done[start : start + count] = True
 
     @contextmanager
@@ -127,4 +135,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     checksum, _, text = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(text):
         return None
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -15,7 +15,7 @@ from trak.errors import (
     StoreMismatchError,
 )
 from trak.savers.abstract import AbstractSaver
-from trak.savers.arrays import RowFile, write_array
+from trak.savers.arrays import RowFile, new_array
 from trak.savers.filesystem import (
     create_json,
     read_json,
@@ -86,9 +86,10 @@ class MmapSaver(AbstractSaver):
         self.verify(self.metadata)
         if self.load_from_save_dir:
             folders = self.save_dir.glob("*/checkpoint.json")
-            self.model_ids = {int(path.parent.name): {} for path in folders}
-            names = (self.save_dir / "experiments").glob("*.json")
-            self.experiments = {path.stem: {} for path in names}
+            names = [path.parent.name for path in folders]
+            self.model_ids = {int(name): {} for name in names if name.isdecimal()}
+            records = (self.save_dir / "experiments").glob("*.json")
+            self.experiments = {path.stem: {} for path in records}
         self.refresh()
         finalized = [i for i, v in sorted(self.model_ids.items()) if v["is_finalized"]]
         logger.info(
@@ -228,7 +229,8 @@ class MmapSaver(AbstractSaver):
         (folder / "factor.json").unlink(missing_ok=True)
         sync_directory(folder)
         shape = (matrix.shape[0], matrix.shape[1])
-        write_array(folder / "factor.npy", shape, np.float64, [(0, matrix)])
+        with new_array(folder / "factor.npy", shape, np.float64) as file:
+            file.write(np.arange(len(matrix)), matrix)
         replace_json(folder / "factor.json", {**info, "shape": shape})
         self.refresh()
 
@@ -373,9 +375,13 @@ class MmapSaver(AbstractSaver):
         record = self.experiment(exp_name)
         path = self.save_dir / record["scores_path"]
         shape = (self.train_set_size, record["num_targets"])
-        write_array(path, shape, self._layout.score_dtype, blocks)
-        record = {**record, **info, "scores_finalized": 1}
-        replace_json(self._layout.experiment(exp_name), record)
+        record_path = self._layout.experiment(exp_name)
+        with new_array(path, shape, self._layout.score_dtype) as file:
+            for start, block in blocks:
+                file.write(np.arange(start, start + len(block)), block)
+            # the old record must not vouch for the new file, nor the new for the old
+            replace_json(record_path, {**record, "scores_finalized": 0})
+        replace_json(record_path, {**record, **info, "scores_finalized": 1})
         self.experiments.setdefault(exp_name, {})
         self.refresh()
         return self.load_scores(exp_name)

@@ -1,7 +1,7 @@
 """The ridge system, factored once and solved for many targets.
 
 With rows Phi `[n, k]` and ridge lambda, TRAK's scores before Q are
-`Phi (Phi^T Phi + lambda I)^-1 Phi_targets^T` (Park et al. 2023, Eq. 9 and Sec. 3.2, with
+`Phi (Phi^T Phi + lambda I)^-1 Phi_targets^T` (Park et al. 2023, Sec. 3.2, Step 3, with
 a ridge). The same numbers come from the smaller of two systems: `k x k` (primal) or,
 by the push-through identity `Phi (Phi^T Phi + lambda I)^-1 = (Phi Phi^T + lambda I)^-1
 Phi`, `n x n` (dual). All in float64.

@@ -36,7 +36,7 @@ def blocks(rows: Tensor, block_rows: int = BLOCK_ROWS) -> Iterator[tuple[int, Te
 
 
 def primal_gram(rows: Tensor) -> Tensor:
-    """`Phi^T Phi` (Park et al. 2023, Sec. 3.2, Step 2).
+    """`Phi^T Phi` (Park et al. 2023, Sec. 3.2, Step 3).
 
     Args:
         rows: Phi, `[n, k]`.
