@@ -6,8 +6,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-
 from tests import cases, runs
+
 from trak.errors import NumericalError, PhaseError, StoreCorruptedError
 
 

@@ -36,7 +36,9 @@ class RowMaker:
     device: torch.device
 
     def rows(self, batch: Batch, model_id: int, numbers: list[int]) -> Tensor:
-        """Projected gradients, `P^T grad f / sqrt(p)` (Park et al. 2023, Sec. 3.2, Steps 1 and 2).
+        """Projected gradients, `P^T grad f / sqrt(p)`.
+
+        Park et al. 2023, Sec. 3.2, Steps 1 and 2.
 
         Large models are worked through in smaller batches, so that no more than 1 GiB of
         per-sample gradients exist at once.

@@ -44,7 +44,8 @@ def score_blocks(
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
     """Scores in stretches of rows, averaged over checkpoints.
 
-    `(mean_c Phi_c K_c^-1 phi_c^T) * (mean_c Q_c)`: Park et al. 2023, Sec. 3.2, Step 4, with the averages taken apart as upstream does.
+    `(mean_c Phi_c K_c^-1 phi_c^T) * (mean_c Q_c)`: Park et al. 2023, Sec. 3.2, Step 4,
+    with the averages taken apart as upstream does.
 
     Args:
         scorer: the score computer.

@@ -25,8 +25,9 @@ class SparseProjector(BlockProjector):
     has one entry of value +-sqrt(w) in each part, in a uniformly drawn column: the
     block construction of Kane and Nelson 2014, "Sparser Johnson-Lindenstrauss
     transforms", Sec. 1.1 (with one nonzero, the CountSketch of Charikar, Chen and
-    Farach-Colton 2002). Scaled so that entries have variance 1 and `E<P^T x, P^T y> = k <x, y>`, like the dense kinds; with
-    one nonzero the variance of `<P^T x, P^T y> / k` is
+    Farach-Colton 2002). Scaled so that entries have variance 1 and
+    `E<P^T x, P^T y> = k <x, y>`, like the dense kinds; with one nonzero the variance of
+    `<P^T x, P^T y> / k` is
     `(|x|^2 |y|^2 + <x, y>^2 - 2 sum_j x_j^2 y_j^2) / k`.
 
     A projection costs `nonzeros` additions a parameter and sample, whatever `k` is, and
