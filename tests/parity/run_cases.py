@@ -8,11 +8,16 @@ for this library: one script, both libraries. Imports torch, numpy and trak only
 
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+
+import trak
+from trak import modelout_functions, projectors, score_computers
+from trak.gradient_computers import FunctionalGradientComputer, IterativeGradientComputer
 
 N, M, BATCH = 60, 6, 15
 
@@ -108,13 +113,6 @@ def trained(build, data, seed):
 
 def run(case, folder):
     """Runs one case; returns scores and the store's arrays of the first checkpoint."""
-    import trak
-    from trak import modelout_functions, projectors, score_computers
-    from trak.gradient_computers import (
-        FunctionalGradientComputer,
-        IterativeGradientComputer,
-    )
-
     build, make_data, task, count, extra = CASES[case]
     torch.manual_seed(7)
     data = make_data()
@@ -165,8 +163,6 @@ def run(case, folder):
 
 
 def main():
-    from importlib.metadata import version
-
     folder = Path(sys.argv[1])
     (folder / "version").write_text(version("traker"))
     for case in CASES:
