@@ -72,6 +72,11 @@ class AbstractGradientComputer(ABC):
             `[b]` or `[b, 1]`.
         """
 
+    @property
+    def samples_at_once(self) -> int | None:
+        """How many samples are best handed over together; None if it does not matter."""
+        return None
+
     def run(self, batch: Any, sink: Sink, layout: Mapping[str, int]) -> None:
         """Emits the batch's gradients as blocks.
 

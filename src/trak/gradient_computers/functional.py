@@ -100,6 +100,11 @@ class FunctionalGradientComputer(AbstractGradientComputer):
                 self.model, self.func_weights, self.func_buffers, normalize(batch)
             )
 
+    @property
+    def samples_at_once(self) -> int | None:
+        """How many samples are best handed over together; None if it does not matter."""
+        return 1 if self._without_vmap else None
+
     def _output(self, chosen: dict[str, Tensor], *sample: Any) -> Tensor:
         weights = {**self.func_weights, **chosen}
         get_output = output_function(self.modelout_fn)
@@ -124,10 +129,7 @@ class FunctionalGradientComputer(AbstractGradientComputer):
     def _one_by_one(self, batch: Batch) -> dict[str, Tensor]:
         num_samples = batch_size(batch)
         chosen = {n: w.detach().requires_grad_() for n, w in self._chosen().items()}
-        grads = {
-            name: weight.new_zeros(num_samples, *weight.shape)
-            for name, weight in self._chosen().items()
-        }
+        rows: list[list[Tensor]] = []
         for j in range(num_samples):
             one = select(batch, slice(j, j + 1))
             sample = (
@@ -140,10 +142,13 @@ class FunctionalGradientComputer(AbstractGradientComputer):
                 found = torch.autograd.grad(
                     output, list(chosen.values()), allow_unused=True
                 )
-            for rows, gradient in zip(grads.values(), found, strict=True):
-                if gradient is not None:  # pyright: ignore[reportUnnecessaryComparison]
-                    rows[j] = gradient
-        return grads
+            pairs = zip(found, chosen.values(), strict=True)
+            rows.append([w.new_zeros(w.shape) if g is None else g for g, w in pairs])
+        if num_samples == 1:  # a view: embeddings make these too large to copy idly
+            stacked = [gradient.unsqueeze(0) for gradient in rows[0]]
+        else:
+            stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+        return dict(zip(chosen, stacked, strict=True))
 
 
 def _is_vmap_limit(error: RuntimeError) -> bool:

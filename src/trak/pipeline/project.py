@@ -56,9 +56,12 @@ class RowMaker:
                 finite.
         """
         total = batch_size(batch)
-        step = max(1, _GRADIENT_BYTES // (4 * sum(self.layout.values())))
+        fitting = max(1, _GRADIENT_BYTES // (4 * sum(self.layout.values())))
         parts: list[Tensor] = []
-        for start in range(0, total, step):
+        start = 0
+        while start < total:
+            # asked anew each time: the first batch may change the computer's mind
+            step = min(fitting, self.computer.samples_at_once or fitting)
             piece = select(batch, slice(start, start + step))
             part = self._project(piece, model_id) / self.scale
             finite = torch.isfinite(part).all(dim=1)
@@ -71,6 +74,7 @@ class RowMaker:
                     "Look at the sample (NaN in its input?) and at the weights."
                 )
             parts.append(part)
+            start += len(part)
         return torch.cat(parts)
 
     def loss_weights(self, batch: Batch, numbers: list[int]) -> Tensor:

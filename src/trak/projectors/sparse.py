@@ -156,7 +156,8 @@ def _nonzero_columns(gradient: Tensor) -> Tensor | None:
         return None
     whole = width - width % _GROUP
     groups = gradient[:, :whole].unflatten(1, (-1, _GROUP))
-    used = torch.linalg.vector_norm(groups, ord=torch.inf, dim=(0, 2)) != 0
+    # extremes of the contiguous axis: comparing every entry is ten times slower
+    used = ((groups.amax(dim=2) != 0) | (groups.amin(dim=2) != 0)).any(dim=0)
     if num_samples == 0 or used.float().mean() > _SPARSE_BELOW:
         return None
     within = torch.arange(_GROUP, device=gradient.device)
