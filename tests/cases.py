@@ -5,17 +5,18 @@ from torch import nn
 
 
 class Reused(nn.Module):
-    """One layer used twice, an in-place activation, a free parameter."""
+    """One layer used twice, an in-place activation, free parameters, one of them a number."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(6, 6)
         self.scale = nn.Parameter(torch.ones(6))
+        self.gain = nn.Parameter(torch.tensor(1.5))
         self.head = nn.Linear(6, 3, bias=False)
 
     def forward(self, x):
         x = torch.relu_(self.layer(x))
-        return self.head(self.layer(x) * self.scale)
+        return self.head(self.layer(x) * self.scale) * self.gain
 
 
 class Tied(nn.Module):

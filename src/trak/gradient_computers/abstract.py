@@ -98,7 +98,7 @@ class AbstractGradientComputer(ABC):
             pieces = grads.split(list(layout.values()), dim=1)
             grads = dict(zip(layout, pieces, strict=True))
         for name, gradient in grads.items():
-            sink(DenseBlock(name, gradient.flatten(start_dim=1)))
+            sink(DenseBlock(name, gradient.reshape(len(gradient), -1)))
 
 
 def select_parameters(

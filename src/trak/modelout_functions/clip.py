@@ -46,6 +46,7 @@ class CLIPModelOutput(AbstractModelOutput):
         self.num_computed_embeddings = 0
         self.image_embeddings: Tensor | None = None
         self.text_embeddings: Tensor | None = None
+        self._drawn: tuple[Tensor, Tensor] | None = None
         self._digest: str | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -105,7 +106,15 @@ class CLIPModelOutput(AbstractModelOutput):
             torch.cat(texts),
         )
         self.num_computed_embeddings = done
+        self._drawn = self._draw(self.image_embeddings, self.text_embeddings)
         self._digest = state_digest(model.state_dict())
+
+    def _draw(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        # not in get_output: under vmap every sample would draw a batch of its own
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(images), generator=generator)
+        chosen = order[: self.sim_batch_size].to(images.device)
+        return images[chosen], texts[chosen]
 
     def _check_embeddings(self, parts: list[Tensor], done: int, width: int) -> None:
         if done < self.sim_batch_size:
@@ -182,8 +191,7 @@ class CLIPModelOutput(AbstractModelOutput):
         # of each image among texts, and of each text among images, both [b]
         images, texts = self._simulated_batch()
         images, texts = images.to(u), texts.to(v)
-        own = torch.isclose(u.detach()[:, None], images).all(-1)
-        own &= torch.isclose(v.detach()[:, None], texts).all(-1)  # [b, simulated]
+        own = _equal(u, images) & _equal(v, texts)  # [b, simulated]
         match = (u * v).sum(-1)
         among_texts = (scale * (u @ texts.T)).masked_fill(own, -torch.inf)
         among_images = (scale * (v @ images.T)).masked_fill(own, -torch.inf)
@@ -193,12 +201,15 @@ class CLIPModelOutput(AbstractModelOutput):
         )
 
     def _simulated_batch(self) -> tuple[Tensor, Tensor]:
-        if self.image_embeddings is None or self.text_embeddings is None:
+        if self._drawn is None:
             raise PhaseError("Run traker.task.get_embeddings before featurizing.")
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(self.num_computed_embeddings, generator=generator)
-        chosen = order[: self.sim_batch_size].to(self.image_embeddings.device)
-        return self.image_embeddings[chosen], self.text_embeddings[chosen]
+        return self._drawn
+
+
+def _equal(some: Tensor, others: Tensor) -> Tensor:
+    # torch.isclose would do, but has no batching rule
+    tolerance = 1e-5 * others.abs().amax()
+    return ((some.detach()[:, None] - others).abs() <= tolerance).all(-1)
 
 
 def _pair(image: Any, text: Any = None) -> tuple[Tensor, Tensor]:

@@ -202,7 +202,7 @@ class BlockProjector(AbstractProjector):
                 yield DenseBlock("", vectorize(grads))
                 return
             for name, gradient in grads.items():
-                yield DenseBlock(name, gradient.flatten(start_dim=1))
+                yield DenseBlock(name, gradient.reshape(len(gradient), -1))
         elif self.layout is None or grads.shape[1] != self.grad_dim:
             yield DenseBlock("", grads)
         else:

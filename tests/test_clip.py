@@ -1,0 +1,156 @@
+"""CLIP: a seeded simulated batch, embeddings of the right checkpoint, Q that is not 0."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from trak import TRAKer
+from trak.errors import InputError, PhaseError
+from trak.modelout_functions import CLIPModelOutput
+from trak.projectors import NoOpProjector
+
+
+class Towers(nn.Module):
+    """Image and text towers that return what open_clip models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.image_tower = nn.Linear(6, 4, bias=False)
+        self.text_tower = nn.Embedding(9, 4)
+        self.logit_scale = nn.Parameter(torch.tensor(1.1))
+
+    def forward(self, image, text):
+        u = nn.functional.normalize(self.image_tower(image), dim=-1)
+        v = nn.functional.normalize(self.text_tower(text).mean(1), dim=-1)
+        return u, v, self.logit_scale.exp()
+
+
+@pytest.fixture
+def world():
+    torch.manual_seed(0)
+    model = Towers().double()
+    images, texts = torch.randn(16, 6).double(), torch.randint(0, 9, (16, 3))
+    return model, images, texts
+
+
+def ready(model, images, texts, size=5, **options):
+    task = CLIPModelOutput(simulated_batch_size=size, **options)
+    loader = zip(images.split(4), texts.split(4), strict=True)
+    task.get_embeddings(model, loader, batch_size=4, embedding_dim=4, size=12)
+    return task
+
+
+def chosen(seed=0, size=5):
+    return torch.randperm(12, generator=torch.Generator().manual_seed(seed))[:size]
+
+
+def by_hand(model, images, texts, j, negatives, scale=1.0):
+    """Both margins of pair j against the negatives other than itself."""
+    u, v, _ = model(images, texts)
+    others = torch.tensor([i for i in negatives.tolist() if i != j])
+    fixed_u, fixed_v = u.detach()[others], v.detach()[others]
+    match = scale * (u[j] @ v[j])
+    return (
+        match - torch.logsumexp(scale * (u[j] @ fixed_v.T), 0),
+        match - torch.logsumexp(scale * (v[j] @ fixed_u.T), 0),
+    )
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_scores_and_loss_weights_equal_the_formula(world, size, tmp_path):
+    model, images, texts = world
+    task = ready(model, images, texts)
+    traker = TRAKer(
+        model=model,
+        task=task,
+        train_set_size=12,
+        save_dir=tmp_path,
+        device="cpu",
+        projector=NoOpProjector(device="cpu"),
+        use_half_precision=False,
+        grad_wrt=["image_tower.weight", "text_tower.weight"],
+    )
+    traker.load_checkpoint(model.state_dict(), model_id=0)
+    for i in range(0, 12, size):
+        traker.featurize((images[i : i + size], texts[i : i + size]), num_samples=size)
+    rows, weights = [], []
+    parameters = [model.image_tower.weight, model.text_tower.weight]
+    scale = model.logit_scale.exp().item()
+    for j in range(12):
+        output = sum(by_hand(model, images, texts, j, chosen()))
+        grads = torch.autograd.grad(output, parameters)
+        rows.append(torch.cat([g.flatten() for g in grads]) / 60**0.5)
+        margins = by_hand(model, images, texts, j, chosen(), scale)
+        weights.append(sum(torch.sigmoid(-m) for m in margins).item() / 2)
+    store = traker.saver.current_store
+    np.testing.assert_allclose(store["grads"], torch.stack(rows), rtol=1e-7, atol=1e-12)
+    np.testing.assert_allclose(store["out_to_loss"][:, 0], weights, rtol=1e-7)
+    assert min(weights) > 0.05
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("e", model.state_dict(), 0, num_targets=4)
+    traker.score((images[12:], texts[12:]), num_samples=4)
+    assert np.abs(traker.finalize_scores("e")).min() > 0
+
+
+def gradient(task, model, images, texts):
+    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    output = task.get_output(model, weights, buffers, images[0], texts[0])
+    return torch.autograd.grad(output, model.image_tower.weight)[0]
+
+
+def test_the_draw_is_seeded_and_instances_do_not_share_it(world):
+    model, images, texts = world
+    first, again = ready(model, images, texts), ready(model, images, texts)
+    other = ready(model, images, texts, seed=5)
+    untouched = CLIPModelOutput()
+    assert torch.equal(*(gradient(t, model, images, texts) for t in (first, again)))
+    assert not torch.equal(*(gradient(t, model, images, texts) for t in (first, other)))
+    with pytest.raises(PhaseError, match="get_embeddings"):
+        gradient(untouched, model, images, texts)
+
+
+def test_embeddings_of_another_checkpoint_are_refused(world, tmp_path):
+    model, images, texts = world
+    traker = TRAKer(
+        model=model, task=CLIPModelOutput(simulated_batch_size=5), train_set_size=4,
+        save_dir=tmp_path, device="cpu", proj_dim=8,
+    )  # fmt: skip
+    batch = (images[:4], texts[:4])
+    traker.load_checkpoint(model.state_dict(), model_id=0)
+    with pytest.raises(PhaseError, match=r"are missing.*get_embeddings"):
+        traker.featurize(batch, num_samples=4)
+    pairs = [(images, texts)]
+    traker.task.get_embeddings(model, pairs, batch_size=16, embedding_dim=4)
+    traker.featurize(batch, num_samples=4)
+    other = {name: value + 0.5 for name, value in model.state_dict().items()}
+    traker.load_checkpoint(other, model_id=1)
+    with pytest.raises(PhaseError, match="of other weights"):
+        traker.featurize(batch, num_samples=4)
+    traker.task.get_embeddings(model, pairs, batch_size=16, embedding_dim=4)
+    traker.featurize(batch, num_samples=4)
+
+
+def test_preprocessing_modes_and_limits(world):
+    model, images, texts = world
+    model.train()
+    task = CLIPModelOutput(simulated_batch_size=3)
+    task.get_embeddings(
+        model,
+        [(images + 1, texts)],
+        batch_size=16,
+        embedding_dim=4,
+        size=7,
+        preprocess_fn_img=lambda x: x - 1,
+        preprocess_fn_txt=lambda x: x.flip(1),
+    )
+    assert model.training
+    assert task.num_computed_embeddings == 7
+    with torch.no_grad():
+        u, v, _ = model(images[:7], texts[:7])
+    torch.testing.assert_close(task.image_embeddings, u)
+    torch.testing.assert_close(task.text_embeddings, v)
+    with pytest.raises(InputError, match="16 pairs, fewer than"):
+        CLIPModelOutput().get_embeddings(model, [(images, texts)], 16, 4)
+    with pytest.raises(InputError, match="embeddings are 4 wide"):
+        task.get_embeddings(model, [(images, texts)], 16, 5)
