@@ -5,7 +5,7 @@ from torch import nn
 
 
 class Reused(nn.Module):
-    """One layer used twice, an in-place activation, free parameters, one of them a number."""
+    """One layer used twice, an in-place activation, free parameters, one a number."""
 
     def __init__(self):
         super().__init__()

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests import cases, reference, runs
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests import cases, reference, runs
 from trak import TRAKer
+from trak.digests import example_digests
 from trak.errors import (
     InputError,
     InputTypeError,
@@ -74,7 +75,9 @@ def test_one_nan_sample_is_named_and_nothing_is_stored(setting, inds):
     assert traker.checkpoints()[0].num_featurized == 10
 
 
-def test_a_gradient_that_is_not_finite_names_sample_layer_and_checkpoint(setting, monkeypatch):
+def test_a_gradient_that_is_not_finite_names_sample_layer_and_checkpoint(
+    setting, monkeypatch
+):
     model, train, _, make = setting
     traker = make()
     real = traker.gradient_computer.compute_per_sample_grad
@@ -140,7 +143,9 @@ def test_changed_settings_are_refused_when_the_store_is_opened(setting, option, 
 def test_another_architecture_task_size_or_library_is_refused(setting, tmp_path):
     model, _, _, make = setting
     make()
-    wider = nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Dropout(), nn.Linear(7, 3)).double()
+    wider = nn.Sequential(
+        nn.Linear(6, 7), nn.ReLU(), nn.Dropout(), nn.Linear(7, 3)
+    ).double()
     with pytest.raises(StoreMismatchError, match=r"architecture\.0\.weight"):
         runs.make_traker(wider, 20, tmp_path)
     with pytest.raises(StoreMismatchError, match="train_set_size"):
@@ -162,7 +167,9 @@ def test_another_architecture_task_size_or_library_is_refused(setting, tmp_path)
 
 
 @pytest.mark.parametrize("step", ["load", "finalize", "start", "scores"])
-def test_settings_are_checked_at_every_step_and_not_only_when_opened(setting, step, tmp_path):
+def test_settings_are_checked_at_every_step_and_not_only_when_opened(
+    setting, step, tmp_path
+):
     model, train, targets, make = setting
     traker = make()
     runs.whole_run(traker, train, targets, [model.state_dict()])
@@ -267,8 +274,10 @@ def test_a_shuffling_loader_with_num_samples_is_refused(setting, workers):
     model, train, _, make = setting
     traker = make()
     traker.load_checkpoint(model.state_dict(), model_id=0)
-    loader = DataLoader(TensorDataset(*train), batch_size=5, shuffle=True, num_workers=workers)
-    with pytest.raises(InputError, match="shuffle=False"):  # noqa: PT012
+    loader = DataLoader(
+        TensorDataset(*train), batch_size=5, shuffle=True, num_workers=workers
+    )
+    with pytest.raises(InputError, match="shuffle=False"):
         for batch in loader:
             traker.featurize(batch=batch, num_samples=5)
     ordered = DataLoader(TensorDataset(*train), batch_size=5, num_workers=workers)
@@ -300,8 +309,6 @@ def test_another_order_at_a_second_checkpoint_is_refused(setting):
 
 
 def test_padding_with_zeros_to_another_length_is_the_same_example():
-    from trak.digests import example_digests
-
     ids = torch.tensor([[4, 5, 6, 0], [4, 5, 0, 0]])
     short = example_digests((ids[:, :3], torch.tensor([1, 0])))
     assert np.array_equal(example_digests((ids, torch.tensor([1, 0]))), short)
@@ -311,7 +318,9 @@ def test_padding_with_zeros_to_another_length_is_the_same_example():
 
 def test_large_rows_do_not_overflow_the_gram_matrix():
     rows = torch.full((20_000, 3), 3.0, dtype=torch.float16)
-    assert torch.equal(primal_gram(rows), torch.full((3, 3), 180_000.0, dtype=torch.float64))
+    assert torch.equal(
+        primal_gram(rows), torch.full((3, 3), 180_000.0, dtype=torch.float64)
+    )
 
 
 def test_featurizing_while_scoring_is_refused(setting):

@@ -143,12 +143,16 @@ class FunctionalGradientComputer(AbstractGradientComputer):
                     output, list(chosen.values()), allow_unused=True
                 )
             pairs = zip(found, chosen.values(), strict=True)
-            rows.append([w.new_zeros(w.shape) if g is None else g for g, w in pairs])
+            rows.append([_or_zeros(gradient, weight) for gradient, weight in pairs])
         if num_samples == 1:  # a view: embeddings make these too large to copy idly
             stacked = [gradient.unsqueeze(0) for gradient in rows[0]]
         else:
             stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
         return dict(zip(chosen, stacked, strict=True))
+
+
+def _or_zeros(gradient: Tensor | None, weight: Tensor) -> Tensor:
+    return weight.new_zeros(weight.shape) if gradient is None else gradient
 
 
 def _is_vmap_limit(error: RuntimeError) -> bool:
