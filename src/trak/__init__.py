@@ -6,6 +6,7 @@ with nothing to compile.
 
 import logging
 
+from trak import utils
 from trak.installation import test_install
 from trak.settings import LIBRARY_VERSION
 from trak.traker import CheckpointInfo, ExperimentInfo, TRAKer
@@ -22,4 +23,5 @@ __all__ = [
     "test_install",
 ]
 
+utils.test_install = test_install  # pyright: ignore[reportAttributeAccessIssue]
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -19,5 +19,5 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 ProjectedGradients = Float[Tensor, "n k"]
-Factor = Float64[Tensor, "q q"]
-Scores = Float[Tensor, "n m"]
+Square = Float64[Tensor, "q q"]
+TargetColumns = Float64[Tensor, "q m"]

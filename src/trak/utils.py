@@ -1,6 +1,9 @@
-"""Helpers that third-party code imports from `trak.utils` under upstream's names."""
+"""Helpers that third-party code imports from `trak.utils` under upstream's names.
 
-import importlib
+`test_install`, which upstream keeps here too, is set by the package: it runs the whole
+library, and this module lies below all of it.
+"""
+
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -8,19 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from trak.errors import InputError
-
-
-def test_install(use_fast_jl: bool = True) -> None:
-    """Featurizes twenty random examples; see `trak.installation.test_install`.
-
-    Args:
-        use_fast_jl: also check the GPU path, as upstream's flag of this name did.
-    """
-    # by name: the check runs the whole library, which imports this module
-    importlib.import_module("trak.installation").test_install(use_fast_jl=use_fast_jl)
-
-
-test_install.__test__ = False  # type: ignore[attr-defined]  # not a pytest test
 
 
 def parameters_to_vector(parameters: Iterable[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from trak.gradient_computers.abstract import (
     AbstractGradientComputer,
+    SelectingGradientComputer,
     select_parameters,
 )
 from trak.gradient_computers.functional import FunctionalGradientComputer
@@ -11,5 +12,6 @@ __all__ = [
     "AbstractGradientComputer",
     "FunctionalGradientComputer",
     "IterativeGradientComputer",
+    "SelectingGradientComputer",
     "select_parameters",
 ]

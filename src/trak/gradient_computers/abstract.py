@@ -101,6 +101,37 @@ class AbstractGradientComputer(ABC):
             sink(DenseBlock(name, gradient.reshape(len(gradient), -1)))
 
 
+class SelectingGradientComputer(AbstractGradientComputer):
+    """Takes gradients of some parameters, chosen before anything is computed.
+
+    Args:
+        model: the model.
+        task: the task.
+        grad_dim: accepted as upstream's name.
+        dtype: accepted as upstream's name; gradients keep the model's dtype.
+        device: accepted as upstream's name.
+        grad_wrt: names of the parameters to take gradients of; those that require one
+            if None.
+
+    Attributes:
+        selected: names of the chosen parameters, in the model's order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Any,
+        grad_dim: int | None = None,
+        dtype: torch.dtype | None = torch.float16,
+        device: str | torch.device | None = None,
+        grad_wrt: Iterable[str] | None = None,
+    ) -> None:
+        super().__init__(model, task, grad_dim, dtype, device)
+        self.selected = tuple(select_parameters(model, grad_wrt))
+        self.grad_wrt = None if grad_wrt is None else self.selected
+        self.load_model_params(model)
+
+
 def select_parameters(
     model: nn.Module, grad_wrt: Iterable[str] | None
 ) -> dict[str, nn.Parameter]:

@@ -1,7 +1,6 @@
 """Exact per-sample gradients with `torch.func`: the default, and what others must equal."""
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,13 +8,13 @@ from torch import Tensor, nn
 
 from trak.batches import Batch, batch_size, leaves, normalize, select
 from trak.errors import InputError
-from trak.gradient_computers.abstract import AbstractGradientComputer, select_parameters
+from trak.gradient_computers.abstract import SelectingGradientComputer
 from trak.modelout_functions import output_function
 
 logger = logging.getLogger(__name__)
 
 
-class FunctionalGradientComputer(AbstractGradientComputer):
+class FunctionalGradientComputer(SelectingGradientComputer):
     """`vmap(grad(f))` over the samples, for the selected parameters only.
 
     Some models cannot be run under `vmap`: those whose control flow depends on data
@@ -23,30 +22,10 @@ class FunctionalGradientComputer(AbstractGradientComputer):
     that use operators without a batching rule. They get one backward pass a sample from
     the first such batch on, with the same gradients; a log line says so and why.
 
-    Args:
-        model: the model.
-        task: the task; its `get_output` takes one sample.
-        grad_dim: accepted as upstream's name.
-        dtype: accepted as upstream's name; gradients keep the model's dtype.
-        device: accepted as upstream's name.
-        grad_wrt: names of the parameters to take gradients of; those that require one
-            if None.
+    Arguments as for `SelectingGradientComputer`; the task's `get_output` takes one sample.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Any,
-        grad_dim: int | None = None,
-        dtype: torch.dtype | None = torch.float16,
-        device: str | torch.device | None = None,
-        grad_wrt: Iterable[str] | None = None,
-    ) -> None:
-        super().__init__(model, task, grad_dim, dtype, device)
-        self.selected = tuple(select_parameters(model, grad_wrt))
-        self.grad_wrt = None if grad_wrt is None else self.selected
-        self._without_vmap = False
-        self.load_model_params(model)
+    _without_vmap = False
 
     def load_model_params(self, model: nn.Module) -> None:
         """Takes over the model's present weights.

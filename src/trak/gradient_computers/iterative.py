@@ -1,6 +1,5 @@
 """Exact per-sample gradients by plain autograd, one backward pass a sample."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,41 +7,20 @@ from torch import Tensor, nn
 
 from trak.batches import batch_size, normalize
 from trak.errors import InputError
-from trak.gradient_computers.abstract import AbstractGradientComputer, select_parameters
+from trak.gradient_computers.abstract import SelectingGradientComputer
 from trak.modelout_functions import output_function
 from trak.utils import parameters_to_vector
 
 
-class IterativeGradientComputer(AbstractGradientComputer):
+class IterativeGradientComputer(SelectingGradientComputer):
     """One forward pass a batch, then one backward pass a sample.
 
     For tasks whose `get_output(model, None, None, *batch)` takes a whole batch, runs the
     module itself and returns one output a sample, such as
     `IterativeImageClassificationModelOutput`. Uses no `torch.func`.
 
-    Args:
-        model: the model.
-        task: the task.
-        grad_dim: accepted as upstream's name.
-        dtype: accepted as upstream's name; gradients keep the model's dtype.
-        device: accepted as upstream's name.
-        grad_wrt: names of the parameters to take gradients of; those that require one
-            if None.
+    Arguments as for `SelectingGradientComputer`.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Any,
-        grad_dim: int | None = None,
-        dtype: torch.dtype | None = torch.float16,
-        device: str | torch.device | None = None,
-        grad_wrt: Iterable[str] | None = None,
-    ) -> None:
-        super().__init__(model, task, grad_dim, dtype, device)
-        self.selected = tuple(select_parameters(model, grad_wrt))
-        self.grad_wrt = None if grad_wrt is None else self.selected
-        self.load_model_params(model)
 
     def load_model_params(self, model: nn.Module) -> None:
         """Takes over the model's present weights.

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
 from trak.errors import InputError, NumericalError
+from trak.shapes import Square, TargetColumns
 
 Form = Literal["primal", "dual"]
 
@@ -32,12 +32,12 @@ class RidgeFactor:
             are measured.
     """
 
-    lower: Float64[Tensor, "q q"]
+    lower: Square
     form: Form
     ridge: float
     mean_squared_norm: float
 
-    def gram(self) -> Float64[Tensor, "q q"]:
+    def gram(self) -> Square:
         """The Gram matrix, without the ridge.
 
         Returns:
@@ -47,7 +47,7 @@ class RidgeFactor:
         gram.diagonal().sub_(self.ridge)
         return gram
 
-    def solve(self, right: Float64[Tensor, "q m"]) -> Float64[Tensor, "q m"]:
+    def solve(self, right: TargetColumns) -> TargetColumns:
         """Solves `(Gram + ridge I) X = right`.
 
         Args:
@@ -73,7 +73,7 @@ def smaller_form(num_rows: int, width: int) -> Form:
 
 
 def factorize(
-    gram: Float64[Tensor, "q q"],
+    gram: Square,
     *,
     form: Form,
     ridge: float,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from trak.errors import NumericalError
+from trak.shapes import ProjectedGradients, Square
 
 BLOCK_ROWS = 4096
 
@@ -35,7 +36,7 @@ def blocks(rows: Tensor, block_rows: int = BLOCK_ROWS) -> Iterator[tuple[int, Te
         yield start, block
 
 
-def primal_gram(rows: Tensor) -> Tensor:
+def primal_gram(rows: ProjectedGradients) -> Square:
     """`Phi^T Phi` (Park et al. 2023, Sec. 3.2, Step 3).
 
     Args:
@@ -51,7 +52,7 @@ def primal_gram(rows: Tensor) -> Tensor:
     return gram
 
 
-def dual_gram(rows: Tensor) -> Tensor:
+def dual_gram(rows: ProjectedGradients) -> Square:
     """`Phi Phi^T`.
 
     Args:
