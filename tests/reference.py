@@ -13,8 +13,9 @@ def model_output(model: nn.Module, sample) -> Tensor:
     """log(p / (1 - p)) of one sample of (inputs..., label) with a batch axis of 1."""
     *inputs, label = sample
     logits = model(*inputs)
-    probability = logits.double().softmax(-1)[0, int(label)]
-    return torch.log(probability) - torch.log1p(-probability)
+    probabilities = logits.double().softmax(-1)[0]
+    others = [p for j, p in enumerate(probabilities) if j != int(label)]
+    return torch.log(probabilities[int(label)]) - torch.log(sum(others))
 
 
 def gradient_rows(model: nn.Module, batch, names=None) -> dict[str, Tensor]:

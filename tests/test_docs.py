@@ -20,6 +20,7 @@ LINK_PAGES = [
 ROOMS = [
     "trak",
     "trak.gradient_computers",
+    "trak.gradient_computers.rules",
     "trak.modelout_functions",
     "trak.pipeline",
     "trak.projectors",

@@ -7,7 +7,7 @@ hands it to a sink and forgets it, so one layer at a time is alive.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 
@@ -59,5 +59,38 @@ class FactoredBlock:
         return DenseBlock(self.name, matrix.flatten(start_dim=1))
 
 
-Block = DenseBlock | FactoredBlock
+@dataclass(frozen=True, slots=True)
+class IndexedBlock:
+    """Per-sample gradients of a table, of which each sample touches few rows.
+
+    The gradient of sample `b` has `backprops[b, s]` added to row `indices[b, s]` of a
+    matrix `[num_rows, o]` like `torch.nn.Embedding.weight`.
+
+    Attributes:
+        name: the parameter's name in `model.named_parameters()`.
+        indices: rows of the table, `[b, s]`.
+        backprops: the gradient at the layer's output, `[b, s, o]`.
+        num_rows: rows of the table.
+    """
+
+    name: str
+    indices: Int64[Tensor, "b s"]
+    backprops: Float[Tensor, "b s o"]
+    num_rows: int
+
+    def dense(self) -> DenseBlock:
+        """Adds the rows up.
+
+        Returns:
+            The same gradients as rows of length `num_rows * o`.
+        """
+        b, _, o = self.backprops.shape
+        table = self.backprops.new_zeros(b, self.num_rows, o)
+        index = self.indices.unsqueeze(-1).expand_as(self.backprops)
+        return DenseBlock(
+            self.name, table.scatter_add_(1, index, self.backprops).flatten(1)
+        )
+
+
+Block = DenseBlock | FactoredBlock | IndexedBlock
 Sink = Callable[[Block], None]

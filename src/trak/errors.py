@@ -36,3 +36,7 @@ class StoreCorruptedError(AttributionError, RuntimeError):
 
 class NumericalError(AttributionError, ArithmeticError):
     """A number that is not finite, or a matrix that cannot be inverted."""
+
+
+class UnsupportedModuleError(AttributionError, NotImplementedError):
+    """A layer or model that a gradient computer cannot follow."""

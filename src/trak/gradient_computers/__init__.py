@@ -6,11 +6,13 @@ from trak.gradient_computers.abstract import (
     select_parameters,
 )
 from trak.gradient_computers.functional import FunctionalGradientComputer
+from trak.gradient_computers.hooks import HookGradientComputer
 from trak.gradient_computers.iterative import IterativeGradientComputer
 
 __all__ = [
     "AbstractGradientComputer",
     "FunctionalGradientComputer",
+    "HookGradientComputer",
     "IterativeGradientComputer",
     "SelectingGradientComputer",
     "select_parameters",

@@ -8,6 +8,7 @@ from typing import Any
 
 from trak.modelout_functions.abstract import (
     AbstractModelOutput,
+    batch_output_function,
     describe_task,
     output_function,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "ImageClassificationModelOutput",
     "IterativeImageClassificationModelOutput",
     "TextClassificationModelOutput",
+    "batch_output_function",
     "describe_task",
     "output_function",
     "resolve_task",

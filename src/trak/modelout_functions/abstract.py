@@ -85,6 +85,25 @@ def output_function(task: Any) -> Callable[..., Tensor]:
     return raw if first == "model" else task.get_output
 
 
+def batch_output_function(task: Any) -> Callable[[Any, Any], Tensor] | None:
+    """A task's `get_batch_output(model, batch)`, if it speaks for its `get_output`.
+
+    Args:
+        task: an instance.
+
+    Returns:
+        A function that runs the module itself on a whole batch and returns one output a
+        sample, `[b]`. None if the task has none, or if a subclass changed `get_output`
+        and inherited it.
+    """
+    order = [vars(cls) for cls in type(task).__mro__]
+    batched = [j for j, names in enumerate(order) if "get_batch_output" in names]
+    single = [j for j, names in enumerate(order) if "get_output" in names]
+    if not batched or (single and single[0] < batched[0]):
+        return None
+    return task.get_batch_output
+
+
 def resolve_task(task: Any, by_name: dict[str, type]) -> Any:
     """Turns a task's name or class into an instance.
 

@@ -165,6 +165,21 @@ class CLIPModelOutput(AbstractModelOutput):
         image_margin, text_margin = self._margins(u, v, 1.0)
         return (image_margin + text_margin).sum()
 
+    def get_batch_output(self, model: Any, batch: Any) -> Tensor:
+        """The two margins of every pair, by the model's own weights.
+
+        Args:
+            model: the model.
+            batch: (images, texts).
+
+        Returns:
+            `[b]`.
+        """
+        image, text = _pair(*((batch,) if isinstance(batch, Mapping) else batch))
+        u, v, _ = call(model, (None, None), (), {"image": image, "text": text})
+        image_margin, text_margin = self._margins(u, v, 1.0)
+        return image_margin + text_margin
+
     def get_out_to_loss_grad(
         self, model: Any, weights: Any, buffers: Any, batch: Any
     ) -> Tensor:

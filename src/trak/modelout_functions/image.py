@@ -67,6 +67,20 @@ class ImageClassificationModelOutput(AbstractModelOutput):
         logits = logits_of(call(model, (weights, buffers), args, kwargs))
         return margin(logits, label.reshape(1)).sum()
 
+    def get_batch_output(self, model: Any, batch: Any) -> Tensor:
+        """`log(p / (1 - p))` of every sample, by the model's own weights.
+
+        Args:
+            model: the model.
+            batch: a whole batch.
+
+        Returns:
+            `[b]`.
+        """
+        inputs = (batch,) if isinstance(batch, Mapping) else tuple(batch)
+        args, kwargs, labels = _parts(inputs)
+        return margin(logits_of(call(model, (None, None), args, kwargs)), labels)
+
     def get_out_to_loss_grad(
         self, model: Any, weights: Any, buffers: Any, batch: Any
     ) -> Tensor:
@@ -117,3 +131,15 @@ class IterativeImageClassificationModelOutput(ImageClassificationModelOutput):
         inputs = (images,) if labels is None else (images, labels)
         args, kwargs, labels = _parts(inputs)
         return margin(logits_of(call(model, (None, None), args, kwargs)), labels)
+
+    def get_batch_output(self, model: Any, batch: Any) -> Tensor:
+        """`log(p / (1 - p))` of every sample, by the model's own weights.
+
+        Args:
+            model: the model.
+            batch: a whole batch.
+
+        Returns:
+            `[b]`.
+        """
+        return super().get_batch_output(model, batch)

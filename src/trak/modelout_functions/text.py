@@ -79,6 +79,20 @@ class TextClassificationModelOutput(AbstractModelOutput):
         logits = logits_of(call(model, (weights, buffers), (), kwargs))
         return margin(logits, wanted.reshape(1)).sum()
 
+    def get_batch_output(self, model: Any, batch: Any) -> Tensor:
+        """`log(p / (1 - p))` of every sample, by the model's own weights.
+
+        Args:
+            model: the model.
+            batch: a whole batch.
+
+        Returns:
+            `[b]`.
+        """
+        inputs = (batch,) if isinstance(batch, Mapping) else tuple(batch)
+        kwargs, labels = _parts(inputs)
+        return margin(logits_of(call(model, (None, None), (), kwargs)), labels)
+
     def get_out_to_loss_grad(
         self, model: Any, weights: Any, buffers: Any, batch: Any
     ) -> Tensor:
