@@ -23,7 +23,7 @@ UPSTREAM_ARGUMENTS = {
     "save_dir": "./trak_results",
     "load_from_save_dir": True,
     "device": None,
-    "gradient_computer": trak.gradient_computers.FunctionalGradientComputer,
+    "gradient_computer": None,  # upstream: FunctionalGradientComputer; here the fastest
     "projector": None,
     "saver": None,
     "score_computer": None,

@@ -9,12 +9,19 @@ import torch
 from tests import cases, runs
 
 from trak.errors import NumericalError, PhaseError, StoreCorruptedError
+from trak.gradient_computers import FunctionalGradientComputer
 
 
 @pytest.mark.parametrize(("scale", "word"), [(1e-6, "small"), (1e7, "beyond")])
 def test_rows_outside_half_precision_are_refused_by_name(scale, word, tmp_path):
     model, train, _ = runs.data("mlp", 8, 1, torch.float32)
-    traker = runs.make_traker(model, 8, tmp_path, use_half_precision=True)
+    traker = runs.make_traker(
+        model,
+        8,
+        tmp_path,
+        use_half_precision=True,
+        gradient_computer=FunctionalGradientComputer,
+    )
     real = traker.gradient_computer.compute_per_sample_grad
 
     def scaled(batch):

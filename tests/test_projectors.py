@@ -1,6 +1,7 @@
 """Projectors against their written-out matrices, and the statistics they promise."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,22 +9,41 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trak.blocks import DenseBlock, FactoredBlock
+from trak.blocks import ConvolvedBlock, DenseBlock, FactoredBlock, IndexedBlock
 from trak.errors import InputError
 from trak.projectors import (
     BasicProjector,
     BasicSingleBlockProjector,
     ChunkedCudaProjector,
     CudaProjector,
+    FactoredProjector,
+    HadamardProjector,
+    MaskedProjector,
     NoOpProjector,
+    ProjectionType,
     SparseProjector,
     make_projector,
+    projection_costs,
 )
 
-KINDS = ["rademacher", "normal", "sparse", "sparse-3"]
+KINDS = ["rademacher", "normal", "sparse", "sparse-3", "hadamard", "factored"]
+SHAPES = {"w": (9, 12), "v": (5, 2, 3), "c": (10, 2, 3, 3), "e": (30, 6), "b": (7,)}
+FACTORED = {
+    "factored": {},
+    "factored, both sides": {"rank": (3, 4)},
+    "factored, wide and narrow": {"rank": (3, 1000)},
+    "masked": {"rank": 4},
+    "masked, default": {},
+}
 
 
 def make(kind, grad_dim, proj_dim, seed=0, layout=None):
+    if kind == "factored":
+        shapes = {"": grad_dim} if layout is None else layout
+        named = {name: (size,) for name, size in shapes.items()}
+        return FactoredProjector(named, proj_dim, seed, "cpu")
+    if kind == "hadamard":
+        return HadamardProjector(grad_dim, proj_dim, seed, device="cpu", layout=layout)
     if kind.startswith("sparse"):
         nonzeros = int(kind.partition("-")[2] or 1)
         return SparseProjector(
@@ -95,7 +115,22 @@ def test_entries_do_not_depend_on_dtype(kind):
     assert torch.equal(single.double(), double)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FACTORED)
+def test_seed_checkpoint_and_name_each_give_another_factored_matrix(kind):
+    shapes = {"a": (30, 40), "b": (30, 40)}
+    options = FACTORED[kind] or {"rank": 8}
+    cls = MaskedProjector if kind.startswith("masked") else FactoredProjector
+
+    def matrix(seed, name, model_id):
+        return cls(shapes, 20, seed, "cpu", **options).matrix(name, 1200, model_id)
+
+    matrices = [matrix(0, "a", 0), matrix(1, "a", 0), matrix(0, "a", 1), matrix(0, "b", 0)]
+    for first, second in itertools.combinations(matrices, 2):
+        assert not torch.equal(first, second)
+    assert torch.equal(matrix(0, "a", 0), matrices[0])
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
 def test_seed_checkpoint_and_name_each_give_another_matrix(kind):
     layout = {"a": 50}
     matrices = [
@@ -145,10 +180,108 @@ def test_inner_products_have_the_promised_mean_and_variance(kind):
     variance = float(x @ x * (y @ y) + exact**2)
     if kind != "normal":
         variance -= 2 * float((x**2 * y**2).sum())
+    if kind == "hadamard":  # 24 places of 128 without replacement
+        variance *= 1 - 24 / 128
     variance /= k
     assert abs(np.mean(products) - exact) < 5 * (variance / 400) ** 0.5
     assert np.var(products) == pytest.approx(variance, rel=0.4)
     assert nonzeros in (1, 3)
+
+
+def make_factored(kind, proj_dim=20, seed=0, **options):
+    cls = MaskedProjector if kind.startswith("masked") else FactoredProjector
+    return cls(SHAPES, proj_dim, seed, "cpu", **(FACTORED[kind] | options))
+
+
+def blocks(dtype=torch.float64):
+    """One block of every kind, of the parameters in `SHAPES`."""
+    torch.manual_seed(0)
+    like = {"dtype": dtype}
+    yield FactoredBlock("w", torch.randn(3, 4, 12, **like), torch.randn(3, 4, 9, **like))
+    yield DenseBlock("v", torch.randn(3, 30, **like))
+    yield DenseBlock("b", torch.randn(3, 7, **like))
+    tokens = torch.randint(0, 30, (3, 8))
+    yield IndexedBlock("e", tokens, torch.randn(3, 8, 6, **like), 30)
+    images, seen = torch.randn(3, 2, 6, 8, **like), torch.randn(3, 10, 2, 3, **like)
+    yield ConvolvedBlock("c", images, seen, (3, 3), (2, 2), (1, 1))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *FACTORED])
+def test_every_block_projects_like_its_dense_form(kind):
+    sizes = {name: math.prod(shape) for name, shape in SHAPES.items()}
+    if kind in FACTORED:
+        projector = make_factored(kind)
+    else:
+        projector = make(kind, sum(sizes.values()), 20, layout=sizes)
+    total = torch.zeros(3, 20, dtype=torch.float64)
+    for block in blocks():
+        out = torch.zeros(3, 20, dtype=torch.float64)
+        projector.sink(out, model_id=2)(block)
+        dense = block.dense().gradient
+        matrix = projector.matrix(block.name, dense.shape[1], 2).double()
+        torch.testing.assert_close(out, dense @ matrix)
+        total += out
+    gathered = torch.zeros(3, 20, dtype=torch.float64)
+    with projector.gathering(gathered, model_id=2) as sink:
+        for block in blocks():
+            sink(block)
+    torch.testing.assert_close(gathered, total)
+
+
+@pytest.mark.parametrize("kind", FACTORED)
+def test_factored_entries_have_mean_0_and_variance_1(kind):
+    """Second moments over 300 seeds, within 5 standard errors of their mean."""
+    matrices = [
+        torch.cat([make_factored(kind, seed=s).matrix(n, math.prod(d), 1)])
+        for n, d in SHAPES.items()
+        for s in range(60)
+    ]
+    squares = torch.stack([m.square().mean() for m in matrices])
+    means = torch.stack([m.mean() for m in matrices])
+    assert abs(squares.mean() - 1) < 5 * squares.std() / len(squares) ** 0.5 + 1e-6
+    assert abs(means.mean()) < 5 * means.std() / len(means) ** 0.5
+
+
+@pytest.mark.parametrize("kind", FACTORED)
+def test_factored_inner_products_have_the_right_mean(kind):
+    """500 seeds, within 5 standard errors: fails less than once in a million."""
+    torch.manual_seed(1)
+    x, y = torch.randn(2, 9, 12, dtype=torch.float64)
+    pair = torch.stack([x, y + 0.5 * x]).flatten(1)
+    exact = float(pair[0] @ pair[1])
+    found = []
+    for seed in range(500):
+        out = torch.zeros(2, 20, dtype=torch.float64)
+        make_factored(kind, seed=seed).add(DenseBlock("w", pair), out, 0)
+        found.append(float(out[0] @ out[1]) / 20)
+    assert abs(np.mean(found) - exact) < 5 * np.std(found) / 500**0.5
+
+
+def test_the_shorter_side_is_kept_and_small_matrices_are_hashed_whole():
+    shapes = {"ffn": (1024, 256), "out": (256, 1024), "head": (2, 256), "norm": (256,)}
+    sides = FactoredProjector(shapes, 1024, device="cpu").sides
+    assert {name: side.ranks for name, side in sides.items()} == {
+        "ffn": (16, None),
+        "out": (None, 16),
+        "head": (None, None),
+        "norm": (None, None),
+    }
+    assert FactoredProjector(shapes, 4096, device="cpu").sides["ffn"].ranks == (32, None)
+    both = FactoredProjector(shapes, 64, device="cpu", rank=(8, 300)).sides
+    assert both["ffn"].ranks == (8, None)
+    assert both["out"].ranks == (8, 300)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, True, (3,), (3, 0), "8"])
+def test_impossible_ranks_are_refused(rank):
+    with pytest.raises(InputError, match="rank"):
+        FactoredProjector({"w": (4, 4)}, 8, device="cpu", rank=rank)
+
+
+def test_factored_projectors_name_a_parameter_of_another_shape():
+    projector = FactoredProjector({"w": (4, 4)}, 8, device="cpu")
+    with pytest.raises(InputError, match=r"'w' has 15 scalars.*\(4, 4\)"):
+        projector.add(DenseBlock("w", torch.randn(2, 15)), torch.zeros(2, 8), 0)
 
 
 @pytest.mark.parametrize("nonzeros", [1, 3])
@@ -178,8 +311,33 @@ def test_the_default_is_dense_for_small_and_sparse_for_large_models():
     cpu = torch.device("cpu")
     small = make_projector({"a": 1000}, 2048, 0, cpu)
     large = make_projector({"a": 4_000_000}, 1024, 0, cpu)
+    layers = make_projector({"a": (2000, 2000)}, 1024, 0, cpu)
     assert small.proj_type == "rademacher"
     assert large.proj_type == "sparse"
+    assert layers.proj_type == "factored"
+
+
+@pytest.mark.parametrize("kind", list(ProjectionType))
+def test_projectors_have_names(kind):
+    projector = make_projector(
+        {"a": (20, 30), "b": 5}, 16, 0, torch.device("cpu"), kind.value
+    )
+    assert projector.proj_type == kind
+    assert projector.settings()["kind"] == kind.value
+    assert projector.project(torch.randn(2, 605), model_id=0).shape == (2, 16)
+
+
+def test_a_projector_name_that_is_not_known_is_refused():
+    with pytest.raises(InputError, match=r"'factored'.*got 'fast'"):
+        make_projector({"a": 10}, 8, 0, torch.device("cpu"), "fast")
+
+
+def test_costs_grow_with_what_they_should():
+    shapes = {"a": (512, 512), "b": (512,)}
+    costs = projection_costs(shapes, 1024, positions=128)
+    assert costs["factored"] < costs["sparse"] < costs["rademacher"]
+    assert projection_costs(shapes, 2048, positions=128)["sparse"] == costs["sparse"]
+    assert set(projection_costs({"b": (512,)}, 1024)) == {"rademacher", "sparse"}
 
 
 @pytest.mark.parametrize("proj_dim", [1, 7, 512, 513, 1000])

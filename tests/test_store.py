@@ -12,6 +12,7 @@ import pytest
 from tests import cases, reference, runs
 
 from trak.errors import InputError, StoreCorruptedError, StoreMismatchError
+from trak.gradient_computers import FunctionalGradientComputer
 from trak.savers.arrays import RowFile
 from trak.savers.filesystem import create_json, read_json, replace_json
 from trak.savers.journal import Journal
@@ -268,7 +269,9 @@ def test_an_interrupted_run_goes_on_at_the_row_with_any_batch_size(tmp_path, mon
     first.load_checkpoint(state, model_id=0)
     for batch in runs.split(train, 6)[:2]:
         first.featurize(batch, num_samples=6)
-    second = runs.make_traker(model, 30, tmp_path / "parts")
+    second = runs.make_traker(
+        model, 30, tmp_path / "parts", gradient_computer=FunctionalGradientComputer
+    )
     computed = []
     real = second.gradient_computer.compute_per_sample_grad
 

@@ -6,7 +6,9 @@ hands it to a sink and forgets it, so one layer at a time is alive.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -55,8 +57,23 @@ class FactoredBlock:
         Returns:
             The same gradients as rows of length `o * i`.
         """
-        matrix = self.backprops.transpose(1, 2) @ self.activations  # [b, o, i]
-        return DenseBlock(self.name, matrix.flatten(start_dim=1))
+        return DenseBlock(self.name, self.sketch(None, None).flatten(start_dim=1))
+
+    def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """`left^T G right` of every sample's gradient `G`, without forming `G`.
+
+        Args:
+            left: `[o, r]`; None stands for the identity.
+            right: `[i, q]`; None stands for the identity.
+
+        Returns:
+            `[b, r, q]`.
+        """
+        backprops = self.backprops if left is None else self.backprops @ left
+        activations = self.activations if right is None else self.activations @ right
+        if left is None and right is not None:  # the long axis innermost is faster
+            return (activations.transpose(1, 2) @ backprops).transpose(1, 2)
+        return backprops.transpose(1, 2) @ activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +108,89 @@ class IndexedBlock:
             self.name, table.scatter_add_(1, index, self.backprops).flatten(1)
         )
 
+    def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """`left^T G right` of every sample's gradient `G`, without forming `G`.
 
-Block = DenseBlock | FactoredBlock | IndexedBlock
+        Args:
+            left: `[num_rows, r]`; None stands for the identity.
+            right: `[o, q]`; None stands for the identity.
+
+        Returns:
+            `[b, r, q]`.
+        """
+        backprops = self.backprops if right is None else self.backprops @ right
+        if left is None:
+            rows = IndexedBlock(self.name, self.indices, backprops, self.num_rows).dense()
+            return rows.gradient.unflatten(1, (self.num_rows, -1))
+        return left[self.indices].transpose(1, 2) @ backprops
+
+
+@dataclass(frozen=True, slots=True)
+class ConvolvedBlock:
+    """Per-sample gradients of a convolution's weight, whose patches are never cut out.
+
+    Like a `FactoredBlock` with the patches that the kernel sees as activations: the
+    gradient of sample `b` is a matrix `[o, c * kernel]`.
+
+    Attributes:
+        name: the parameter's name in `model.named_parameters()`.
+        inputs: the padded input, `[b, c, *space]`.
+        backprops: the gradient at the output, `[b, o, *positions]`.
+        kernel: size of the kernel along each axis of space.
+        stride: step of the kernel along each axis.
+        dilation: distance between the kernel's taps along each axis.
+    """
+
+    name: str
+    inputs: Float[Tensor, "b c *space"]
+    backprops: Float[Tensor, "b o *positions"]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def dense(self) -> DenseBlock:
+        """Multiplies patches and backprops.
+
+        Returns:
+            The same gradients as rows of length `o * c * kernel`.
+        """
+        return DenseBlock(self.name, self.sketch(None, None).flatten(start_dim=1))
+
+    def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """`left^T G right` of every sample's gradient `G`, without forming `G`.
+
+        The patches times `right` are a convolution of the input with `right`'s columns
+        as kernels.
+
+        Args:
+            left: `[o, r]`; None stands for the identity.
+            right: `[c * kernel, q]`; None stands for the identity.
+
+        Returns:
+            `[b, r, q]`.
+        """
+        backprops = self.backprops.flatten(start_dim=2)  # [b, o, s]
+        if left is not None:
+            backprops = left.t() @ backprops
+        channels = self.inputs.shape[1]
+        if right is None:
+            width = channels * torch.Size(self.kernel).numel()
+            right = torch.eye(width, dtype=self.inputs.dtype, device=self.inputs.device)
+        kernels = right.t().reshape(-1, channels, *self.kernel)
+        convolve: Any = _CONVOLUTIONS[len(self.kernel)]
+        seen = convolve(self.inputs, kernels, stride=self.stride, dilation=self.dilation)
+        # a stride may leave room for positions that the layer's output does not have
+        space = tuple(slice(size) for size in self.backprops.shape[2:])
+        patches = seen[(slice(None), slice(None), *space)].flatten(start_dim=2)
+        return backprops @ patches.transpose(1, 2)
+
+
+_CONVOLUTIONS = {
+    1: torch.nn.functional.conv1d,
+    2: torch.nn.functional.conv2d,
+    3: torch.nn.functional.conv3d,
+}
+
+MatrixBlock = FactoredBlock | IndexedBlock | ConvolvedBlock
+Block = DenseBlock | MatrixBlock
 Sink = Callable[[Block], None]

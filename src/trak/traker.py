@@ -12,7 +12,7 @@ from torch import nn
 
 from trak.gradient_computers import (
     AbstractGradientComputer,
-    FunctionalGradientComputer,
+    choose_computer,
     select_parameters,
 )
 from trak.modelout_functions import resolve_task
@@ -61,8 +61,11 @@ class TRAKer:
         load_from_save_dir: know the checkpoints and experiments that are in the store
             already. Nothing in it is overwritten either way.
         device: where to project and score; CUDA where present, else the CPU, if None.
-        gradient_computer: class that computes per-sample gradients.
-        projector: instance that projects them; chosen by size if None.
+        gradient_computer: class that computes per-sample gradients. If None,
+            `HookGradientComputer` for tasks with a batched output, as all built-in ones
+            have, else `FunctionalGradientComputer`.
+        projector: instance that projects them, or the name of one
+            (`trak.projectors.ProjectionType`); chosen by its cost if None.
         saver: class of the store.
         score_computer: class or instance; `RidgeScoreComputer` if None.
             `BasicScoreComputer` scales as upstream does.
@@ -92,8 +95,8 @@ class TRAKer:
         save_dir: str | Path = "./trak_results",
         load_from_save_dir: bool = True,
         device: str | torch.device | None = None,
-        gradient_computer: type[AbstractGradientComputer] = FunctionalGradientComputer,
-        projector: AbstractProjector | None = None,
+        gradient_computer: type[AbstractGradientComputer] | None = None,
+        projector: AbstractProjector | str | None = None,
         saver: type[AbstractSaver] | None = None,
         score_computer: type[AbstractScoreComputer] | AbstractScoreComputer | None = None,
         proj_dim: int = 2048,
@@ -121,9 +124,10 @@ class TRAKer:
         self.dtype = storage_dtype(chosen.values(), use_half_precision)
         self.proj_seed = projector_seed
         self._layout = {name: p.numel() for name, p in chosen.items()}
+        self._shapes = {name: tuple(p.shape) for name, p in chosen.items()}
         self.init_projector(projector, proj_dim, proj_max_batch_size)
         everything = len(chosen) == sum(1 for _ in model.parameters())
-        make_computer: Any = gradient_computer
+        make_computer: Any = gradient_computer or choose_computer(self.task)
         self.gradient_computer: AbstractGradientComputer = make_computer(
             model=model,
             task=self.task,
@@ -151,21 +155,23 @@ class TRAKer:
 
     def init_projector(
         self,
-        projector: AbstractProjector | None,
+        projector: AbstractProjector | str | None,
         proj_dim: int,
         proj_max_batch_size: int,
     ) -> None:
-        """Takes the given projector, or makes the default one.
+        """Takes the given projector, or makes the named or the cheapest one.
 
         Args:
-            projector: an instance, or None.
-            proj_dim: projection dimension for the default.
+            projector: an instance, a name, or None.
+            proj_dim: projection dimension, unless an instance is given.
             proj_max_batch_size: accepted as upstream's name.
         """
         del proj_max_batch_size
-        self.projector: AbstractProjector = projector or make_projector(
-            self._layout, proj_dim, self.proj_seed, self.device
-        )
+        if projector is None or isinstance(projector, str):
+            projector = make_projector(
+                self._shapes, proj_dim, self.proj_seed, self.device, projector
+            )
+        self.projector: AbstractProjector = projector
         self.proj_dim: int = self.projector.proj_dim or self.num_params_for_grad
 
     @property

@@ -5,6 +5,7 @@ from trak.gradient_computers.abstract import (
     SelectingGradientComputer,
     select_parameters,
 )
+from trak.gradient_computers.choice import choose_computer
 from trak.gradient_computers.functional import FunctionalGradientComputer
 from trak.gradient_computers.hooks import HookGradientComputer
 from trak.gradient_computers.iterative import IterativeGradientComputer
@@ -15,5 +16,6 @@ __all__ = [
     "HookGradientComputer",
     "IterativeGradientComputer",
     "SelectingGradientComputer",
+    "choose_computer",
     "select_parameters",
 ]

@@ -115,8 +115,8 @@ class RowMaker:
             shape = (batch_size(batch), projector.proj_dim)
             dtype = torch.float64 if double else torch.float32
             out = torch.zeros(shape, dtype=dtype, device=self.device)
-            sink = projector.sink(out, model_id)
-            self.computer.run(batch, sink, self.layout)
+            with projector.gathering(out, model_id) as sink:
+                self.computer.run(batch, sink, self.layout)
             return out
         grads = self.computer.compute_per_sample_grad(batch)
         rows = projector.project(grads, model_id=model_id).detach()

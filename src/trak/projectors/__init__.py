@@ -10,13 +10,16 @@ from trak.projectors.abstract import (
     ProjectionType,
     resolve_device,
 )
-from trak.projectors.choice import make_projector
+from trak.projectors.choice import make_projector, projection_costs
 from trak.projectors.chunked import ChunkedCudaProjector
 from trak.projectors.dense import (
     BasicProjector,
     BasicSingleBlockProjector,
     CudaProjector,
 )
+from trak.projectors.factored import FactoredProjector
+from trak.projectors.hadamard import HadamardProjector
+from trak.projectors.masked import MaskedProjector
 from trak.projectors.noop import NoOpProjector
 from trak.projectors.sparse import SparseProjector
 
@@ -27,9 +30,13 @@ __all__ = [
     "BlockProjector",
     "ChunkedCudaProjector",
     "CudaProjector",
+    "FactoredProjector",
+    "HadamardProjector",
+    "MaskedProjector",
     "NoOpProjector",
     "ProjectionType",
     "SparseProjector",
     "make_projector",
+    "projection_costs",
     "resolve_device",
 ]

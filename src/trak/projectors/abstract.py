@@ -1,7 +1,8 @@
 """What every projector offers, and the part that consumes gradient blocks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -19,6 +20,9 @@ class ProjectionType(str, Enum):
     normal = "normal"
     rademacher = "rademacher"
     sparse = "sparse"
+    factored = "factored"
+    hadamard = "hadamard"
+    masked = "masked"
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -165,6 +169,19 @@ class BlockProjector(AbstractProjector):
 
         return consume
 
+    @contextmanager
+    def gathering(self, out: Tensor, model_id: int) -> Generator[Sink]:
+        """Like `sink`, for the blocks of one whole batch; `out` is complete at the end.
+
+        Args:
+            out: `[b, k]`, to which the projection is added.
+            model_id: the checkpoint.
+
+        Yields:
+            A function to hand to a gradient computer.
+        """
+        yield self.sink(out, model_id)
+
     def project(self, grads: Tensor | Mapping[str, Tensor], model_id: int) -> Tensor:
         """Projects a batch of gradients.
 
@@ -191,9 +208,9 @@ class BlockProjector(AbstractProjector):
             dtype=torch.float64 if double else torch.float32,
             device=self.device,
         )
-        sink = self.sink(out, model_id)
-        for block in blocks:
-            sink(block)
+        with self.gathering(out, model_id) as sink:
+            for block in blocks:
+                sink(block)
         return out
 
     def _blocks(self, grads: Tensor | Mapping[str, Tensor]) -> Iterable[DenseBlock]:

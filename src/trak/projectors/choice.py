@@ -1,7 +1,8 @@
-"""The projector that `projector=None` stands for."""
+"""The projector that a name, or `projector=None`, stands for."""
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,41 +10,115 @@ import torch
 from trak.errors import InputError
 from trak.projectors.abstract import BlockProjector, ProjectionType
 from trak.projectors.dense import BasicProjector
+from trak.projectors.factored import FactoredProjector
+from trak.projectors.hadamard import HadamardProjector
+from trak.projectors.masked import MaskedProjector
 from trak.projectors.sparse import SparseProjector
 
 logger = logging.getLogger(__name__)
 
-DENSE_UP_TO = 1 << 25
+_POSITIONS = 64  # assumed times that a layer's weight is used for one sample
+_SCATTER = 75  # one scattered addition costs as much as this many multiplications
+_DENSE_UP_TO = 1 << 23  # operations a sample that nobody notices, about 0.1 ms
+
+Shapes = Mapping[str, Sequence[int] | int]
 
 
 def make_projector(
-    layout: Mapping[str, int], proj_dim: Any, seed: int, device: torch.device
+    shapes: Shapes,
+    proj_dim: Any,
+    seed: int,
+    device: torch.device,
+    kind: str | None = None,
 ) -> BlockProjector:
-    """Chooses by the size of the projection matrix: dense Rademacher or sparse.
+    """Makes the projector of a name, or chooses one by what it would cost.
 
-    A dense projection costs `2 p k` operations a sample, the sparse one about `p`
-    whatever `k` is. The choice looks at sizes only and not at the device, so that a store
-    begun on one machine can be finished on another.
+    The choice looks at the parameters' shapes and `k` only, and not at the device, so
+    that a store begun on one machine can be finished on another.
 
     Args:
-        layout: name to number of scalars of every selected parameter.
+        shapes: name to shape (or number of scalars) of every selected parameter.
         proj_dim: projection dimension `k`.
         seed: seed of the entries.
         device: where to project.
+        kind: `"rademacher"`, `"normal"`, `"sparse"`, `"factored"`, `"hadamard"` or
+            `"masked"`; chosen if None, see `projection_costs`: dense Rademacher where it
+            costs no more than 2^23 operations a sample, else the cheapest.
 
     Returns:
-        Dense Rademacher for matrices of up to 2^25 entries, else sparse.
+        The projector.
 
     Raises:
-        InputError: if `proj_dim` is not a positive integer.
+        InputError: if `proj_dim` is not a positive integer or the name is not known.
     """
     if isinstance(proj_dim, bool) or not isinstance(proj_dim, int) or proj_dim < 1:
         raise InputError(f"proj_dim must be an integer of at least 1, got {proj_dim!r}.")
-    grad_dim = sum(layout.values())
-    size = f"{grad_dim:,} parameters to {proj_dim:,} numbers"
-    if grad_dim * proj_dim <= DENSE_UP_TO:
-        logger.info("Projecting %s with a dense Rademacher matrix.", size)
-        kind = ProjectionType.rademacher
-        return BasicProjector(grad_dim, proj_dim, seed, kind, device, layout=layout)
-    logger.info("Projecting %s with a sparse matrix, one nonzero a parameter.", size)
-    return SparseProjector(grad_dim, proj_dim, seed, device=device, layout=layout)
+    full = {n: (s,) if isinstance(s, int) else tuple(s) for n, s in shapes.items()}
+    layout = {name: math.prod(shape) for name, shape in full.items()}
+    size = f"{sum(layout.values()):,} parameters to {proj_dim:,} numbers"
+    if kind is None:
+        costs = projection_costs(full, proj_dim)
+        kind = _cheapest(costs)
+        logger.info(
+            "Projecting %s with projector=%r: %.2g operations a sample, against %s.",
+            size,
+            kind,
+            costs[kind],
+            ", ".join(f"{cost:.2g} for {k!r}" for k, cost in costs.items() if k != kind),
+        )
+    try:
+        kind = ProjectionType(kind).value
+    except ValueError:
+        names = sorted(known.value for known in ProjectionType)
+        raise InputError(
+            f"projector is an instance or one of the names {names}, got {kind!r}."
+        ) from None
+    if kind in {"factored", "masked"}:
+        by_shape = FactoredProjector if kind == "factored" else MaskedProjector
+        return by_shape(full, proj_dim, seed, device)
+    width = sum(layout.values())
+    if kind in {"rademacher", "normal"}:
+        return BasicProjector(width, proj_dim, seed, kind, device, layout=layout)
+    by_size = SparseProjector if kind == "sparse" else HadamardProjector
+    return by_size(width, proj_dim, seed, device=device, layout=layout)
+
+
+def projection_costs(
+    shapes: Mapping[str, Sequence[int]], proj_dim: int, positions: int = _POSITIONS
+) -> dict[str, float]:
+    """What the projections that may be chosen would cost.
+
+    Forming a layer's gradient from `s` positions costs `2 s p`, projecting it densely
+    `2 p k`, hashing it `p` scattered additions; compressing the longer side of `[o, i]`
+    to `r` first costs `2 s r (o + i)`, and `r min(o, i)` entries are left to hash.
+
+    Args:
+        shapes: name to shape of every selected parameter.
+        proj_dim: projection dimension `k`.
+        positions: `s`, how often a layer's weight is used for one sample.
+
+    Returns:
+        Operations a sample for `"rademacher"`, `"sparse"` and, if some parameter is a
+        matrix, `"factored"`.
+    """
+    width = sum(math.prod(shape) for shape in shapes.values())
+    formed = 2.0 * positions * width
+    costs = {
+        "rademacher": formed + 2.0 * width * proj_dim,
+        "sparse": formed + float(_SCATTER * width),
+    }
+    if any(len(shape) > 1 for shape in shapes.values()):
+        sides = FactoredProjector(shapes, proj_dim, device="cpu").sides.values()
+        costs["factored"] = 0.0
+        for side in sides:
+            ranks = [rank for rank in side.ranks if rank is not None]
+            compressed = 2.0 * positions * sum(side.shape) * (ranks[0] if ranks else 0)
+            whole = 0.0 if ranks else 2.0 * positions * math.prod(side.shape)
+            costs["factored"] += compressed + whole + _SCATTER * math.prod(side.kept)
+    return costs
+
+
+def _cheapest(costs: Mapping[str, float]) -> str:
+    if costs["rademacher"] <= _DENSE_UP_TO:
+        return "rademacher"
+    return min((kind for kind in costs if kind != "rademacher"), key=lambda k: costs[k])

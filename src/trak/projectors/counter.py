@@ -209,3 +209,21 @@ def hashes(
     word = word.flatten()[rows[0] - first * _WORDS : rows[1] - first * _WORDS]
     sign = (word & 1).to(torch.float32).mul_(2).sub_(1)
     return ((word >> 1) * num_buckets) >> (_BITS - 1), sign
+
+
+def sample(source: Stream, size: int, count: int, device: torch.device) -> Tensor:
+    """Draws numbers below `size` without replacement.
+
+    Args:
+        source: the stream.
+        size: how many numbers there are.
+        count: how many to draw, at most `size`.
+        device: where to compute.
+
+    Returns:
+        int64, `[count]`, in random order.
+    """
+    # two words a number: ties are too rare to matter, and broken the same way everywhere
+    word = words(source, (0, size), 1, device)
+    order = (word[:, 0] << (_BITS - 1)) ^ word[:, 1]
+    return torch.sort(order, stable=True).indices[:count]

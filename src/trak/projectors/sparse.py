@@ -10,6 +10,7 @@ from trak.blocks import DenseBlock
 from trak.errors import InputError
 from trak.projectors import counter
 from trak.projectors.abstract import BlockProjector, ProjectionType
+from trak.projectors.scatter import scatter
 
 _GROUP = 64
 _SCAN_FROM = 1 << 16
@@ -114,7 +115,7 @@ class SparseProjector(BlockProjector):
                 gradient = gradient[:, nonzero]
                 columns, values = columns[:, nonzero], values[:, nonzero]
             for column, value in zip(columns, values, strict=True):
-                _scatter(gradient * value.to(out.dtype), column, out)
+                scatter(gradient * value.to(out.dtype), column, out)
 
     def free_memory(self) -> None:
         """Drops the generated columns and values."""
@@ -164,12 +165,3 @@ def _nonzero_columns(gradient: Tensor) -> Tensor | None:
     starts = used.nonzero() * _GROUP
     rest = torch.arange(whole, width, device=gradient.device)
     return torch.cat([(starts + within).flatten(), rest])
-
-
-def _scatter(values: Tensor, columns: Tensor, out: Tensor) -> None:
-    """Adds `values[:, j]` to `out[:, columns[j]]`."""
-    if out.is_cuda:
-        out.index_add_(1, columns, values)
-        return
-    for j, sample in enumerate(values):
-        out[j] += torch.bincount(columns, weights=sample, minlength=out.shape[1])

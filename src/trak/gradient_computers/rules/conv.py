@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from trak.blocks import Block, DenseBlock, FactoredBlock
+from trak.blocks import Block, ConvolvedBlock, DenseBlock
 from trak.gradient_computers.rules.registry import LayerCall, register
 
 
@@ -21,13 +20,11 @@ def conv(call: LayerCall) -> Iterator[Block]:
         Blocks of weight and bias.
     """
     layer = call.layer
-    backprops = call.backprops.flatten(start_dim=2).transpose(1, 2)  # [b, s, o]
     if "weight" in call.names:
-        sizes = call.backprops.shape[2:]
-        patches = unfold(_padded(layer, call.inputs[0]), layer, sizes)  # [b, s, c, *k]
-        yield from _grouped(call.names["weight"], patches, backprops, layer.groups)
+        padded = _padded(layer, call.inputs[0])
+        yield _block(call.names["weight"], layer, padded, call.backprops)
     if "bias" in call.names:
-        yield DenseBlock(call.names["bias"], backprops.sum(1))
+        yield DenseBlock(call.names["bias"], call.backprops.flatten(start_dim=2).sum(2))
 
 
 @register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -56,49 +53,25 @@ def conv_transpose(call: LayerCall) -> Iterator[Block]:
         ]
         short = [max(0, n - s) for n, s in zip(needed, padded.shape[2:], strict=True)]
         padded = nn.functional.pad(padded, [p for s in reversed(short) for p in (0, s)])
-        patches = unfold(padded, layer, inputs.shape[2:])
-        activations = inputs.flatten(start_dim=2).transpose(1, 2)  # [b, s, i]
-        yield from _grouped(call.names["weight"], patches, activations, layer.groups)
+        yield _block(call.names["weight"], layer, padded, inputs)
     if "bias" in call.names:
         yield DenseBlock(call.names["bias"], call.backprops.flatten(start_dim=2).sum(2))
 
 
-def unfold(padded: Tensor, layer: Any, sizes: torch.Size) -> Tensor:
-    """Cuts the patches that a convolution sees.
-
-    Args:
-        padded: the padded input, `[b, c, *space]`.
-        layer: has `stride`, `dilation` and `kernel_size`.
-        sizes: number of patches along each axis of space.
-
-    Returns:
-        `[b, s, c, *kernel]`.
-    """
-    dims = len(sizes)
-    patches = padded
-    for axis, size in enumerate(sizes):
-        steps = torch.arange(size, device=padded.device) * layer.stride[axis]
-        taps = torch.arange(layer.kernel_size[axis], device=padded.device)
-        index = steps[:, None] + taps * layer.dilation[axis]  # [size, kernel]
-        at = 2 + 2 * axis
-        patches = patches.index_select(at, index.flatten()).unflatten(at, index.shape)
-    space = [2 + 2 * axis for axis in range(dims)]
-    kernel = [3 + 2 * axis for axis in range(dims)]
-    patches = patches.permute(0, *space, 1, *kernel)
-    return patches.flatten(start_dim=1, end_dim=dims)
-
-
 def _padded(layer: Any, inputs: Tensor) -> Tensor:
     pads = layer._reversed_padding_repeated_twice  # noqa: SLF001 - also resolves "same"
+    if not any(pads):
+        return inputs
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     return nn.functional.pad(inputs, pads, mode=mode)
 
 
-def _grouped(name: str, patches: Tensor, outputs: Tensor, groups: int) -> Iterator[Block]:
-    if groups == 1:
-        yield FactoredBlock(name, patches.flatten(start_dim=2), outputs)
-        return
-    grouped = patches.unflatten(2, (groups, -1)).flatten(start_dim=3)  # [b, s, g, c*k]
-    channels = outputs.unflatten(2, (groups, -1))  # [b, s, g, o]
-    gradient = torch.einsum("bsgo,bsgi->bgoi", channels, grouped)
-    yield DenseBlock(name, gradient.flatten(start_dim=1))
+def _block(name: str, layer: Any, padded: Tensor, outputs: Tensor) -> Block:
+    steps = (layer.kernel_size, layer.stride, layer.dilation)
+    if layer.groups == 1:
+        return ConvolvedBlock(name, padded, outputs, *steps)
+    # groups are worked through as if they were samples
+    inputs = padded.unflatten(1, (layer.groups, -1)).flatten(end_dim=1)
+    channels = outputs.unflatten(1, (layer.groups, -1)).flatten(end_dim=1)
+    gradient = ConvolvedBlock(name, inputs, channels, *steps).dense().gradient
+    return DenseBlock(name, gradient.reshape(len(padded), -1))

@@ -94,15 +94,24 @@ def _by_running_statistics(layer: Any, x: Tensor) -> Tensor:
 
 
 def _last_axes(call: LayerCall, normal: Tensor, axes: int) -> Iterator[Block]:
-    flat = call.backprops.flatten(start_dim=-axes)
-    for own, values in (("weight", flat * normal.flatten(start_dim=-axes)), ("bias", flat)):
-        if own in call.names:
-            per_sample = values.reshape(call.num_samples, -1, flat.shape[-1]).sum(1)
-            yield DenseBlock(call.names[own], per_sample)
+    # `normal` is overwritten
+    backprops = call.backprops
+    width = normal.shape[normal.ndim - axes :].numel()
+    if "bias" in call.names:
+        yield DenseBlock(call.names["bias"], _summed(call, backprops, width))
+    if "weight" in call.names:
+        yield DenseBlock(call.names["weight"], _summed(call, normal.mul_(backprops), width))
+
+
+def _summed(call: LayerCall, values: Tensor, width: int) -> Tensor:
+    return values.reshape(call.num_samples, -1, width).sum(1)
 
 
 def _channels(call: LayerCall, normal: Tensor) -> Iterator[Block]:
-    for own, values in (("weight", call.backprops * normal), ("bias", call.backprops)):
-        if own in call.names:
-            flat = values.reshape(*values.shape[:2], -1)
-            yield DenseBlock(call.names[own], flat.sum(2))
+    # `normal` is overwritten
+    flat = (*normal.shape[:2], -1)
+    if "bias" in call.names:
+        yield DenseBlock(call.names["bias"], call.backprops.reshape(flat).sum(2))
+    if "weight" in call.names:
+        values = normal.mul_(call.backprops)
+        yield DenseBlock(call.names["weight"], values.reshape(flat).sum(2))
