@@ -118,9 +118,11 @@ class FunctionalGradientComputer(SelectingGradientComputer):
             )
             with torch.enable_grad():
                 output = self._output(chosen, *sample)
-                found = torch.autograd.grad(
-                    output, list(chosen.values()), allow_unused=True
-                )
+                found: tuple[Tensor | None, ...] = (None,) * len(chosen)
+                if output.requires_grad:  # else this sample reaches none of them
+                    found = torch.autograd.grad(
+                        output, list(chosen.values()), allow_unused=True
+                    )
             pairs = zip(found, chosen.values(), strict=True)
             rows.append([_or_zeros(gradient, weight) for gradient, weight in pairs])
         if num_samples == 1:  # a view: embeddings make these too large to copy idly
