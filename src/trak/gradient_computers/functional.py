@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trak.batches import Batch, batch_size, leaves, normalize, select
 from trak.errors import InputError
 from trak.gradient_computers.abstract import SelectingGradientComputer
+from trak.gradient_computers.surroundings import undisturbed
 from trak.modelout_functions import output_function
 
 logger = logging.getLogger(__name__)
@@ -45,11 +46,15 @@ class FunctionalGradientComputer(SelectingGradientComputer):
 
         Returns:
             Name of each selected parameter to its gradients, `[b, *parameter.shape]`.
-
-        Raises:
-            RuntimeError: what the model raises for reasons other than `vmap`.
         """
         normal = normalize(batch)
+        if not batch_size(normal):
+            chosen = self._chosen().items()
+            return {name: weight.new_zeros(0, *weight.shape) for name, weight in chosen}
+        with undisturbed(self.model):
+            return self._per_sample(normal)
+
+    def _per_sample(self, normal: Batch) -> dict[str, Tensor]:
         if not self._without_vmap:
             try:
                 return self._vectorized(normal)
@@ -74,7 +79,7 @@ class FunctionalGradientComputer(SelectingGradientComputer):
         Returns:
             `[b]` or `[b, 1]`, as the task gives it.
         """
-        with torch.no_grad():
+        with torch.no_grad(), undisturbed(self.model):
             return self.modelout_fn.get_out_to_loss_grad(
                 self.model, self.func_weights, self.func_buffers, normalize(batch)
             )

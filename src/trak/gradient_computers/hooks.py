@@ -81,6 +81,7 @@ class HookGradientComputer(SelectingGradientComputer):
         self._plans: dict[bool, Plan] = {}  # for single samples, and for more
         self._exact: dict[tuple[str, ...], FunctionalGradientComputer] = {}
         self._keep_copies = False
+        self._unconfirmed = False
         self._to_prove: set[str] = set()
         self._proofs = _PROOFS
         self._told: set[str] = set()
@@ -141,6 +142,20 @@ class HookGradientComputer(SelectingGradientComputer):
             raise PhaseError("The coverage is known after the first batch.")
         return self._coverage
 
+    def scalars_at_once(self, layout: Mapping[str, int]) -> int:
+        """How many gradient entries of one sample exist at once while `run` emits blocks.
+
+        Args:
+            layout: name to number of scalars of the selected parameters, in order.
+
+        Returns:
+            The largest parameter's size, or that of all that are computed exactly.
+        """
+        if self._coverage is None:
+            return sum(layout.values())
+        exact = sum(layout[name] for name in self._coverage.names_exactly)
+        return max(exact, *layout.values())
+
     def run(self, batch: Any, sink: Sink, layout: Mapping[str, int]) -> None:
         """Emits the batch's gradients as blocks, several for a parameter used twice.
 
@@ -165,6 +180,8 @@ class HookGradientComputer(SelectingGradientComputer):
         size = batch_size(batch)
         many = size > 1
         if many in self._plans:
+            if self._unconfirmed and size > 2:
+                self._confirm(select(batch, _different(batch)))
             if self._to_prove and self._proofs:
                 self._proofs -= 1
                 self._prove(select(batch, _different(batch)[:2]), many=many)
@@ -175,7 +192,9 @@ class HookGradientComputer(SelectingGradientComputer):
         certain = self._check(select(batch, chosen[:2]))
         if certain is False:
             return False
-        self._confirm(select(batch, chosen), many=many)
+        if many:
+            self._unconfirmed = True
+            self._confirm(select(batch, chosen))
         self._tell(self._plans[many])
         return True
 
@@ -245,15 +264,18 @@ class HookGradientComputer(SelectingGradientComputer):
         self._plans[many] = self._trial(samples, exact).plan()
         return True
 
-    def _confirm(self, samples: Batch, *, many: bool) -> None:
+    def _confirm(self, samples: Batch) -> None:
         # with three samples, so that no axis of length two is taken for the sample axis
-        plan = self._plans[many]
+        if batch_size(samples) < 3:
+            return
+        plan = self._plans[True]
+        self._unconfirmed = False
         risky = {
             n: way
             for n, way in plan.items()
             if way.changes_shapes or way.samples != "first"
         }
-        if batch_size(samples) < 3 or not risky:
+        if not risky:
             return
         exact = self._exact_rows(tuple(risky), samples)
         agreed = self._trial(samples, exact).agreeing(risky)

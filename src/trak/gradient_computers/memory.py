@@ -14,6 +14,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     Returns:
         True for torch's own type, and for the messages of its allocators.
     """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

@@ -1,7 +1,7 @@
 """A batch of examples to rows of projected gradients."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from trak.batches import Batch, batch_size, select
 from trak.blocks import Block
 from trak.errors import InputError, NumericalError
 from trak.gradient_computers import AbstractGradientComputer
+from trak.pipeline.memory import MicroBatches
 from trak.projectors import AbstractProjector, BlockProjector
 
 _GRADIENT_BYTES = 1 << 30
@@ -26,6 +27,7 @@ class RowMaker:
         layout: name to number of scalars of the selected parameters.
         scale: rows are divided by it (the square root of the number of parameters).
         device: where to project.
+        micro: splits batches that do not fit into memory.
     """
 
     model: nn.Module
@@ -34,14 +36,15 @@ class RowMaker:
     layout: Mapping[str, int]
     scale: float
     device: torch.device
+    micro: MicroBatches = field(default_factory=MicroBatches)
 
     def rows(self, batch: Batch, model_id: int, numbers: list[int]) -> Tensor:
         """Projected gradients, `P^T grad f / sqrt(p)`.
 
         Park et al. 2023, Sec. 3.2, Steps 1 and 2.
 
-        Large models are worked through in smaller batches, so that no more than 1 GiB of
-        per-sample gradients exist at once.
+        Batches are worked through in pieces, so that no more than 1 GiB of per-sample
+        gradients exist at once, and in smaller ones where memory runs out all the same.
 
         Args:
             batch: a normalized batch.
@@ -50,32 +53,35 @@ class RowMaker:
 
         Returns:
             `[b, k]`, finite, float32 or float64.
-
-        Raises:
-            NumericalError: names the first sample and parameter whose gradient is not
-                finite.
         """
-        total = batch_size(batch)
-        fitting = max(1, _GRADIENT_BYTES // (4 * sum(self.layout.values())))
-        parts: list[Tensor] = []
-        start = 0
-        while start < total:
-            # asked anew each time: the first batch may change the computer's mind
-            step = min(fitting, self.computer.samples_at_once or fitting)
-            piece = select(batch, slice(start, start + step))
+        if not batch_size(batch):
+            return self._blank(0)
+
+        def work(piece: Batch, start: int) -> Tensor:
             part = self._project(piece, model_id) / self.scale
-            finite = torch.isfinite(part).all(dim=1)
-            if not finite.all():
-                bad = int((~finite).nonzero()[0])
-                where = self._first_bad_parameter(select(piece, slice(bad, bad + 1)))
-                raise NumericalError(
-                    f"The gradient of sample {numbers[start + bad]} is not finite at "
-                    f"model_id={model_id}{where}. Nothing of this batch was stored. "
-                    "Look at the sample (NaN in its input?) and at the weights."
-                )
-            parts.append(part)
-            start += len(part)
-        return torch.cat(parts)
+            self._check(part, piece, model_id, numbers[start:])
+            return part
+
+        return self.micro.rows(batch, work, self._most)
+
+    def _most(self) -> int:
+        # asked anew each time: the first batch may change the computer's mind
+        width = sum(self.layout.values())
+        if self._by_blocks():
+            width = self.computer.scalars_at_once(self.layout)
+        fitting = max(1, _GRADIENT_BYTES // (4 * width))
+        return min(fitting, self.computer.samples_at_once or fitting)
+
+    def _check(self, part: Tensor, piece: Batch, model_id: int, numbers: list[int]) -> None:
+        finite = torch.isfinite(part).all(dim=1)
+        if not finite.all():
+            bad = int((~finite).nonzero()[0])
+            where = self._first_bad_parameter(select(piece, slice(bad, bad + 1)))
+            raise NumericalError(
+                f"The gradient of sample {numbers[bad]} is not finite at "
+                f"model_id={model_id}{where}. Nothing of this batch was stored. "
+                "Look at the sample (NaN in its input?) and at the weights."
+            )
 
     def loss_weights(self, batch: Batch, numbers: list[int]) -> Tensor:
         """The loss weight Q of every sample (Park et al. 2023, Sec. 3.2, Step 3).
@@ -88,16 +94,12 @@ class RowMaker:
             `[b, 1]`, finite.
 
         Raises:
-            InputError: if the task does not give one number a sample.
             NumericalError: names the first sample whose Q is not finite.
         """
-        weights = self.computer.compute_loss_grad(batch)
-        if weights.numel() != batch_size(batch):
-            raise InputError(
-                "get_out_to_loss_grad must return one number a sample, "
-                f"[{batch_size(batch)}, 1]; got shape {tuple(weights.shape)}."
-            )
-        weights = weights.detach().reshape(-1, 1)
+        total = batch_size(batch)
+        if not total:
+            return self._blank(0)[:, :1]
+        weights = self.micro.rows(batch, self._loss_weights, lambda: total)
         finite = torch.isfinite(weights).flatten()
         if not finite.all():
             bad = int((~finite).nonzero()[0])
@@ -107,16 +109,32 @@ class RowMaker:
             )
         return weights
 
+    def _loss_weights(self, batch: Batch, start: int) -> Tensor:
+        del start
+        weights = self.computer.compute_loss_grad(batch)
+        if weights.numel() != batch_size(batch):
+            raise InputError(
+                "get_out_to_loss_grad must return one number a sample, "
+                f"[{batch_size(batch)}, 1]; got shape {tuple(weights.shape)}."
+            )
+        return weights.detach().reshape(-1, 1)
+
+    def _by_blocks(self) -> bool:
+        projector = self.projector
+        return isinstance(projector, BlockProjector) and projector.layout is not None
+
+    def _blank(self, size: int) -> Tensor:
+        parameters = dict(self.model.named_parameters())
+        double = any(parameters[name].dtype is torch.float64 for name in self.layout)
+        width = self.projector.proj_dim or sum(self.layout.values())
+        dtype = torch.float64 if double else torch.float32
+        return torch.zeros((size, width), dtype=dtype, device=self.device)
+
     def _project(self, batch: Batch, model_id: int) -> Tensor:
         projector = self.projector
         if isinstance(projector, BlockProjector) and projector.layout is not None:
-            parameters = dict(self.model.named_parameters())
-            double = any(parameters[name].dtype is torch.float64 for name in self.layout)
-            shape = (batch_size(batch), projector.proj_dim)
-            dtype = torch.float64 if double else torch.float32
-            out = torch.zeros(shape, dtype=dtype, device=self.device)
-            sink = projector.sink(out, model_id)
-            self.computer.run(batch, sink, self.layout)
+            out = self._blank(batch_size(batch))
+            self.computer.run(batch, projector.sink(out, model_id), self.layout)
             return out
         grads = self.computer.compute_per_sample_grad(batch)
         rows = projector.project(grads, model_id=model_id).detach()
