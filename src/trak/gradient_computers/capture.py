@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trak.errors import UnsupportedModuleError
 
+HALVES = frozenset({torch.float16, torch.bfloat16})
 Listener = Callable[[tuple[Any, ...], Tensor], None]
 
 
@@ -47,9 +48,13 @@ class Tape:
 
     Args:
         keep_copies: copy the inputs, for models that change them in place.
+
+    Attributes:
+        met_halves: whether an output was in half precision, as under autocast.
     """
 
     def __init__(self, *, keep_copies: bool = False) -> None:
+        self.met_halves = False
         self._keep_copies = keep_copies
         self._roots: list[Tensor] = []
 
@@ -68,6 +73,7 @@ class Tape:
         Returns:
             What must be handed on in the output's place.
         """
+        self.met_halves |= output.dtype in HALVES
         if not output.requires_grad:
             # where the graph begins: a leaf, and a copy that may be changed in place
             root = output.detach().requires_grad_()

@@ -297,17 +297,11 @@ class HookGradientComputer(SelectingGradientComputer):
         self._tell(self._plans[many])
 
     def _trial(self, samples: Batch, exact: Rows) -> Trial:
-        with torch.no_grad():
-            outputs = self._outputs(samples)
-        halves = {torch.float16, torch.bfloat16}
-        dtypes = {p.dtype for p in self._anatomy.parameters.values()}
-        coarse = bool(dtypes & halves) or outputs.dtype in halves
         return Trial(
             self._anatomy,
             lambda: self._outputs(samples),
             exact,
             keep_copies=self._keep_copies,
-            coarse=coarse or torch.is_autocast_enabled(),
         )
 
     def _exact_rows(self, names: tuple[str, ...], samples: Batch) -> Rows:

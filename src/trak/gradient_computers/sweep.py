@@ -34,6 +34,7 @@ class Sweep:
         used: parameters that were not seen so far and have a gradient in this batch.
         in_backward: whether the forward pass went through, so that the sink may have
             received blocks.
+        tape: what the forward pass left.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Sweep:
         self._num_samples = num_samples
         self._sink = sink
         self._strict = strict
-        self._tape = Tape(keep_copies=keep_copies)
+        self.tape = Tape(keep_copies=keep_copies)
         self.refused: set[str] = set()
         self.used: set[str] = set()
         self.in_backward = False
@@ -77,7 +78,9 @@ class Sweep:
             result = outputs()
             _check_outputs(result, self._num_samples)
             self.in_backward = True
-            totals = self._tape.backward(result, watched)
+            # rules and the sink compute in the parameters' dtype
+            stack.enter_context(torch.autocast(self._device(), enabled=False))
+            totals = self.tape.backward(result, watched)
         for name, total in zip(unseen, totals, strict=True):
             if total is not None and bool(total.any()):
                 self.used.add(name)
@@ -115,7 +118,7 @@ class Sweep:
             def at_output(kept: tuple[Any, ...], gradient: Tensor) -> None:
                 self._by_rule(layer, samples, names, kept, gradient)
 
-            return self._tape.tap(path, output, inputs, at_output)
+            return self.tape.tap(path, output, inputs, at_output)
 
         return after_forward
 
@@ -165,7 +168,7 @@ class Sweep:
             self._emit(DenseBlock(name, rows))
 
         value = placement.expand(self._anatomy.parameters[name].detach(), self._num_samples)
-        return self._tape.leaf(value, at_leaf)
+        return self.tape.leaf(value, at_leaf)
 
     @contextmanager
     def _functions(self) -> Generator[None]:
@@ -174,19 +177,17 @@ class Sweep:
             yield
             return
         watch = FunctionWatch(
-            self._anatomy, wanted, self._num_samples, self._tape, self._emit, self.refused
+            self._anatomy, wanted, self._num_samples, self.tape, self._emit, self.refused
         )
         with watch.watching():
             yield
 
     def _emit(self, block: Block) -> None:
-        # the sink may do what it likes with gradients, but not under the user's autocast
-        device = "cuda" if self._on_cuda() else "cpu"
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad():
             self._sink(block)
 
-    def _on_cuda(self) -> bool:
-        return next(iter(self._anatomy.parameters.values())).is_cuda
+    def _device(self) -> str:
+        return next(iter(self._anatomy.parameters.values())).device.type
 
 
 def given_out(output: Any, samples: Samples, num_samples: int) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trak.blocks import Block
 from trak.errors import AttributionError
-from trak.gradient_computers.capture import InputChangedError
+from trak.gradient_computers.capture import HALVES, InputChangedError
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.gradient_computers.plan import EXACT, PLACEMENTS, UNSEEN, Anatomy, Plan, Way
 from trak.gradient_computers.sweep import Sweep
@@ -29,8 +29,6 @@ class Trial:
         outputs: runs the model on the samples, `[b]`.
         exact: the samples' exact gradients, name to `[b, p]`.
         keep_copies: copy layer inputs.
-        coarse: whether the model computes in half precision, so that equal gradients
-            differ by more.
     """
 
     def __init__(
@@ -40,13 +38,13 @@ class Trial:
         exact: Rows,
         *,
         keep_copies: bool,
-        coarse: bool,
     ) -> None:
         self._anatomy = anatomy
         self._outputs = outputs
         self._exact = exact
         self._keep_copies = keep_copies
-        self._coarse = coarse
+        # half precision, in which equal gradients differ by more
+        self._coarse = any(rows.dtype in HALVES for rows in exact.values())
         self._size = len(next(iter(exact.values())))
         norms = [rows.norm(dim=1) for rows in exact.values()]
         self._scale = torch.stack([n.double() for n in norms]).amax(0)  # [b]
@@ -167,6 +165,7 @@ class Trial:
             if is_out_of_memory(error) or not (changed or _is_ours(error)):
                 raise
             return None
+        self._coarse |= sweep.tape.met_halves
         if changed and not self._same(outputs):
             return None
         return {name: rows for name, rows in found.items() if name not in sweep.refused}
