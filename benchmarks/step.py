@@ -39,7 +39,9 @@ CASES = [  # model, batch size, dtype, bar
 PROJ_DIMS = (1024, 4096)
 
 
-def traker_of(case: models.Case, proj_dim: int, folder: str, n: int, **options: Any) -> TRAKer:
+def traker_of(
+    case: models.Case, proj_dim: int, folder: str, n: int, **options: Any
+) -> TRAKer:
     """A TRAKer with the library's defaults, ready to featurize.
 
     Args:

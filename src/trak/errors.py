@@ -40,3 +40,7 @@ class NumericalError(AttributionError, ArithmeticError):
 
 class UnsupportedModuleError(AttributionError, NotImplementedError):
     """A layer or model that a gradient computer cannot follow."""
+
+
+class NotEnoughMemoryError(AttributionError, MemoryError):
+    """A single sample does not fit into memory."""

@@ -77,8 +77,21 @@ class AbstractGradientComputer(ABC):
         """How many samples are best handed over together; None if it does not matter."""
         return None
 
+    def scalars_at_once(self, layout: Mapping[str, int], *, formed: bool = True) -> int:
+        """How many gradient entries of one sample exist at once while `run` emits blocks.
+
+        Args:
+            layout: name to number of scalars of the selected parameters, in order.
+            formed: whether the sink multiplies factors out.
+
+        Returns:
+            All of them, where a computer does not know better.
+        """
+        del formed
+        return sum(layout.values())
+
     def run(self, batch: Any, sink: Sink, layout: Mapping[str, int]) -> None:
-        """Emits the batch's gradients as blocks.
+        """Emits the batch's gradients as blocks; where it raises, these are void.
 
         Args:
             batch: tensors whose first axis is the sample axis.

@@ -1,13 +1,13 @@
-"""Watching layers during one forward and one backward pass, and leaving no trace.
+"""What one forward pass leaves behind for its backward pass.
 
-A forward hook puts a tensor hook on the layer's output and keeps the layer's input in
-its closure. (`register_full_backward_hook` with one slot a module is wrong for modules
-that run twice and for in-place activations.) The weights are frozen meanwhile, so that
-the backward pass forms activation gradients only.
+A tensor hook on an output gets the gradient there; the inputs are kept in its closure.
+(`register_full_backward_hook` with one slot a module is wrong for modules that run twice
+and for in-place activations.) Weights are frozen meanwhile, so that the backward pass
+forms activation gradients only.
 """
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,113 +15,124 @@ from torch import Tensor, nn
 
 from trak.errors import UnsupportedModuleError
 
-Listener = Callable[[str, tuple[Any, ...], Tensor], None]
+HALVES = frozenset({torch.float16, torch.bfloat16})
+Listener = Callable[[tuple[Any, ...], Tensor], None]
 
 
 @contextmanager
-def frozen(parameters: Iterable[nn.Parameter]) -> Generator[None]:
-    """Runs a block with parameters that ask for no gradient, and restores them.
+def asking(
+    parameters: Iterable[nn.Parameter], chosen: Collection[nn.Parameter] = ()
+) -> Generator[None]:
+    """Runs a block in which only some parameters ask for a gradient.
 
     Args:
-        parameters: the parameters.
+        parameters: the parameters; every one gets its flag back at the end.
+        chosen: those that ask for a gradient.
 
     Yields:
         Nothing.
     """
-    asking = [p for p in parameters if p.requires_grad]
-    for parameter in asking:
-        parameter.requires_grad_(False)
+    wanted = {id(p) for p in chosen}
+    changed = [p for p in parameters if p.requires_grad != (id(p) in wanted)]
     try:
+        for parameter in changed:
+            parameter.requires_grad_(id(parameter) in wanted)
         yield
     finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
+        for parameter in changed:
+            parameter.requires_grad_(id(parameter) not in wanted)
 
 
-class Capture:
-    """One forward and backward pass over watched layers.
+class Tape:
+    """Where the graph begins, and who listens to which gradient.
 
     Args:
-        layers: name to layer.
-        listener: called in the backward pass with a layer's name, its inputs and the
-            gradient at its output; once for every time the layer ran.
-        num_samples: `b`.
         keep_copies: copy the inputs, for models that change them in place.
+
+    Attributes:
+        met_halves: whether an output was in half precision, as under autocast.
     """
 
-    def __init__(
-        self,
-        layers: dict[str, nn.Module],
-        listener: Listener,
-        num_samples: int,
-        *,
-        keep_copies: bool = False,
-    ) -> None:
-        self._layers = layers
-        self._listener = listener
-        self._num_samples = num_samples
+    def __init__(self, *, keep_copies: bool = False) -> None:
+        self.met_halves = False
         self._keep_copies = keep_copies
         self._roots: list[Tensor] = []
 
-    @contextmanager
-    def watching(self) -> Generator[None]:
-        """Attaches the hooks, and removes them whatever happens.
+    def tap(
+        self, where: str, output: Tensor, inputs: tuple[Any, ...], listener: Listener
+    ) -> Tensor:
+        """Listens to the gradient at an output.
 
-        Yields:
-            Nothing.
+        Args:
+            where: what computed it, for messages.
+            output: the output.
+            inputs: what it was computed from.
+            listener: called in the backward pass with the inputs, detached, and the
+                gradient; once for every call of this method that a gradient reaches.
+
+        Returns:
+            What must be handed on in the output's place.
         """
-        with ExitStack() as stack:
-            for name, layer in self._layers.items():
-                handle = layer.register_forward_hook(self._hook(name))
-                stack.callback(handle.remove)
-            yield
+        self.met_halves |= output.dtype in HALVES
+        if not output.requires_grad:
+            # where the graph begins: a leaf, and a copy that may be changed in place
+            root = output.detach().requires_grad_()
+            self._roots.append(root)
+            output = root.clone()
+        kept = tuple(self._keep(x) for x in inputs)
+        versions = _versions(kept)
 
-    def backward(self, outputs: Tensor) -> None:
-        """Sends one backward pass through everything that was watched.
+        def at_output(gradient: Tensor) -> None:
+            if _versions(kept) != versions:
+                raise InputChangedError(where)
+            listener(kept, gradient)
+
+        output.register_hook(at_output)
+        return output
+
+    def leaf(self, value: Tensor, listener: Callable[[Tensor], None]) -> Tensor:
+        """Makes a leaf of the graph and listens to its gradient.
+
+        Args:
+            value: its value; may be an expanded view.
+            listener: called with the whole gradient.
+
+        Returns:
+            The leaf.
+        """
+        leaf = value.detach().requires_grad_()
+        self._roots.append(leaf)
+        leaf.register_hook(listener)
+        return leaf
+
+    def backward(
+        self, outputs: Tensor, also: Sequence[Tensor] = ()
+    ) -> tuple[Tensor | None, ...]:
+        """Sends one backward pass through everything that was taped.
 
         Args:
             outputs: one model output a sample, `[b]`.
+            also: further leaves.
+
+        Returns:
+            The gradients of the further leaves; None for those not reached.
         """
-        if self._roots:
-            torch.autograd.grad(outputs.sum(), self._roots, allow_unused=True)
+        wanted = [*self._roots, *also]
         self._roots.clear()
-
-    def _hook(self, name: str) -> Callable[..., Tensor | None]:
-        def after_forward(
-            layer: nn.Module, inputs: tuple[Any, ...], output: Any
-        ) -> Tensor | None:
-            del layer
-            if not isinstance(output, Tensor) or not torch.is_grad_enabled():
-                return None
-            rooted = output
-            if output.shape[:1] == (1,) and self._num_samples > 1:
-                # what the batch shares, such as position embeddings, is given out once a
-                # sample, so that its gradient is not summed over the batch
-                rooted = output = output.expand(self._num_samples, *output.shape[1:])
-            if not output.requires_grad:
-                # where the graph begins: a leaf, and a copy that may be changed in place
-                root = output.detach().requires_grad_()
-                self._roots.append(root)
-                rooted = root.clone()
-            kept = tuple(self._keep(x) for x in inputs)
-            versions = [x._version if isinstance(x, Tensor) else 0 for x in kept]  # noqa: SLF001
-
-            def at_output(gradient: Tensor) -> None:
-                now = [x._version if isinstance(x, Tensor) else 0 for x in kept]  # noqa: SLF001
-                if now != versions:
-                    raise InputChangedError(name)
-                self._listener(name, kept, gradient)
-
-            rooted.register_hook(at_output)
-            return rooted
-
-        return after_forward
+        if not wanted or not outputs.requires_grad:
+            return (None,) * len(also)
+        found = torch.autograd.grad(outputs.sum(), wanted, allow_unused=True)
+        return found[len(wanted) - len(also) :]
 
     def _keep(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         value = value.detach()
         return value.clone() if self._keep_copies else value
+
+
+def _versions(values: tuple[Any, ...]) -> list[int]:
+    return [x._version if isinstance(x, Tensor) else 0 for x in values]  # noqa: SLF001
 
 
 class InputChangedError(UnsupportedModuleError):

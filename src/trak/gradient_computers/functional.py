@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from trak.batches import Batch, batch_size, leaves, normalize, select
 from trak.errors import InputError
 from trak.gradient_computers.abstract import SelectingGradientComputer
+from trak.gradient_computers.memory import is_out_of_memory
+from trak.gradient_computers.surroundings import undisturbed
 from trak.modelout_functions import output_function
 
 logger = logging.getLogger(__name__)
@@ -45,25 +47,40 @@ class FunctionalGradientComputer(SelectingGradientComputer):
 
         Returns:
             Name of each selected parameter to its gradients, `[b, *parameter.shape]`.
-
-        Raises:
-            RuntimeError: what the model raises for reasons other than `vmap`.
         """
         normal = normalize(batch)
-        if not self._without_vmap:
-            try:
-                return self._vectorized(normal)
-            except RuntimeError as error:
-                if not _is_vmap_limit(error):
-                    raise
-                self._without_vmap = True
-                logger.info(
-                    "torch.func.vmap cannot follow this model; per-sample gradients are "
-                    "computed with one backward pass a sample instead, which gives the "
-                    "same numbers. Reason: %s",
-                    str(error).strip().splitlines()[0],
-                )
+        if not batch_size(normal):
+            chosen = self._chosen().items()
+            return {name: weight.new_zeros(0, *weight.shape) for name, weight in chosen}
+        with undisturbed(self.model):
+            return self._per_sample(normal)
+
+    def _per_sample(self, normal: Batch) -> dict[str, Tensor]:
+        if self._without_vmap:
+            return self._one_by_one(normal)
+        try:
+            return self._vectorized(normal)
+        except RuntimeError as error:
+            if is_out_of_memory(error) or not self._blames_vmap(error, normal):
+                raise
+            logger.info(
+                "torch.func.vmap cannot follow this model; per-sample gradients are "
+                "computed with one backward pass a sample instead, which gives the "
+                "same numbers. Reason: %s",
+                str(error).strip().splitlines()[0],
+            )
+        self._without_vmap = True
         return self._one_by_one(normal)
+
+    def _blames_vmap(self, error: RuntimeError, batch: Batch) -> bool:
+        text = str(error)
+        if "vmap" in text or "atching rule" in text:
+            return True
+        try:  # other messages, as of dtypes that differ: is it the model or vmap?
+            self._one_by_one(select(batch, slice(0, 1)))
+        except RuntimeError:
+            return False
+        return True
 
     def compute_loss_grad(self, batch: Any) -> Tensor:
         """Computes the loss weight Q of every sample of a batch.
@@ -74,7 +91,7 @@ class FunctionalGradientComputer(SelectingGradientComputer):
         Returns:
             `[b]` or `[b, 1]`, as the task gives it.
         """
-        with torch.no_grad():
+        with torch.no_grad(), undisturbed(self.model):
             return self.modelout_fn.get_out_to_loss_grad(
                 self.model, self.func_weights, self.func_buffers, normalize(batch)
             )
@@ -118,9 +135,11 @@ class FunctionalGradientComputer(SelectingGradientComputer):
             )
             with torch.enable_grad():
                 output = self._output(chosen, *sample)
-                found = torch.autograd.grad(
-                    output, list(chosen.values()), allow_unused=True
-                )
+                found: tuple[Tensor | None, ...] = (None,) * len(chosen)
+                if output.requires_grad:  # else this sample reaches none of them
+                    found = torch.autograd.grad(
+                        output, list(chosen.values()), allow_unused=True
+                    )
             pairs = zip(found, chosen.values(), strict=True)
             rows.append([_or_zeros(gradient, weight) for gradient, weight in pairs])
         if num_samples == 1:  # a view: embeddings make these too large to copy idly
@@ -132,8 +151,3 @@ class FunctionalGradientComputer(SelectingGradientComputer):
 
 def _or_zeros(gradient: Tensor | None, weight: Tensor) -> Tensor:
     return weight.new_zeros(weight.shape) if gradient is None else gradient
-
-
-def _is_vmap_limit(error: RuntimeError) -> bool:
-    text = str(error)
-    return "vmap" in text or "atching rule" in text

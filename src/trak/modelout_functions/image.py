@@ -9,6 +9,7 @@ from trak.errors import InputError
 from trak.modelout_functions.abstract import AbstractModelOutput
 from trak.modelout_functions.margin import (
     call,
+    check_labels,
     logits_of,
     margin,
     one_minus_probability,
@@ -79,7 +80,9 @@ class ImageClassificationModelOutput(AbstractModelOutput):
         """
         inputs = (batch,) if isinstance(batch, Mapping) else tuple(batch)
         args, kwargs, labels = _parts(inputs)
-        return margin(logits_of(call(model, (None, None), args, kwargs)), labels)
+        logits = logits_of(call(model, (None, None), args, kwargs))
+        check_labels(logits, labels)
+        return margin(logits, labels)
 
     def get_out_to_loss_grad(
         self, model: Any, weights: Any, buffers: Any, batch: Any

@@ -9,6 +9,7 @@ from trak.errors import InputError
 from trak.modelout_functions.abstract import AbstractModelOutput
 from trak.modelout_functions.margin import (
     call,
+    check_labels,
     logits_of,
     margin,
     one_minus_probability,
@@ -91,7 +92,9 @@ class TextClassificationModelOutput(AbstractModelOutput):
         """
         inputs = (batch,) if isinstance(batch, Mapping) else tuple(batch)
         kwargs, labels = _parts(inputs)
-        return margin(logits_of(call(model, (None, None), (), kwargs)), labels)
+        logits = logits_of(call(model, (None, None), (), kwargs))
+        check_labels(logits, labels)
+        return margin(logits, labels)
 
     def get_out_to_loss_grad(
         self, model: Any, weights: Any, buffers: Any, batch: Any

@@ -350,11 +350,11 @@ class Pipeline:
         names = numbers.tolist()
         with torch.inference_mode(False), evaluation_mode(self.model):
             values = {"examples": digests[:, None]}
-            # Q first: it is cheap, and checks the labels
-            weights = self.maker.loss_weights(batch, names)
-            made = self.maker.rows(batch, phase.model_id, names)
+            made, weights = self.maker.rows(
+                batch, phase.model_id, names, with_weights=phase.kind == "featurize"
+            )
         values["grads"] = to_store(made, self.dtype, numbers)
-        if phase.kind == "featurize":
+        if weights is not None:
             values["out_to_loss"] = weights.to(torch.float64).cpu().numpy()
         return values
 

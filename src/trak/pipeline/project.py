@@ -1,7 +1,7 @@
 """A batch of examples to rows of projected gradients."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from trak.batches import Batch, batch_size, select
 from trak.blocks import Block
 from trak.errors import InputError, NumericalError
 from trak.gradient_computers import AbstractGradientComputer
+from trak.pipeline.memory import MicroBatches
 from trak.projectors import AbstractProjector, BlockProjector
 
 _GRADIENT_BYTES = 1 << 30
@@ -26,6 +27,7 @@ class RowMaker:
         layout: name to number of scalars of the selected parameters.
         scale: rows are divided by it (the square root of the number of parameters).
         device: where to project.
+        micro: splits batches that do not fit into memory.
     """
 
     model: nn.Module
@@ -34,63 +36,65 @@ class RowMaker:
     layout: Mapping[str, int]
     scale: float
     device: torch.device
+    micro: MicroBatches = field(default_factory=MicroBatches)
 
-    def rows(self, batch: Batch, model_id: int, numbers: list[int]) -> Tensor:
-        """Projected gradients, `P^T grad f / sqrt(p)`.
+    def rows(
+        self, batch: Batch, model_id: int, numbers: list[int], *, with_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Projected gradients, `P^T grad f / sqrt(p)`, and the loss weights Q.
 
-        Park et al. 2023, Sec. 3.2, Steps 1 and 2.
+        Park et al. 2023, Sec. 3.2, Steps 1 and 2; Q is of Step 3.
 
-        Large models are worked through in smaller batches, so that no more than 1 GiB of
-        per-sample gradients exist at once.
+        Batches are worked through in pieces, so that no more than 1 GiB of per-sample
+        gradients exist at once, and in smaller ones where memory runs out all the same.
 
         Args:
             batch: a normalized batch.
             model_id: the checkpoint.
             numbers: the samples' row numbers, for messages.
+            with_weights: compute Q too.
 
         Returns:
-            `[b, k]`, finite, float32 or float64.
-
-        Raises:
-            NumericalError: names the first sample and parameter whose gradient is not
-                finite.
+            `[b, k]`, finite, float32 or float64, and `[b, 1]` or None.
         """
-        total = batch_size(batch)
-        fitting = max(1, _GRADIENT_BYTES // (4 * sum(self.layout.values())))
-        parts: list[Tensor] = []
-        start = 0
-        while start < total:
-            # asked anew each time: the first batch may change the computer's mind
-            step = min(fitting, self.computer.samples_at_once or fitting)
-            piece = select(batch, slice(start, start + step))
+        if not batch_size(batch):
+            blank = self._blank(0)
+            return blank, blank[:, :1] if with_weights else None
+
+        def work(piece: Batch, start: int) -> Tensor:
             part = self._project(piece, model_id) / self.scale
-            finite = torch.isfinite(part).all(dim=1)
-            if not finite.all():
-                bad = int((~finite).nonzero()[0])
-                where = self._first_bad_parameter(select(piece, slice(bad, bad + 1)))
-                raise NumericalError(
-                    f"The gradient of sample {numbers[start + bad]} is not finite at "
-                    f"model_id={model_id}{where}. Nothing of this batch was stored. "
-                    "Look at the sample (NaN in its input?) and at the weights."
-                )
-            parts.append(part)
-            start += len(part)
-        return torch.cat(parts)
+            self._check(part, piece, model_id, numbers[start:])
+            if not with_weights:
+                return part
+            # right after the gradients, whose forward pass may answer for Q's
+            weights = self._loss_weights(piece, numbers[start:])
+            return torch.cat([part, weights.to(part)], dim=1)
 
-    def loss_weights(self, batch: Batch, numbers: list[int]) -> Tensor:
-        """The loss weight Q of every sample (Park et al. 2023, Sec. 3.2, Step 3).
+        made = self.micro.rows(batch, work, self._most)
+        return (made[:, :-1], made[:, -1:]) if with_weights else (made, None)
 
-        Args:
-            batch: a normalized batch.
-            numbers: the samples' row numbers, for messages.
+    def _most(self) -> int:
+        # asked anew each time: the first batch may change the computer's mind
+        width = sum(self.layout.values())
+        projector = self.projector
+        if isinstance(projector, BlockProjector) and projector.layout is not None:
+            formed = projector.forms_gradients
+            width = self.computer.scalars_at_once(self.layout, formed=formed)
+        fitting = max(1, _GRADIENT_BYTES // max(1, 4 * width))
+        return min(fitting, self.computer.samples_at_once or fitting)
 
-        Returns:
-            `[b, 1]`, finite.
+    def _check(self, part: Tensor, piece: Batch, model_id: int, numbers: list[int]) -> None:
+        finite = torch.isfinite(part).all(dim=1)
+        if not finite.all():
+            bad = int((~finite).nonzero()[0])
+            where = self._first_bad_parameter(select(piece, slice(bad, bad + 1)))
+            raise NumericalError(
+                f"The gradient of sample {numbers[bad]} is not finite at "
+                f"model_id={model_id}{where}. Nothing of this batch was stored. "
+                "Look at the sample (NaN in its input?) and at the weights."
+            )
 
-        Raises:
-            InputError: if the task does not give one number a sample.
-            NumericalError: names the first sample whose Q is not finite.
-        """
+    def _loss_weights(self, batch: Batch, numbers: list[int]) -> Tensor:
         weights = self.computer.compute_loss_grad(batch)
         if weights.numel() != batch_size(batch):
             raise InputError(
@@ -107,14 +111,17 @@ class RowMaker:
             )
         return weights
 
+    def _blank(self, size: int) -> Tensor:
+        parameters = dict(self.model.named_parameters())
+        double = any(parameters[name].dtype is torch.float64 for name in self.layout)
+        width = self.projector.proj_dim or sum(self.layout.values())
+        dtype = torch.float64 if double else torch.float32
+        return torch.zeros((size, width), dtype=dtype, device=self.device)
+
     def _project(self, batch: Batch, model_id: int) -> Tensor:
         projector = self.projector
         if isinstance(projector, BlockProjector) and projector.layout is not None:
-            parameters = dict(self.model.named_parameters())
-            double = any(parameters[name].dtype is torch.float64 for name in self.layout)
-            shape = (batch_size(batch), projector.proj_dim)
-            dtype = torch.float64 if double else torch.float32
-            out = torch.zeros(shape, dtype=dtype, device=self.device)
+            out = self._blank(batch_size(batch))
             with projector.gathering(out, model_id) as sink:
                 self.computer.run(batch, sink, self.layout)
             return out

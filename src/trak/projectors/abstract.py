@@ -102,7 +102,10 @@ class BlockProjector(AbstractProjector):
     Attributes:
         layout: name to number of scalars of every parameter, in order. Without a layout
             the gradient is one nameless parameter.
+        forms_gradients: whether a layer's gradient is multiplied out on the way.
     """
+
+    forms_gradients = True
 
     def __init__(
         self,

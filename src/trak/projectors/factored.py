@@ -89,6 +89,7 @@ class FactoredProjector(BlockProjector):
     """
 
     kind = "factored"
+    forms_gradients = False
 
     def __init__(
         self,

@@ -4,18 +4,17 @@ A rule is a function of a `LayerCall` that yields one block for each wanted para
 One file a layer family; `register` ties a rule to layer types.
 """
 
-from trak.gradient_computers.rules import (  # noqa: F401 - registers them
-    activation,
-    conv,
-    embedding,
-    linear,
-    norm,
-)
+from trak.gradient_computers.rules import activation, conv, embedding, linear, norm
 from trak.gradient_computers.rules.registry import LayerCall, Rule, register, rule_for
 
 __all__ = [
     "LayerCall",
     "Rule",
+    "activation",
+    "conv",
+    "embedding",
+    "linear",
+    "norm",
     "register",
     "rule_for",
 ]

@@ -1,0 +1,166 @@
+"""Global switches while gradients are computed, and their return to what they were."""
+
+import sys
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import checkpoint
+
+from trak.errors import UnsupportedModuleError
+
+_NORMALISING = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Generator[None]:
+    """Runs a block in which models can be watched, and leaves no trace.
+
+    Fused attention kernels, which skip the layers, are not taken; compiled models run
+    uncompiled; activation checkpointing, which would run layers a second time in the
+    backward pass, is off. Random states are restored. A
+    normalisation layer in training mode is refused.
+
+    Args:
+        model: the model.
+
+    Yields:
+        Nothing.
+    """
+    refuse_batch_statistics(model)
+    with torch.inference_mode(False), _random_state(model), _SWITCHES.turned():
+        yield
+
+
+def refuse_batch_statistics(model: nn.Module) -> None:
+    """Refuses models whose samples depend on each other.
+
+    Args:
+        model: the model.
+
+    Raises:
+        UnsupportedModuleError: names the layer.
+    """
+    for path, module in model.named_modules():
+        if (
+            isinstance(module, _NORMALISING)
+            and module.training
+            and module.running_mean is not None
+        ):
+            raise UnsupportedModuleError(
+                f"Layer {path!r} ({type(module).__name__}) is in training mode: it "
+                "normalises by statistics of the batch and updates its own, so a sample "
+                "has no gradient of its own. Call model.eval()."
+            )
+
+
+@contextmanager
+def _random_state(model: nn.Module) -> Generator[None]:
+    devices = {p.device for p in model.parameters() if p.device.type not in {"cpu", "meta"}}
+    kind = next(iter(devices)).type if devices else "cuda"
+    indices = [d.index or 0 for d in devices]
+    with torch.random.fork_rng(devices=indices, device_type=kind):
+        yield
+
+
+class _Switches:
+    """Turned by the first who comes, in any thread, and back by the last who goes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stack = ExitStack()
+
+    @contextmanager
+    def turned(self) -> Generator[None]:
+        """Runs a block with the switches turned.
+
+        Yields:
+            Nothing.
+        """
+        with self._lock:
+            if not self._inside:
+                with ExitStack() as stack:
+                    stack.enter_context(_no_fused_attention())
+                    stack.enter_context(_uncompiled())
+                    stack.enter_context(_no_checkpointing())
+                    self._stack = stack.pop_all()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._stack.close()
+
+
+_SWITCHES = _Switches()
+
+
+@contextmanager
+def _no_fused_attention() -> Generator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _uncompiled() -> Generator[None]:
+    if "torch._dynamo" not in sys.modules:  # then nothing was compiled
+        yield
+        return
+    stance: Any = getattr(torch.compiler, "set_stance", None)
+    if stance is None:  # before torch 2.6
+        stance = sys.modules["torch._dynamo"].config.patch(disable=True)
+    else:
+        stance = stance("force_eager")
+    with stance:
+        yield
+
+
+class _Direct:
+    # in place of CheckpointFunction: simply calls the function
+    @staticmethod
+    def apply(function: Any, preserve: bool, *args: Any) -> Any:
+        del preserve
+        return function(*args)
+
+
+def _nothing_around(*args: Any, **kwargs: Any) -> Iterator[None]:
+    # in place of the generator that surrounds a checkpointed call
+    del args, kwargs
+    yield
+
+
+@contextmanager
+def _no_checkpointing() -> Generator[None]:
+    # `checkpoint` is imported by name everywhere, but looks these up when it is called
+    names = {
+        "CheckpointFunction": _Direct,
+        "_checkpoint_without_reentrant_generator": _nothing_around,
+    }
+    before = {
+        name: getattr(checkpoint, name) for name in names if hasattr(checkpoint, name)
+    }
+    try:
+        for name in before:
+            setattr(checkpoint, name, names[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(checkpoint, name, value)
