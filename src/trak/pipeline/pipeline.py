@@ -351,7 +351,7 @@ class Pipeline:
         with torch.inference_mode(False), evaluation_mode(self.model):
             values = {"examples": digests[:, None]}
             # Q first: it is cheap, and checks the labels
-            weights = self.maker.loss_weights(batch, names)
+            weights = self.maker.loss_weights(batch, phase.model_id, names)
             made = self.maker.rows(batch, phase.model_id, names)
         values["grads"] = to_store(made, self.dtype, numbers)
         if phase.kind == "featurize":

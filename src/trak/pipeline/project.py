@@ -1,6 +1,6 @@
 """A batch of examples to rows of projected gradients."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from trak.batches import Batch, batch_size, select
 from trak.blocks import Block
 from trak.errors import InputError, NumericalError
 from trak.gradient_computers import AbstractGradientComputer
+from trak.pipeline.lengths import Trimmer
 from trak.pipeline.memory import MicroBatches
 from trak.projectors import AbstractProjector, BlockProjector
 
@@ -28,6 +29,7 @@ class RowMaker:
         scale: rows are divided by it (the square root of the number of parameters).
         device: where to project.
         micro: splits batches that do not fit into memory.
+        ignores_padding: checkpoint to whether the model's outputs are the same without.
     """
 
     model: nn.Module
@@ -37,6 +39,7 @@ class RowMaker:
     scale: float
     device: torch.device
     micro: MicroBatches = field(default_factory=MicroBatches)
+    ignores_padding: dict[int, bool] = field(default_factory=dict[int, bool])
 
     def rows(self, batch: Batch, model_id: int, numbers: list[int]) -> Tensor:
         """Projected gradients, `P^T grad f / sqrt(p)`.
@@ -57,12 +60,32 @@ class RowMaker:
         if not batch_size(batch):
             return self._blank(0)
 
-        def work(piece: Batch, start: int) -> Tensor:
-            part = self._project(piece, model_id) / self.scale
-            self._check(part, piece, model_id, numbers[start:])
-            return part
+        def make(bucket: Batch, own: list[int]) -> Tensor:
+            def work(piece: Batch, start: int) -> Tensor:
+                part = self._project(piece, model_id) / self.scale
+                self._check(part, piece, model_id, own[start:])
+                return part
 
-        return self.micro.rows(batch, work, self._most)
+            return self.micro.rows(bucket, work, self._most)
+
+        return self._by_length(batch, model_id, numbers, make)
+
+    def _by_length(
+        self,
+        batch: Batch,
+        model_id: int,
+        numbers: list[int],
+        make: Callable[[Batch, list[int]], Tensor],
+    ) -> Tensor:
+        # rows in the order of the batch, whatever the order in which they are made
+        trimmer = Trimmer(self.model, self.computer.modelout_fn, self.ignores_padding)
+        buckets = trimmer.buckets(batch, model_id)
+        made = [make(bucket, [numbers[j] for j in own]) for own, bucket in buckets]
+        if len(made) == 1:
+            return made[0]
+        order = torch.as_tensor([j for own, _ in buckets for j in own])
+        rows = torch.cat(made)
+        return rows[order.argsort().to(rows.device)]
 
     def _most(self) -> int:
         # asked anew each time: the first batch may change the computer's mind
@@ -83,11 +106,12 @@ class RowMaker:
                 "Look at the sample (NaN in its input?) and at the weights."
             )
 
-    def loss_weights(self, batch: Batch, numbers: list[int]) -> Tensor:
+    def loss_weights(self, batch: Batch, model_id: int, numbers: list[int]) -> Tensor:
         """The loss weight Q of every sample (Park et al. 2023, Sec. 3.2, Step 3).
 
         Args:
             batch: a normalized batch.
+            model_id: the checkpoint.
             numbers: the samples' row numbers, for messages.
 
         Returns:
@@ -99,7 +123,18 @@ class RowMaker:
         total = batch_size(batch)
         if not total:
             return self._blank(0)[:, :1]
-        weights = self.micro.rows(batch, self._loss_weights, lambda: total)
+
+        def make(bucket: Batch, own: list[int]) -> Tensor:
+            del own
+            return self.micro.rows(bucket, self._loss_weights, lambda: total)
+
+        if model_id not in self.ignores_padding:  # until rows() has looked
+            weights = make(batch, numbers)
+        else:
+            try:
+                weights = self._by_length(batch, model_id, numbers, make)
+            except InputError:  # which names a sample by its place in the bucket
+                weights = make(batch, numbers)
         finite = torch.isfinite(weights).flatten()
         if not finite.all():
             bad = int((~finite).nonzero()[0])
