@@ -180,7 +180,7 @@ def main() -> None:
             value = found["featurize / step"]
             rows.append(
                 Row(
-                    f"featurize / step, {name}, {dtype}, k = {proj_dim}, batch {batch_size}",
+                    f"featurize / step, {name} x {batch_size}, {dtype}, k = {proj_dim}",
                     f"at most {bar}",
                     f"{value:.2f}",
                     value <= bar,

@@ -12,13 +12,17 @@ def split(batch, size):
 
 
 def make_traker(model, n, folder, **options):
-    options = {"device": "cpu", "proj_dim": 16, "use_half_precision": False} | options
+    defaults = {
+        "task": "image_classification",
+        "device": "cpu",
+        "proj_dim": 16,
+        "use_half_precision": False,
+    }
     return TRAKer(
         model=model,
-        task="image_classification",
         train_set_size=n,
         save_dir=folder,
-        **options,
+        **(defaults | options),
     )
 
 

@@ -205,3 +205,18 @@ def test_fused_attention_is_not_taken(caplog):
     assert computer.coverage().names_exactly == ()
     for name, rows in reference.gradient_rows(model, batch).items():
         torch.testing.assert_close(found[name].flatten(1), rows)
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("kind", [HookGradientComputer, FunctionalGradientComputer])
+def test_grad_modes_around_do_not_matter(kind, around):
+    model, batch = cases.make("cnn", 4)
+    expected = reference.gradient_rows(model, batch)
+    with around():
+        computer = kind(model, ImageClassificationModelOutput())
+        found = computer.compute_per_sample_grad(batch)
+        weights = computer.compute_loss_grad(batch)
+        assert not torch.is_grad_enabled()
+    assert not weights.requires_grad
+    for name, rows in expected.items():
+        torch.testing.assert_close(found[name].flatten(1), rows)

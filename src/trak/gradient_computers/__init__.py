@@ -6,12 +6,14 @@ from trak.gradient_computers.abstract import (
     select_parameters,
 )
 from trak.gradient_computers.choice import choose_computer
+from trak.gradient_computers.coverage import Coverage
 from trak.gradient_computers.functional import FunctionalGradientComputer
 from trak.gradient_computers.hooks import HookGradientComputer
 from trak.gradient_computers.iterative import IterativeGradientComputer
 
 __all__ = [
     "AbstractGradientComputer",
+    "Coverage",
     "FunctionalGradientComputer",
     "HookGradientComputer",
     "IterativeGradientComputer",

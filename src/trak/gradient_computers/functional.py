@@ -91,7 +91,7 @@ class FunctionalGradientComputer(SelectingGradientComputer):
         Returns:
             `[b]` or `[b, 1]`, as the task gives it.
         """
-        with torch.no_grad(), undisturbed(self.model):
+        with undisturbed(self.model), torch.no_grad():
             return self.modelout_fn.get_out_to_loss_grad(
                 self.model, self.func_weights, self.func_buffers, normalize(batch)
             )

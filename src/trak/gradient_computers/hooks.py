@@ -7,24 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trak.batches import Batch, batch_size, leaves, normalize, select
+from trak.batches import Batch, batch_size, normalize, select
 from trak.blocks import Block, Sink
 from trak.errors import AttributionError, InputError, PhaseError, UnsupportedModuleError
 from trak.gradient_computers.abstract import SelectingGradientComputer
-from trak.gradient_computers.capture import InputChangedError
 from trak.gradient_computers.coverage import Coverage, cover
 from trak.gradient_computers.echo import Echo
 from trak.gradient_computers.functional import FunctionalGradientComputer
 from trak.gradient_computers.memory import is_out_of_memory
-from trak.gradient_computers.plan import EXACT, UNSEEN, Anatomy, Plan
+from trak.gradient_computers.plan import EXACT, Anatomy, Plan
 from trak.gradient_computers.surroundings import undisturbed
 from trak.gradient_computers.sweep import Sweep
-from trak.gradient_computers.trial import Rows, Trial
+from trak.gradient_computers.trial import Rows
+from trak.gradient_computers.ways import Ways, different_samples
 from trak.modelout_functions import batch_output_function
 
 logger = logging.getLogger(__name__)
-
-_PROOFS = 8  # batches on which an unseen parameter's way is looked for
 
 
 class HookGradientComputer(SelectingGradientComputer):
@@ -79,12 +77,8 @@ class HookGradientComputer(SelectingGradientComputer):
         """
         self.model = model
         self._anatomy = Anatomy(model, self.selected)
-        self._plans: dict[bool, Plan] = {}  # for single samples, and for more
+        self._ways = Ways(self._anatomy, self._outputs, self._exact_rows)
         self._exact: dict[tuple[str, ...], FunctionalGradientComputer] = {}
-        self._keep_copies = False
-        self._unconfirmed = False
-        self._to_prove: set[str] = set()
-        self._proofs = _PROOFS
         self._told: set[str] = set()
         self._echo = Echo()
         self._coverage: Coverage | None = None
@@ -175,34 +169,29 @@ class HookGradientComputer(SelectingGradientComputer):
         if not batch_size(normal):
             return
         with undisturbed(self.model):
-            certain = self._prepare(normal)
-            plan = self._plans[batch_size(normal) > 1]
-            if not certain:  # nothing was learnt from samples that are not finite
-                del self._plans[batch_size(normal) > 1]
-            self._emit(normal, plan, sink)
+            self._emit(normal, self._plan(normal), sink)
 
-    def _prepare(self, batch: Batch) -> bool:
-        # makes the plan; whether it may be kept
-        size = batch_size(batch)
-        many = size > 1
-        if many in self._plans:
-            if self._unconfirmed and size > 2:
-                self._confirm(select(batch, _different(batch)))
-            if self._to_prove and self._proofs:
-                self._proofs -= 1
-                self._prove(select(batch, _different(batch)[:2]), many=many)
-            return True
-        self._keep_copies = self._keep_copies or self._inputs_change(batch)
-        self._plans[many] = self._anatomy.default_plan()
-        chosen = _different(batch)
-        certain = self._check(select(batch, chosen[:2]))
-        if certain is False:
-            return False
-        if many:
-            self._unconfirmed = True
-            self._confirm(select(batch, chosen))
-        self._tell(self._plans[many])
-        return True
+    def _plan(self, batch: Batch) -> Plan:
+        many = batch_size(batch) > 1
+        plans = self._ways.plans
+        if many not in plans:
+            try:
+                self._ways.begin(batch)
+                certain = self._check(select(batch, different_samples(batch)[:2]))
+                self._ways.look_again(batch)
+            except BaseException:
+                plans.pop(many, None)  # what was not checked is not kept
+                raise
+            if certain is False:  # not finite: nothing was learnt
+                plan = plans.pop(many)
+                return dict.fromkeys(plan, EXACT) if self._fallback else plan
+            self._tell(plans[many])
+        elif self._ways.look_again(batch):
+            self._tell(plans[many])
+        return plans[many]
+
+    def _check(self, samples: Batch) -> bool:
+        return self._ways.find(samples)
 
     def _emit(self, batch: Batch, plan: Plan, sink: Sink) -> None:
         left = self._swept(batch, plan, sink)
@@ -227,13 +216,17 @@ class HookGradientComputer(SelectingGradientComputer):
             plan = {n: EXACT if n in changed else way for n, way in plan.items()}
             sweep = self._sweep(batch, plan, sink)
             sweep.run(lambda: self._outputs(batch))
-        self._to_prove |= sweep.used
+        self._ways.to_prove |= sweep.used
         exact = {n for n, way in plan.items() if way.kind == "exact"}
         return exact | sweep.refused | sweep.used
 
     def _sweep(self, batch: Batch, plan: Plan, sink: Sink) -> Sweep:
         return Sweep(
-            self._anatomy, plan, batch_size(batch), sink, keep_copies=self._keep_copies
+            self._anatomy,
+            plan,
+            batch_size(batch),
+            sink,
+            keep_copies=self._ways.keep_copies,
         )
 
     def _outputs(self, batch: Batch) -> Tensor:
@@ -241,75 +234,6 @@ class HookGradientComputer(SelectingGradientComputer):
         assert function is not None  # noqa: S101 - checked when the computer was made
         with self._echo.recording(self.model):
             return function(self.model, batch)
-
-    def _inputs_change(self, batch: Batch) -> bool:
-        # whether the model changes a layer's input in place, tried on one sample
-        one = select(batch, slice(0, 1))
-        plan = self._anatomy.default_plan()
-        sweep = Sweep(self._anatomy, plan, 1, lambda _: None, strict=False)
-        try:
-            sweep.run(lambda: self._outputs(one))
-        except InputChangedError as error:
-            logger.info("%s Inputs are copied, which takes memory.", error)
-            return True
-        return False
-
-    def _check(self, samples: Batch) -> bool:
-        """Finds a way for every parameter, by comparison with the exact gradients.
-
-        Args:
-            samples: one sample, or two that differ.
-
-        Returns:
-            False if gradients are not finite, so that all must be computed exactly.
-        """
-        many = batch_size(samples) > 1
-        exact = self._exact_rows(self.selected, samples)
-        if not all(bool(torch.isfinite(rows).all()) for rows in exact.values()):
-            self._plans[many] = dict.fromkeys(self.selected, EXACT)
-            return False
-        self._plans[many] = self._trial(samples, exact).plan()
-        return True
-
-    def _confirm(self, samples: Batch) -> None:
-        # with three samples, so that no axis of length two is taken for the sample axis
-        if batch_size(samples) < 3:
-            return
-        plan = self._plans[True]
-        self._unconfirmed = False
-        risky = {
-            n: way
-            for n, way in plan.items()
-            if way.changes_shapes or way.samples != "first"
-        }
-        if not risky:
-            return
-        exact = self._exact_rows(tuple(risky), samples)
-        agreed = self._trial(samples, exact).agreeing(risky)
-        for name in set(risky) - agreed:
-            if bool(exact[name].any()):
-                plan[name] = EXACT
-
-    def _prove(self, samples: Batch, *, many: bool) -> None:
-        # parameters whose gradient was zero in the samples seen so far
-        names = tuple(n for n in self.selected if n in self._to_prove)
-        exact = self._exact_rows(names, samples)
-        if not all(bool(torch.isfinite(rows).all()) for rows in exact.values()):
-            return
-        found = self._trial(samples, exact).plan()
-        for name, way in found.items():
-            if way is not UNSEEN:
-                self._plans[many][name] = way
-                self._to_prove.discard(name)
-        self._tell(self._plans[many])
-
-    def _trial(self, samples: Batch, exact: Rows) -> Trial:
-        return Trial(
-            self._anatomy,
-            lambda: self._outputs(samples),
-            exact,
-            keep_copies=self._keep_copies,
-        )
 
     def _exact_rows(self, names: tuple[str, ...], samples: Batch) -> Rows:
         rows: Rows = {}
@@ -330,29 +254,38 @@ class HookGradientComputer(SelectingGradientComputer):
     def _functionally(self, names: tuple[str, ...], batch: Batch, sink: Sink) -> None:
         try:
             self._functional(names).run(batch, sink, {})
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, AttributionError) or is_out_of_memory(error):
                 raise
-            self._coverage = cover(
-                self._anatomy.default_plan(),
-                {n: p.numel() for n, p in self._anatomy.parameters.items()},
-                names,
-            )
+            bad = self._failing(names, select(batch, slice(0, 1)))
+            self._coverage = cover(self._anatomy.default_plan(), self._sizes(), bad)
             reason = f"FunctionalGradientComputer fails ({error}) on"
-            raise UnsupportedModuleError(self._complaint(names, reason)) from error
+            raise UnsupportedModuleError(self._complaint(bad, reason)) from error
+
+    def _failing(self, names: tuple[str, ...], sample: Batch) -> tuple[str, ...]:
+        # the parameters to blame, or all if each works alone
+        bad: list[str] = []
+        for name in names:
+            try:
+                self._functional((name,)).run(sample, lambda _: None, {})
+            except (RuntimeError, TypeError, ValueError):  # noqa: PERF203
+                bad.append(name)
+        return tuple(bad) or names
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: p.numel() for name, p in self._anatomy.parameters.items()}
 
     def _complaint(self, names: tuple[str, ...], reason: str) -> str:
         owners = [
-            f"{name} of {type(self._anatomy.places[name][0][0]).__name__}"
+            f"{name!r} of {type(self._anatomy.places[name][0][0]).__name__}"
             for name in names[:3]
         ]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return (
-            f"Per-sample gradients were expected for {len(self.selected)} parameters, but "
-            f"{reason} {', '.join(owners)}{more}. Leave these out with grad_wrt=[...], or "
-            "register a rule for the layer (trak.gradient_computers.rules.register); "
-            "without fallback=False, or with FunctionalGradientComputer, they are "
-            "computed exactly where torch.func can follow the model."
+            f"Gradients of {len(self.selected)} parameters were asked for, but {reason} "
+            f"{', '.join(owners)}{more}. Leave these out with grad_wrt=[...], or register "
+            "a rule for their layer (trak.gradient_computers.rules.register). Without "
+            "fallback=False they are computed exactly where torch.func can follow."
         )
 
     def _functional(self, names: tuple[str, ...]) -> FunctionalGradientComputer:
@@ -363,9 +296,8 @@ class HookGradientComputer(SelectingGradientComputer):
         return self._exact[names]
 
     def _tell(self, plan: Plan) -> None:
-        sizes = {name: p.numel() for name, p in self._anatomy.parameters.items()}
         first = self._coverage is None
-        self._coverage = cover(plan, sizes)
+        self._coverage = cover(plan, self._sizes())
         slow = self._coverage.names_exactly
         if not self._fallback and slow:
             raise UnsupportedModuleError(self._complaint(slow, "no layer rule covers"))
@@ -380,16 +312,3 @@ class HookGradientComputer(SelectingGradientComputer):
             if slow
             else ".",
         )
-
-
-def _different(batch: Batch) -> list[int]:
-    # the first sample, the next that is not the same, and one more
-    size = batch_size(batch)
-    if size < 2:
-        return list(range(size))
-    parts = [part.reshape(size, -1) for part in leaves(batch)]
-    same = torch.stack([(part == part[:1]).all(1).cpu() for part in parts]).all(0)
-    others = (~same).nonzero().flatten().tolist() or [1]
-    second = others[0]
-    third = next((j for j in (*others[1:], *range(1, size)) if j != second), None)
-    return [0, second] if third is None else [0, second, third]

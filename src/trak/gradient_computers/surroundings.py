@@ -30,7 +30,8 @@ def undisturbed(model: nn.Module) -> Generator[None]:
     Fused attention kernels, which skip the layers, are not taken; compiled models run
     uncompiled; activation checkpointing, which would run layers a second time in the
     backward pass, is off. Random states are restored. A
-    normalisation layer in training mode is refused.
+    normalisation layer in training mode is refused. Gradients are enabled within, also
+    under `torch.inference_mode`.
 
     Args:
         model: the model.

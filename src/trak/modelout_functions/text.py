@@ -44,11 +44,14 @@ class TextClassificationModelOutput(AbstractModelOutput):
 
     Args:
         temperature: divides the logits inside Q.
+        trim_padding: leave out columns that are padding, and put samples of similar length
+            together, for Hugging Face models whose outputs do not change by it.
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, trim_padding: bool = True) -> None:
         super().__init__()
         self.loss_temperature = temperature
+        self._trim_padding = trim_padding  # not a setting: rows are the same
 
     @staticmethod
     def get_output(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -95,6 +98,30 @@ class TextClassificationModelOutput(AbstractModelOutput):
         logits = logits_of(call(model, (None, None), (), kwargs))
         check_labels(logits, labels)
         return margin(logits, labels)
+
+    def padding_mask(self, model: Any, batch: Any) -> Tensor | None:
+        """Says where the padding is that may be left out.
+
+        Args:
+            model: the model.
+            batch: a whole batch.
+
+        Returns:
+            `[b, s]`, 0 at padding; None if nothing may be left out: without a mask, where
+            `trim_padding` is off, for models that are not from Hugging Face, and for
+            padding on the left of models that count positions from the first column.
+        """
+        inputs = (batch,) if isinstance(batch, Mapping) else tuple(batch)
+        named, _ = _parts(inputs)
+        mask = named.get("attention_mask")
+        if mask is None or mask.ndim != 2 or not self._trim_padding:
+            return None
+        own = (model, *model.children())
+        kinds = [getattr(getattr(m, "config", None), "model_type", None) for m in own]
+        if not any(isinstance(kind, str) for kind in kinds):
+            return None
+        on_the_left = bool((mask[:, 0] == 0).any())
+        return None if on_the_left and "position_ids" not in named else mask
 
     def get_out_to_loss_grad(
         self, model: Any, weights: Any, buffers: Any, batch: Any

@@ -1,6 +1,6 @@
 """A batch of examples to rows of projected gradients."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,8 @@ from trak.batches import Batch, batch_size, select
 from trak.blocks import Block
 from trak.errors import InputError, NumericalError
 from trak.gradient_computers import AbstractGradientComputer
+from trak.gradient_computers.memory import is_out_of_memory
+from trak.pipeline.lengths import Trimmer
 from trak.pipeline.memory import MicroBatches
 from trak.projectors import AbstractProjector, BlockProjector
 
@@ -28,6 +30,7 @@ class RowMaker:
         scale: rows are divided by it (the square root of the number of parameters).
         device: where to project.
         micro: splits batches that do not fit into memory.
+        ignores_padding: checkpoint to whether the model's outputs are the same without.
     """
 
     model: nn.Module
@@ -37,6 +40,7 @@ class RowMaker:
     scale: float
     device: torch.device
     micro: MicroBatches = field(default_factory=MicroBatches)
+    ignores_padding: dict[int, bool] = field(default_factory=dict[int, bool])
 
     def rows(
         self, batch: Batch, model_id: int, numbers: list[int], *, with_weights: bool = False
@@ -61,17 +65,43 @@ class RowMaker:
             blank = self._blank(0)
             return blank, blank[:, :1] if with_weights else None
 
-        def work(piece: Batch, start: int) -> Tensor:
-            part = self._project(piece, model_id) / self.scale
-            self._check(part, piece, model_id, numbers[start:])
-            if not with_weights:
-                return part
-            # right after the gradients, whose forward pass may answer for Q's
-            weights = self._loss_weights(piece, numbers[start:])
-            return torch.cat([part, weights.to(part)], dim=1)
+        def make(bucket: Batch, own: list[int]) -> Tensor:
+            def work(piece: Batch, start: int) -> Tensor:
+                part = self._project(piece, model_id) / self.scale
+                self._check(part, piece, model_id, own[start:])
+                if not with_weights:
+                    return part
+                # right after the gradients, whose forward pass may answer for Q's
+                weights = self._loss_weights(piece, own[start:])
+                return torch.cat([part, weights.to(part)], dim=1)
 
-        made = self.micro.rows(batch, work, self._most)
+            return self.micro.rows(bucket, work, self._most)
+
+        try:
+            made = self._by_length(batch, model_id, numbers, make)
+        except Exception as error:
+            if not is_out_of_memory(error) and not isinstance(error, NumericalError):
+                # the task's own checks say more, and see the whole batch
+                self.computer.compute_loss_grad(batch)
+            raise
         return (made[:, :-1], made[:, -1:]) if with_weights else (made, None)
+
+    def _by_length(
+        self,
+        batch: Batch,
+        model_id: int,
+        numbers: list[int],
+        make: Callable[[Batch, list[int]], Tensor],
+    ) -> Tensor:
+        # rows in the order of the batch, whatever the order in which they are made
+        trimmer = Trimmer(self.model, self.computer.modelout_fn, self.ignores_padding)
+        buckets = trimmer.buckets(batch, model_id)
+        made = [make(bucket, [numbers[j] for j in own]) for own, bucket in buckets]
+        if len(made) == 1:
+            return made[0]
+        order = torch.as_tensor([j for own, _ in buckets for j in own])
+        rows = torch.cat(made)
+        return rows[order.argsort().to(rows.device)]
 
     def _most(self) -> int:
         # asked anew each time: the first batch may change the computer's mind

@@ -7,14 +7,11 @@ One file a layer family; `register` ties a rule to layer types.
 from trak.gradient_computers.rules import activation, conv, embedding, linear, norm
 from trak.gradient_computers.rules.registry import LayerCall, Rule, register, rule_for
 
+_FAMILIES = (activation, conv, embedding, linear, norm)  # imported, they register rules
+
 __all__ = [
     "LayerCall",
     "Rule",
-    "activation",
-    "conv",
-    "embedding",
-    "linear",
-    "norm",
     "register",
     "rule_for",
 ]

@@ -1,0 +1,159 @@
+"""The plans of a set of weights: found on a few samples, confirmed and proved on more."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trak.batches import Batch, batch_size, leaves, select
+from trak.gradient_computers.capture import InputChangedError
+from trak.gradient_computers.plan import EXACT, UNSEEN, Anatomy, Plan
+from trak.gradient_computers.sweep import Sweep
+from trak.gradient_computers.trial import Rows, Trial
+
+logger = logging.getLogger(__name__)
+
+_PROOFS = 8  # batches on which an unseen parameter's way is looked for
+
+
+class Ways:
+    """One plan for batches of one sample, and one for larger ones.
+
+    Args:
+        anatomy: the model's parameters.
+        outputs: runs the model on a batch, `[b]`.
+        exact: the exact gradients of named parameters, name to `[b, p]`.
+
+    Attributes:
+        plans: the plans, by whether the batch has more than one sample.
+        keep_copies: whether layer inputs must be copied.
+        to_prove: parameters that got their first gradient since.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        outputs: Callable[[Batch], Tensor],
+        exact: Callable[[tuple[str, ...], Batch], Rows],
+    ) -> None:
+        self._anatomy = anatomy
+        self._outputs = outputs
+        self._exact = exact
+        self.plans: dict[bool, Plan] = {}
+        self.keep_copies = False
+        self.to_prove: set[str] = set()
+        self._unconfirmed = False
+        self._proofs = _PROOFS
+
+    def begin(self, batch: Batch) -> None:
+        """Starts with the rules, and looks whether the model changes inputs in place.
+
+        Args:
+            batch: a batch, of which one sample is tried.
+        """
+        plan = self._anatomy.default_plan()
+        self.plans[batch_size(batch) > 1] = plan
+        if self.keep_copies:
+            return
+        one = select(batch, slice(0, 1))
+        sweep = Sweep(self._anatomy, plan, 1, lambda _: None, strict=False)
+        try:
+            sweep.run(lambda: self._outputs(one))
+        except InputChangedError as error:
+            logger.info("%s Inputs are copied, which takes memory.", error)
+            self.keep_copies = True
+
+    def find(self, samples: Batch) -> bool:
+        """Finds a way for every parameter, by comparison with the exact gradients.
+
+        Args:
+            samples: one sample, or two that differ.
+
+        Returns:
+            False if gradients are not finite, so that nothing can be told.
+        """
+        many = batch_size(samples) > 1
+        exact = self._exact(tuple(self._anatomy.parameters), samples)
+        if not _finite(exact):
+            return False
+        self.plans[many] = self._trial(samples, exact).plan()
+        self._unconfirmed |= many
+        return True
+
+    def look_again(self, batch: Batch) -> bool:
+        """Confirms and proves what the first samples could not.
+
+        Args:
+            batch: a later batch, or the whole first one.
+
+        Returns:
+            Whether a plan changed.
+        """
+        many = batch_size(batch) > 1
+        before = dict(self.plans[many])
+        if self._unconfirmed and batch_size(batch) > 2:
+            self._confirm(select(batch, different_samples(batch)))
+        if self.to_prove and self._proofs:
+            self._proofs -= 1
+            self._prove(select(batch, different_samples(batch)[:2]), self.plans[many])
+        return before != self.plans[many]
+
+    def _confirm(self, samples: Batch) -> None:
+        # with three samples, so that no axis of length two is taken for the sample axis
+        plan = self.plans[True]
+        risky = {
+            n: way
+            for n, way in plan.items()
+            if way.changes_shapes or way.samples != "first"
+        }
+        if risky:
+            exact = self._exact(tuple(risky), samples)
+            agreed = self._trial(samples, exact).agreeing(risky)
+            for name in set(risky) - agreed:
+                if bool(exact[name].any()):
+                    plan[name] = EXACT
+        self._unconfirmed = False
+
+    def _prove(self, samples: Batch, plan: Plan) -> None:
+        # parameters whose gradient was zero in the samples seen so far
+        names = tuple(n for n in self._anatomy.parameters if n in self.to_prove)
+        exact = self._exact(names, samples)
+        if not _finite(exact):
+            return
+        for name, way in self._trial(samples, exact).plan().items():
+            if way is not UNSEEN:
+                plan[name] = way
+                self.to_prove.discard(name)
+
+    def _trial(self, samples: Batch, exact: Rows) -> Trial:
+        return Trial(
+            self._anatomy,
+            lambda: self._outputs(samples),
+            exact,
+            keep_copies=self.keep_copies,
+        )
+
+
+def different_samples(batch: Batch) -> list[int]:
+    """Chooses samples to try: equal ones would hide that a model mixes them.
+
+    Args:
+        batch: a batch of at least one sample.
+
+    Returns:
+        The first, the next that is not the same, and one more, as far as there are any.
+    """
+    size = batch_size(batch)
+    if size < 2:
+        return list(range(size))
+    parts = [part.reshape(size, -1) for part in leaves(batch)]
+    same = torch.stack([(part == part[:1]).all(1).cpu() for part in parts]).all(0)
+    others = (~same).nonzero().flatten().tolist() or [1]
+    second = others[0]
+    third = next((j for j in (*others[1:], *range(1, size)) if j != second), None)
+    return [0, second] if third is None else [0, second, third]
+
+
+def _finite(rows: Rows) -> bool:
+    return all(bool(torch.isfinite(gradient).all()) for gradient in rows.values())

@@ -1,0 +1,147 @@
+"""Padding that is left out: the same rows in the same order, and fewer tokens."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.test_hook_models import bert
+from torch import nn
+
+from trak import TRAKer
+from trak.errors import InputError
+from trak.gradient_computers import FunctionalGradientComputer, HookGradientComputer
+from trak.modelout_functions import TextClassificationModelOutput
+from trak.modelout_functions.abstract import describe_task
+from trak.pipeline.lengths import group
+
+transformers = pytest.importorskip(
+    "transformers", reason="the [hf] extra; make test has it"
+)
+SHORT = [3, 9, 2, 4, 10, 3, 2, 9, 10, 3, 2, 4]
+
+
+def batch_of(lengths, columns=16, left=False):
+    torch.manual_seed(1)
+    mask = (torch.arange(columns) < torch.tensor(lengths)[:, None]).long()
+    mask = mask.flip(1) if left else mask
+    return {
+        "input_ids": torch.randint(3, 40, mask.shape) * mask,
+        "token_type_ids": torch.zeros_like(mask),
+        "attention_mask": mask,
+        "labels": torch.arange(len(lengths)) % 2,
+    }
+
+
+def featurized(model, batch, folder, kind=HookGradientComputer, trim=True):
+    """Rows, loss weights, and the shapes of the token batches the model has seen."""
+    shapes = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    size = len(batch["labels"])
+    traker = TRAKer(
+        model=model,
+        task=TextClassificationModelOutput(trim_padding=trim),
+        train_set_size=size,
+        save_dir=folder,
+        device="cpu",
+        proj_dim=16,
+        use_half_precision=False,
+        gradient_computer=kind,
+    )
+    traker.load_checkpoint(model.state_dict(), model_id=0)
+    traker.featurize(batch, num_samples=size)
+    hook.remove()
+    rows = traker.saver.train_rows(0)
+    return rows.array("grads"), rows.array("out_to_loss"), shapes
+
+
+def compare(model, batch, folder, kind=HookGradientComputer):
+    *expected, plain = featurized(model, batch, folder / "plain", kind, trim=False)
+    *found, shapes = featurized(model, batch, folder / "trimmed", kind)
+    for one, other in zip(found, expected, strict=True):
+        assert abs(one - other).max() <= 1e-10 * abs(other).max()
+    assert {shape[1] for shape in plain} == {16}
+    return {shape[1] for shape in shapes}
+
+
+@pytest.mark.parametrize("kind", [HookGradientComputer, FunctionalGradientComputer])
+def test_rows_are_the_same_and_in_order(kind, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "trak"):
+        widths = compare(bert(), batch_of(SHORT), tmp_path, kind)
+    assert widths == {16, 10, 4}  # 16: compared once
+    assert sum("Padding is left out" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_batches_whose_longest_sample_is_full_are_only_split(tmp_path):
+    assert compare(bert(), batch_of([16, *SHORT]), tmp_path) == {16, 4}
+    assert compare(bert(), batch_of([16, 15, 14]), tmp_path / "all") == {16}
+
+
+def test_padding_on_the_left_needs_positions(tmp_path):
+    batch = batch_of([10, 9, 10, 9], left=True)
+    assert compare(bert(), batch, tmp_path) == {16}
+    places = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    batch["position_ids"] = places
+    assert compare(bert(), batch, tmp_path / "positions") == {16, 10}
+
+
+class Summing(nn.Module):
+    """Looks at padding, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = transformers.BertConfig()
+        self.embed, self.head = nn.Embedding(40, 4), nn.Linear(4, 2)
+
+    def forward(self, input_ids, token_type_ids, attention_mask):
+        return self.head(torch.tanh(self.embed(input_ids)).sum(1))
+
+
+def test_models_that_look_at_padding_keep_it(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "trak"):
+        compare(Summing().double(), batch_of(SHORT), tmp_path)
+    assert sum("Padding is kept" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_other_models_and_odd_batches_are_left_alone():
+    task, model = TextClassificationModelOutput(), bert()
+    batch = batch_of(SHORT)
+    assert task.padding_mask(model, batch) is batch["attention_mask"]
+    assert task.padding_mask(nn.Linear(2, 2), batch) is None
+    assert task.padding_mask(nn.Sequential(model), batch) is not None
+    del batch["attention_mask"]
+    assert task.padding_mask(model, batch) is None
+
+
+def test_holes_in_the_mask_are_no_padding(tmp_path):
+    batch = batch_of([10, 10, 10, 10])
+    batch["attention_mask"][1, 4] = 0
+    assert compare(bert(), batch, tmp_path) == {16}
+
+
+def test_wrong_labels_are_named_by_their_place_in_the_batch(tmp_path):
+    batch = batch_of(SHORT)
+    model = bert()
+    featurized(model, batch, tmp_path / "right")
+    batch["labels"][7] = 5
+    with pytest.raises(InputError, match="Sample 7 of the batch has label 5"):
+        featurized(model, batch, tmp_path / "wrong")
+
+
+def test_the_switch_is_no_setting_of_the_store():
+    on, off = (TextClassificationModelOutput(trim_padding=t) for t in (True, False))
+    assert describe_task(on) == describe_task(off)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=60))
+def test_groups_hold_every_sample_once_and_never_cost_more(lengths):
+    groups = group(lengths)
+    assert sorted(j for rows in groups for j in rows) == list(range(len(lengths)))
+    tokens = sum(len(rows) * max(lengths[j] for j in rows) for rows in groups)
+    assert tokens <= len(lengths) * max(lengths)
+    assert len(groups) == 1 or min(map(len, groups)) >= 4
