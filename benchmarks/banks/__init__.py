@@ -1,0 +1,1 @@
+"""Ground truth by retraining: what models say that never saw half of the data."""
