@@ -448,6 +448,20 @@ class Experts(nn.Module):
         return self.head((out.reshape(x.shape) * self.gate(x).softmax(-1)[..., :1]).mean(1))
 
 
+class ChannelsFirst(nn.LayerNorm):
+    """As in ConvNeXt: a subclass with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def test_layer_norms_with_a_forward_of_their_own():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 2), ChannelsFirst(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
+    )
+    natively(model, images(2, 3, 3))
+
+
 def test_experts_with_as_many_tokens_as_if_they_had_been_dealt_evenly():
     torch.manual_seed(0)
     model = Experts().double()

@@ -52,7 +52,7 @@ class Part:
 
 
 class FunctionWatch(TorchFunctionMode):
-    """Sees calls of `linear`, `embedding`, `expand` and `repeat` with planned parameters.
+    """Sees planned parameters in `linear`, `embedding`, `layer_norm`, `expand`, `repeat`.
 
     Args:
         anatomy: the model's parameters.
@@ -165,6 +165,8 @@ class FunctionWatch(TorchFunctionMode):
             return self._linear
         if func is functional.embedding:
             return self._embedding
+        if func is functional.layer_norm:
+            return self._layer_norm
         return self._given_out if func in {Tensor.expand, Tensor.repeat} else None
 
     def _linear(
@@ -221,6 +223,34 @@ class FunctionWatch(TorchFunctionMode):
             self._emit(IndexedBlock(part.name, rows, backprops, len(weight)))
 
         return self._tape.tap("embedding", result, (tokens,), at_output)
+
+    def _layer_norm(
+        self,
+        result: Tensor,
+        x: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        of_weight, of_bias = self._part(weight), self._part(bias)
+        if of_weight is None and of_bias is None:
+            return result
+        samples, length = self._samples(of_weight, of_bias)
+        fits = self._fit(result, samples, length, of_weight, of_bias)
+        if not fits or len(normalized_shape) != 1:
+            self._refuse(of_weight, of_bias)
+            return result
+
+        def at_output(kept: tuple[Any, ...], gradient: Tensor) -> None:
+            normal = functional.layer_norm(kept[0], normalized_shape, eps=eps)
+            for part, values in ((of_weight, gradient * normal), (of_bias, gradient)):
+                if part is not None and part.name not in self._refused:
+                    sums = self._by_sample(values, samples, length).sum(1)
+                    dtype = self._anatomy.parameters[part.name].dtype
+                    self._emit(DenseBlock(part.name, part.padded(sums).to(dtype)))
+
+        return self._tape.tap("layer_norm", result, (x,), at_output)
 
     def _given_out(
         self, result: Tensor, value: Tensor, *sizes: Any, **named: Any
