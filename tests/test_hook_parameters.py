@@ -427,3 +427,74 @@ def test_bags_of_different_lengths():
     tokens = torch.tensor([[1, 2, 0, 0], [0, 0, 5, 0], [3, 4, 4, 8], [0, 0, 0, 0]])
     for mode in ("sum", "mean", "max"):
         natively(Model({"rows"}, mode=mode), tokens)
+
+
+class Experts(nn.Module):
+    """Each token goes to one of two layers, in the order of the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(4, 2)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        tokens = x.reshape(-1, 4)
+        choice = tokens[:, 0] > 0
+        out = torch.zeros_like(tokens)
+        for mine, expert in zip((choice, ~choice), self.experts, strict=True):
+            rows = mine.nonzero()[:, 0]
+            out = out.index_add(0, rows, torch.tanh(expert(tokens[rows])))
+        return self.head((out.reshape(x.shape) * self.gate(x).softmax(-1)[..., :1]).mean(1))
+
+
+class ChannelsFirst(nn.LayerNorm):
+    """As in ConvNeXt: a subclass with a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def test_layer_norms_with_a_forward_of_their_own():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 2), ChannelsFirst(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
+    )
+    natively(model, images(2, 3, 3))
+
+
+def test_experts_with_as_many_tokens_as_if_they_had_been_dealt_evenly():
+    torch.manual_seed(0)
+    model = Experts().double()
+    x = torch.randn(6, 4, 4, dtype=torch.float64)
+    first = torch.tensor(
+        [[1, 1, -1, -1], [1, 1, -1, -1], [1, 1, 1, -1], [1, -1, -1, -1]]
+        + [[1, 1, -1, -1]] * 2
+    )
+    x[:, :, 0] = first * x[:, :, 0].abs()
+    computer = hooked(model)
+    for rows in ([0, 1], [0, 1, 2, 3], [2, 3], [0, 1, 4, 5]):
+        batch = (x[rows], torch.arange(len(rows)) % 3)
+        found = computer.compute_per_sample_grad(batch)
+        for name, expected in reference.gradient_rows(model, batch).items():
+            torch.testing.assert_close(found[name].flatten(1), expected)
+
+
+def test_positions_folded_into_the_batch_axis(caplog):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = torch.tanh(self.norm(self.layer(x.reshape(-1, 4))))
+            return self.head(h.reshape(x.shape).mean(1))
+
+    computer = natively(Model(), images(5, 4))
+    with caplog.at_level(logging.INFO, "trak"):
+        for length in (5, 3, 8, 4, 1):
+            batch = (images(length, 4), LABELS)
+            found = computer.compute_per_sample_grad(batch)
+            for name, rows in reference.gradient_rows(computer.model, batch).items():
+                torch.testing.assert_close(found[name].flatten(1), rows)
+    assert not any("told apart" in r.getMessage() for r in caplog.records)

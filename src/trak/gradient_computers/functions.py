@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from trak.blocks import Block, DenseBlock, FactoredBlock, IndexedBlock
 from trak.gradient_computers.capture import Tape
+from trak.gradient_computers.lengths import Ledger
 from trak.gradient_computers.plan import Anatomy, Plan, Samples
 
 
@@ -51,7 +52,7 @@ class Part:
 
 
 class FunctionWatch(TorchFunctionMode):
-    """Sees calls of `linear`, `embedding`, `expand` and `repeat` with planned parameters.
+    """Sees planned parameters in `linear`, `embedding`, `layer_norm`, `expand`, `repeat`.
 
     Args:
         anatomy: the model's parameters.
@@ -60,6 +61,7 @@ class FunctionWatch(TorchFunctionMode):
         tape: taps the outputs.
         emit: consumes blocks.
         refused: takes the names of parameters that met shapes without a sample axis.
+        ledger: judges shapes.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class FunctionWatch(TorchFunctionMode):
         tape: Tape,
         emit: Callable[[Block], None],
         refused: set[str],
+        ledger: Ledger,
     ) -> None:
         super().__init__()
         self._anatomy = anatomy
@@ -78,6 +81,7 @@ class FunctionWatch(TorchFunctionMode):
         self._tape = tape
         self._emit = emit
         self._refused = refused
+        self._ledger = ledger
         self._attending: list[int] = []  # batch lengths inside multi-head attention
 
     @contextmanager
@@ -161,6 +165,8 @@ class FunctionWatch(TorchFunctionMode):
             return self._linear
         if func is functional.embedding:
             return self._embedding
+        if func is functional.layer_norm:
+            return self._layer_norm
         return self._given_out if func in {Tensor.expand, Tensor.repeat} else None
 
     def _linear(
@@ -170,7 +176,7 @@ class FunctionWatch(TorchFunctionMode):
         if of_weight is None and of_bias is None:
             return result
         samples, length = self._samples(of_weight, of_bias)
-        if not self._fit(result, samples, length):
+        if not self._fit(result, samples, length, of_weight, of_bias):
             self._refuse(of_weight, of_bias)
             return result
 
@@ -201,7 +207,7 @@ class FunctionWatch(TorchFunctionMode):
         if part is None:
             return result
         samples, length = self._samples(part)
-        if part.start or part.behind or not self._fit(result, samples, length):
+        if part.start or part.behind or not self._fit(result, samples, length, part):
             self._refuse(part)
             return result
         skipped = padding_idx
@@ -218,6 +224,34 @@ class FunctionWatch(TorchFunctionMode):
 
         return self._tape.tap("embedding", result, (tokens,), at_output)
 
+    def _layer_norm(
+        self,
+        result: Tensor,
+        x: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        of_weight, of_bias = self._part(weight), self._part(bias)
+        if of_weight is None and of_bias is None:
+            return result
+        samples, length = self._samples(of_weight, of_bias)
+        fits = self._fit(result, samples, length, of_weight, of_bias)
+        if not fits or len(normalized_shape) != 1:
+            self._refuse(of_weight, of_bias)
+            return result
+
+        def at_output(kept: tuple[Any, ...], gradient: Tensor) -> None:
+            normal = functional.layer_norm(kept[0], normalized_shape, eps=eps)
+            for part, values in ((of_weight, gradient * normal), (of_bias, gradient)):
+                if part is not None and part.name not in self._refused:
+                    sums = self._by_sample(values, samples, length).sum(1)
+                    dtype = self._anatomy.parameters[part.name].dtype
+                    self._emit(DenseBlock(part.name, part.padded(sums).to(dtype)))
+
+        return self._tape.tap("layer_norm", result, (x,), at_output)
+
     def _given_out(
         self, result: Tensor, value: Tensor, *sizes: Any, **named: Any
     ) -> Tensor:
@@ -231,7 +265,7 @@ class FunctionWatch(TorchFunctionMode):
         count = self._num_samples if length is None else length
         if (
             not whole
-            or not self._fit(result, samples, length)
+            or not self._fit(result, samples, length, part)
             or result.numel() != count * value.numel()
         ):
             self._refuse(part)
@@ -271,12 +305,19 @@ class FunctionWatch(TorchFunctionMode):
         length = self._attending[-1] if self._attending else None
         return self._plan[name].samples, length
 
-    def _fit(self, result: Tensor, samples: Samples, length: int | None) -> bool:
+    def _fit(
+        self, result: Tensor, samples: Samples, length: int | None, *parts: Part | None
+    ) -> bool:
+        axis = 1 if samples == "second" and length is None else 0
+        first, second, *_ = (*result.shape[:-1], 0, 0)
         if length is not None:  # [l, length, d] or [l * length, d]
-            return length % self._num_samples == 0
-        axis = 1 if samples == "second" else 0
-        size = result.shape[axis] if result.ndim > axis + 1 else 0
-        return size > 0 and size % self._num_samples == 0
+            first = length
+        fits = True
+        for part in parts:  # each is noted
+            if part is not None:
+                place = f"function of {part.name}"
+                fits &= self._ledger.note(place, (first, second), axis)
+        return fits
 
     def _by_sample(self, tensor: Tensor, samples: Samples, length: int | None) -> Tensor:
         if length is not None:

@@ -36,7 +36,8 @@ class HookGradientComputer(SelectingGradientComputer):
 
     With every new set of weights a few samples are computed by both ways, and a parameter
     on which they differ is left to the exact one. So a layer whose weight is also used
-    elsewhere, or a model that mixes samples, costs time and not correctness.
+    elsewhere, or a model that mixes samples, costs time and not correctness. The same holds
+    for layers that are called with some of the samples or tokens only, such as experts.
 
     `run` may raise after the sink received blocks; these are void then.
 
@@ -217,6 +218,13 @@ class HookGradientComputer(SelectingGradientComputer):
             sweep = self._sweep(batch, plan, sink)
             sweep.run(lambda: self._outputs(batch))
         self._ways.to_prove |= sweep.used
+        if not sweep.refused <= self._told:
+            self._told |= sweep.refused
+            logger.info(
+                "The samples of %s cannot be told apart in every batch, since it is called "
+                "with some of them only; such batches are computed exactly.",
+                sorted(sweep.refused)[:3],
+            )
         exact = {n for n, way in plan.items() if way.kind == "exact"}
         return exact | sweep.refused | sweep.used
 
@@ -227,6 +235,7 @@ class HookGradientComputer(SelectingGradientComputer):
             batch_size(batch),
             sink,
             keep_copies=self._ways.keep_copies,
+            alone=self._ways.alone(batch, plan),
         )
 
     def _outputs(self, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from trak.blocks import Block, DenseBlock, Sink
 from trak.errors import InputError, UnsupportedModuleError
 from trak.gradient_computers.capture import Tape, asking
 from trak.gradient_computers.functions import FunctionWatch
+from trak.gradient_computers.lengths import Ledger, Shapes
 from trak.gradient_computers.plan import Anatomy, Layer, Placement, Plan, Samples
 from trak.gradient_computers.rules import LayerCall
 
@@ -27,6 +28,7 @@ class Sweep:
         sink: consumes the blocks.
         keep_copies: copy layer inputs, for models that change them in place.
         strict: a rule that emits nothing for a wanted parameter is an error.
+        alone: the lengths that one sample gives, to hold the batch's against.
 
     Attributes:
         refused: parameters whose layers met shapes that the plan does not cover; nothing
@@ -35,6 +37,7 @@ class Sweep:
         in_backward: whether the forward pass went through, so that the sink may have
             received blocks.
         tape: what the forward pass left.
+        ledger: the lengths of layer outputs.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Sweep:
         *,
         keep_copies: bool = False,
         strict: bool = True,
+        alone: Shapes | None = None,
     ) -> None:
         self._anatomy = anatomy
         self._plan = plan
@@ -53,6 +57,7 @@ class Sweep:
         self._sink = sink
         self._strict = strict
         self.tape = Tape(keep_copies=keep_copies)
+        self.ledger = Ledger(num_samples, alone)
         self.refused: set[str] = set()
         self.used: set[str] = set()
         self.in_backward = False
@@ -69,12 +74,7 @@ class Sweep:
         parameters = self._anatomy.parameters
         unseen = [n for n, way in self._plan.items() if way.kind == "unseen"]
         watched = [parameters[name] for name in unseen]
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(asking(self._anatomy.model.parameters(), watched))
-            stack.enter_context(self._layers())
-            stack.enter_context(self._leaves())
-            stack.enter_context(self._functions())
+        with self._watching(watched) as stack:
             result = outputs()
             _check_outputs(result, self._num_samples)
             self.in_backward = True
@@ -85,6 +85,29 @@ class Sweep:
             if total is not None and bool(total.any()):
                 self.used.add(name)
         return result.detach()
+
+    def look(self, outputs: Callable[[], Tensor]) -> Ledger:
+        """Runs the forward pass only.
+
+        Args:
+            outputs: runs the model, `[b]`.
+
+        Returns:
+            The lengths of layer outputs.
+        """
+        with self._watching([]):
+            outputs()
+        return self.ledger
+
+    @contextmanager
+    def _watching(self, watched: list[nn.Parameter]) -> Generator[ExitStack]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(asking(self._anatomy.model.parameters(), watched))
+            stack.enter_context(self._layers())
+            stack.enter_context(self._leaves())
+            stack.enter_context(self._functions())
+            yield stack
 
     @contextmanager
     def _layers(self) -> Generator[None]:
@@ -109,7 +132,7 @@ class Sweep:
         ) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
-            output = given_out(output, samples, self._num_samples)
+            output = self._given_out(path, output, samples)
             if output is None:
                 self.refused.update(names.values())
                 return None
@@ -121,6 +144,18 @@ class Sweep:
             return self.tape.tap(path, output, inputs, at_output)
 
         return after_forward
+
+    def _given_out(self, path: str, output: Any, samples: Samples) -> Tensor | None:
+        # with a sample axis if the batch shares it, so that gradients are not summed over
+        # the batch; None if it has another shape than expected
+        if not isinstance(output, Tensor):
+            return None
+        if samples == "added":
+            return output.unsqueeze(0).expand(self._num_samples, *output.shape)
+        fits = self.ledger.fits(path, output, 1 if samples == "second" else 0)
+        if samples == "shared" and output.shape[:1] == (1,):
+            return output.expand(self._num_samples, *output.shape[1:])
+        return output if fits else None
 
     def _by_rule(
         self,
@@ -177,7 +212,13 @@ class Sweep:
             yield
             return
         watch = FunctionWatch(
-            self._anatomy, wanted, self._num_samples, self.tape, self._emit, self.refused
+            self._anatomy,
+            wanted,
+            self._num_samples,
+            self.tape,
+            self._emit,
+            self.refused,
+            self.ledger,
         )
         with watch.watching():
             yield
@@ -188,31 +229,6 @@ class Sweep:
 
     def _device(self) -> str:
         return next(iter(self._anatomy.parameters.values())).device.type
-
-
-def given_out(output: Any, samples: Samples, num_samples: int) -> Tensor | None:
-    """Checks a layer's output for its sample axis, or gives it one.
-
-    Args:
-        output: what the layer returned.
-        samples: where the sample axis should be.
-        num_samples: `b`.
-
-    Returns:
-        The output, with a sample axis if the batch shares it, so that gradients are not
-        summed over the batch. None if it has another shape than expected.
-    """
-    if not isinstance(output, Tensor):
-        return None
-    if samples == "added":
-        return output.unsqueeze(0).expand(num_samples, *output.shape)
-    axis = 1 if samples == "second" else 0
-    if output.ndim <= axis:
-        return None
-    length = output.shape[axis]
-    if samples == "shared" and length == 1:
-        return output.expand(num_samples, *output.shape[1:])
-    return output if length and length % num_samples == 0 else None
 
 
 @contextmanager

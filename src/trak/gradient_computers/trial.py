@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trak.blocks import Block
 from trak.errors import AttributionError
 from trak.gradient_computers.capture import HALVES, InputChangedError
+from trak.gradient_computers.lengths import Shapes
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.gradient_computers.plan import EXACT, PLACEMENTS, UNSEEN, Anatomy, Plan, Way
 from trak.gradient_computers.sweep import Sweep
@@ -29,6 +30,7 @@ class Trial:
         outputs: runs the model on the samples, `[b]`.
         exact: the samples' exact gradients, name to `[b, p]`.
         keep_copies: copy layer inputs.
+        alone: the lengths that one sample gives.
     """
 
     def __init__(
@@ -38,11 +40,13 @@ class Trial:
         exact: Rows,
         *,
         keep_copies: bool,
+        alone: Shapes | None,
     ) -> None:
         self._anatomy = anatomy
         self._outputs = outputs
         self._exact = exact
         self._keep_copies = keep_copies
+        self._alone = alone
         # half precision, in which equal gradients differ by more
         self._coarse = any(rows.dtype in HALVES for rows in exact.values())
         self._size = len(next(iter(exact.values())))
@@ -155,6 +159,7 @@ class Trial:
             keep,
             keep_copies=self._keep_copies,
             strict=False,
+            alone=self._alone,
         )
         changed = any(way.changes_shapes for way in trying.values())
         try:

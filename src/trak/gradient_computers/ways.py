@@ -8,7 +8,8 @@ from torch import Tensor
 
 from trak.batches import Batch, batch_size, leaves, select
 from trak.gradient_computers.capture import InputChangedError
-from trak.gradient_computers.plan import EXACT, UNSEEN, Anatomy, Plan
+from trak.gradient_computers.lengths import Lengths, Shapes
+from trak.gradient_computers.plan import EXACT, UNSEEN, Anatomy, Plan, Way
 from trak.gradient_computers.sweep import Sweep
 from trak.gradient_computers.trial import Rows, Trial
 
@@ -43,6 +44,7 @@ class Ways:
         self.plans: dict[bool, Plan] = {}
         self.keep_copies = False
         self.to_prove: set[str] = set()
+        self._lengths = Lengths(self._look)
         self._unconfirmed = False
         self._proofs = _PROOFS
 
@@ -54,8 +56,6 @@ class Ways:
         """
         plan = self._anatomy.default_plan()
         self.plans[batch_size(batch) > 1] = plan
-        if self.keep_copies:
-            return
         one = select(batch, slice(0, 1))
         sweep = Sweep(self._anatomy, plan, 1, lambda _: None, strict=False)
         try:
@@ -63,6 +63,39 @@ class Ways:
         except InputChangedError as error:
             logger.info("%s Inputs are copied, which takes memory.", error)
             self.keep_copies = True
+        self.alone(batch, plan)
+
+    def alone(self, batch: Batch, plan: Plan) -> Shapes | None:
+        """What lengths a sample of a batch gives by itself.
+
+        Args:
+            batch: the batch.
+            plan: what is to be taken from layers and functions.
+
+        Returns:
+            Place to lengths; None if it need not be known.
+        """
+        axes = {"first": 0, "second": 1}
+        places: set[tuple[str, int]] = set()
+        for path, layer in self._anatomy.layers.items():
+            ways = [plan[name] for name in layer.names.values()]
+            places |= {
+                (path, axes[w.samples])
+                for w in ways
+                if w.kind == "layer" and w.samples in axes
+            }
+        for name, way in plan.items():
+            if way.kind == "function":
+                places.add((f"function of {name}", axes.get(way.samples, 0)))
+        return self._lengths.alone(batch, sorted(places))
+
+    def _look(self, one: Batch) -> Shapes:
+        found: Shapes = {}
+        names = self._anatomy.parameters
+        for plan in (self._anatomy.default_plan(), dict.fromkeys(names, Way("function"))):
+            sweep = Sweep(self._anatomy, plan, 1, lambda _: None, strict=False)
+            found.update(sweep.look(lambda: self._outputs(one)).seen)
+        return found
 
     def find(self, samples: Batch) -> bool:
         """Finds a way for every parameter, by comparison with the exact gradients.
@@ -132,6 +165,7 @@ class Ways:
             lambda: self._outputs(samples),
             exact,
             keep_copies=self.keep_copies,
+            alone=self.alone(samples, self._anatomy.default_plan()),
         )
 
 
