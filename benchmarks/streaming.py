@@ -146,9 +146,10 @@ def check(saver, config):
 
 
 def seconds(call):
-    start = time.perf_counter()
+    """Wall-clock and processor seconds; the latter of all threads, spinning included."""
+    start, used = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - used
 
 
 def paired(bare, library, rounds, before=lambda: None, after=lambda: None):
@@ -161,16 +162,20 @@ def paired(bare, library, rounds, before=lambda: None, after=lambda: None):
             times[name].append(seconds(call))
             after()
     times = {name: values[1:] for name, values in times.items()}  # the first warms up
-    ratios = [b / a for a, b in zip(times["bare"], times["library"], strict=True)]
-    return {
-        "bare_s": statistics.median(times["bare"]),
-        "library_s": statistics.median(times["library"]),
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-        "ratio_of_fastest": min(times["library"]) / min(times["bare"]),
-        "all_bare_s": times["bare"],
-        "all_library_s": times["library"],
-    }
+    result = {}
+    for place, kind in enumerate(("", "cpu_")):
+        a, b = ([t[place] for t in times[name]] for name in ("bare", "library"))
+        ratios = [y / x for x, y in zip(a, b, strict=True)]
+        result |= {
+            f"{kind}ratio": statistics.median(ratios),
+            f"{kind}ratio_range": [min(ratios), max(ratios)],
+            f"{kind}ratio_of_fastest": min(b) / min(a),
+            f"bare_{kind}s": statistics.median(a),
+            f"library_{kind}s": statistics.median(b),
+            f"all_bare_{kind}s": a,
+            f"all_library_{kind}s": b,
+        }
+    return result
 
 
 def raw_write(saver, config):
@@ -290,6 +295,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--threads", type=int, help="of BLAS; as many as cores if absent")
     parser.add_argument("--memory-of", choices=["gram", "top", "file"])
     parser.add_argument("--store")
     parser.add_argument("--config", type=json.loads)
@@ -298,6 +304,8 @@ def arguments():
 
 if __name__ == "__main__":
     given = arguments()
+    if given.threads:
+        torch.set_num_threads(given.threads)
     if given.memory_of:
         measure_memory(given.memory_of, given.store, given.config)
     else:

@@ -67,11 +67,17 @@ class RowFile:
         finally:
             os.close(descriptor)
 
-    def sync(self) -> None:
-        """Waits until everything written is on disk."""
+    def sync(self, *, forget: bool = False) -> None:
+        """Waits until everything written is on disk.
+
+        Args:
+            forget: let go of the pages in the system's cache.
+        """
         descriptor = os.open(self.path, os.O_WRONLY)
         try:
             os.fsync(descriptor)
+            if forget and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 

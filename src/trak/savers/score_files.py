@@ -15,7 +15,7 @@ from trak.savers.arrays import RowFile, new_array
 from trak.savers.filesystem import read_json, replace_json
 from trak.savers.layout import StoreLayout
 
-_SYNC_BYTES = 256 << 20  # so that the disk is not left with everything at the end
+_SYNC_BYTES = 256 << 20
 
 Item = tuple[int, NDArray[Any]]
 Record = dict[str, Any]
@@ -167,7 +167,9 @@ class _Writer(threading.Thread):
                 if unsynced > _SYNC_BYTES:
                     unsynced = 0
                     for file, _ in self._files:
-                        file.sync()
+                        # the disk works along, and scores do not push the rows, which
+                        # will be read again, out of the system's cache
+                        file.sync(forget=True)
             except BaseException as error:
                 self._error = error
 
