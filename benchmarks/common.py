@@ -31,6 +31,7 @@ class Row:
         measured: the figure that is held against the bar.
         passed: whether it meets the bar; None where there is none.
         how: how it was measured, in a few words.
+        unit: of `measured`.
     """
 
     what: str
@@ -38,6 +39,7 @@ class Row:
     measured: str
     passed: bool | None
     how: str
+    unit: str = ""
 
 
 def environment() -> dict[str, Any]:
