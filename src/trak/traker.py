@@ -81,6 +81,8 @@ class TRAKer:
             squared row norm of the projected gradients.
         check_examples: refuse a batch whose examples are others than those that were
             seen for the same rows (after a resume, or at another checkpoint).
+        row_dtype: how rows are stored, whatever `use_half_precision` says: `"float32"`,
+            `"float16"`, `"bfloat16"`, `"int8"` (with a scale a row) or `"float64"`.
 
     Raises:
         InputError: if an argument cannot be used.
@@ -108,6 +110,7 @@ class TRAKer:
         lambda_reg: float | None = None,
         *,
         check_examples: bool = True,
+        row_dtype: str | torch.dtype | None = None,
     ) -> None:
         self.logger = logging.getLogger("trak")
         self.logger.setLevel(logging_level)
@@ -121,7 +124,9 @@ class TRAKer:
         self.num_params = get_num_params(model)
         self.num_params_for_grad = sum(p.numel() for p in chosen.values())
         self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
-        self.dtype = storage_dtype(chosen.values(), use_half_precision)
+        self.dtype = storage_dtype(chosen.values(), use_half_precision, row_dtype)
+        # numbers are never computed in int8
+        floating = self.dtype if self.dtype.is_floating_point else torch.float32
         self.proj_seed = projector_seed
         self._layout = {name: p.numel() for name, p in chosen.items()}
         self._shapes = {name: tuple(p.shape) for name, p in chosen.items()}
@@ -132,12 +137,12 @@ class TRAKer:
             model=model,
             task=self.task,
             grad_dim=self.num_params_for_grad,
-            dtype=self.dtype,
+            dtype=floating,
             device=self.device,
             grad_wrt=None if everything else list(chosen),
         )
         self.score_computer = make_scorer(
-            score_computer, self.dtype, self.device, logging_level, lambda_reg
+            score_computer, floating, self.device, logging_level, lambda_reg
         )
         self.save_dir = Path(save_dir).resolve()
         self.load_from_save_dir = load_from_save_dir
@@ -300,6 +305,58 @@ class TRAKer:
             `indices` and `scores`, each `[m, k]`, strongest first.
         """
         return top_scores(self.scores(exp_name), k, helpful=helpful)
+
+    def top_scores(self, exp_name: str, k: int = 10, *, helpful: bool = True) -> TopScores:
+        """Like `top_k`, but in one pass over the rows and without an `[n, m]` file.
+
+        Neither needs `finalize_scores` nor touches what it wrote.
+
+        Args:
+            exp_name: the experiment.
+            k: how many a target.
+            helpful: the largest scores; if False, the smallest (the most harmful).
+
+        Returns:
+            `indices` and `scores`, each `[m, k]`, strongest first.
+        """
+        found = self.sweep([exp_name], top_k=k, helpful=helpful)
+        return next(iter(found.values()))
+
+    def sweep(
+        self,
+        exp_names: Iterable[str],
+        lambda_regs: Iterable[float | None] | None = None,
+        *,
+        top_k: int | None = None,
+        helpful: bool = True,
+        model_ids: Iterable[int] | None = None,
+        allow_skip: bool = False,
+    ) -> dict[tuple[str, float | None], Any]:
+        """Scores several experiments at several ridges in one pass over the rows.
+
+        Args:
+            exp_names: the experiments.
+            lambda_regs: the ridges; None among them stands for the default one. The run's
+                own ridge only, if left out.
+            top_k: keep this many training examples for each target, and write nothing. If
+                None, write all scores: those at the run's ridge as `finalize_scores` does,
+                others to `scores/ridge={lambda_reg}/{exp_name}.mmap`.
+            helpful: for `top_k`, the largest scores; if False, the smallest.
+            model_ids: the checkpoints to average over; all in the store if None.
+            allow_skip: leave out checkpoints that are not ready for every experiment, with
+                a warning.
+
+        Returns:
+            By experiment and ridge: `TopScores`, or scores `[n, m]`.
+        """
+        return self._pipeline.sweep(
+            exp_names,
+            lambda_regs,
+            model_ids,
+            top_k=top_k,
+            helpful=helpful,
+            allow_skip=allow_skip,
+        )
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """Lists the checkpoints of the store.
