@@ -29,6 +29,7 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
+# a small size; the figures that are kept are those of bench-full and bench-peers
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks --small
 

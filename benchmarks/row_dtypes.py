@@ -4,15 +4,11 @@ Scores of every dtype are held against float64 scores of the unrounded rows, whi
 computed here from float64 rows with an explicit inverse. Rows are the projected gradients
 of classifiers of the digits of scikit-learn.
 
-    python benchmarks/row_dtypes.py --out benchmarks/results/row_dtypes.json
+    python -m benchmarks.row_dtypes [--small]
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -21,7 +17,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-import trak
+from benchmarks.common import Row, write
 from trak import TRAKer
 from trak.encodings import ENCODINGS
 
@@ -119,25 +115,24 @@ def compare(found, expected, top=10):
     }
 
 
-def machine():
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False)
-    return {
-        "commit": commit.stdout.strip(),
-        "trak": trak.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
+def rows_of(result):
+    """Lines of the benchmark page."""
+    for name, found in result["row_dtypes"].items():
+        yield Row(
+            f"scores from {name} rows, against exact ones",
+            "",
+            f"{found['rms_error_over_rms_score']:.2g}",
+            None,
+            f"root mean square error over that of the scores; {found['bytes_a_row']:.0f} "
+            f"bytes a row; median Spearman {found['spearman_median']:.4f}",
+        )
 
 
 def main(config=None):
     config = config or FULL
     runs = [trained(config, seed) for seed in range(config["checkpoints"])]
     states = [{k: v.clone() for k, v in each[0].state_dict().items()} for each in runs]
-    result = {"config": config, "machine": machine(), "row_dtypes": {}}
+    result = {"config": config, "row_dtypes": {}}
     with tempfile.TemporaryDirectory() as folder:
         stored = {
             name: run(name, Path(folder) / name, config, states, runs[0])
@@ -171,7 +166,5 @@ def arguments():
 
 if __name__ == "__main__":
     given = arguments()
-    text = json.dumps(main(SMALL if given.small else FULL), indent=1)
-    if given.out:
-        given.out.write_text(text + "\n")
-    print(text)
+    measured = main(SMALL if given.small else FULL)
+    write("row_dtypes", list(rows_of(measured)), measured, given.out)

@@ -4,13 +4,12 @@ The bare product reads the same file block by block through a memory map, conver
 float32 with torch and multiplies; nothing else. Library and bare product alternate, and
 medians of paired runs are reported.
 
-    python benchmarks/streaming.py --out benchmarks/results/streaming.json
+    python -m benchmarks.streaming [--small]
 """
 
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import trak
+from benchmarks.common import ROOT, Row, write
 from trak.pipeline.scoring import ScorePass
 from trak.pipeline.solving import ScoreSet
 from trak.savers import MmapSaver
@@ -205,9 +204,17 @@ def forget(saver):
 
 def memory(kind, folder, config):
     """Peak resident memory of one pass above what was resident before, in bytes."""
-    command = [sys.executable, __file__, "--memory-of", kind, "--store", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.streaming",
+        "--memory-of",
+        kind,
+        "--store",
+        str(folder),
+    ]
     command += ["--config", json.dumps(config)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return json.loads(run.stdout)
 
 
@@ -231,22 +238,34 @@ def status(name):
     raise ValueError(name)
 
 
-def machine():
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False)
-    return {
-        "commit": commit.stdout.strip(),
-        "trak": trak.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load_average": os.getloadavg(),
+def rows_of(result):
+    """Lines of the benchmark page."""
+    config = result["config"]
+    size = f"n = {config['n']:,}, k = {config['k']}, float16"
+    kinds = {
+        "gram_and_factor": f"Gram matrix and factor / bare product, {size}",
+        "top": f"top {config['top']} for {config['m']:,} targets / bare product, {size}",
+        "file": f"score file for {config['m']:,} targets / bare product, {size}",
     }
+    for kind, what in kinds.items():
+        if kind in result:
+            found = result[kind]
+            how = f"{found['library_s']:.1f} s against {found['bare_s']:.1f} s"
+            ratio = found["ratio"]
+            yield Row(what, "at most 1.3", f"{ratio:.2f}", ratio <= 1.3, how)
+            cold = result.get(kind + "_cold")
+            if cold:
+                how = "the file is not in memory; the disk's speed varies"
+                yield Row(f"{what}, cold", "", f"{cold['ratio']:.2f}", None, how)
+    for kind, found in result["memory"].items():
+        peak = found["peak_above_baseline"]
+        yield Row(
+            f"memory above the inputs, {kind}",
+            "under 1 GB",
+            f"{peak / 1e6:.0f} MB",
+            peak < 1e9,
+            "peak resident memory of a process of its own",
+        )
 
 
 def main(config=None):
@@ -257,7 +276,7 @@ def main(config=None):
         with_files = shutil.disk_usage(folder).free > need + (4 << 30)
         saver = make_store(folder, config)
         checked, weights = check(saver, config)
-        result = {"config": config, "machine": machine(), "correctness": checked}
+        result = {"config": config, "correctness": checked}
         rounds = config["rounds"]
 
         def product():
@@ -310,7 +329,4 @@ if __name__ == "__main__":
         measure_memory(given.memory_of, given.store, given.config)
     else:
         measured = main(SMALL if given.small else FULL)
-        text = json.dumps(measured, indent=1)
-        if given.out:
-            given.out.write_text(text + "\n")
-        print(text)
+        write("streaming", list(rows_of(measured)), measured, given.out)
