@@ -174,7 +174,13 @@ def _bert(shape: tuple[int, int, int], batch_size: int, dtype: torch.dtype) -> C
 def _gpt2(shape: tuple[int, int, int], batch_size: int, dtype: torch.dtype) -> Case:
     layers, width, heads = shape
     config = GPT2Config(
-        n_layer=layers, n_embd=width, n_head=heads, n_positions=LENGTH, vocab_size=8192
+        n_layer=layers,
+        n_embd=width,
+        n_head=heads,
+        n_positions=LENGTH,
+        vocab_size=8192,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     model = GPT2LMHeadModel(config).to(dtype).eval()
     batch = (torch.randint(0, 8192, (batch_size, LENGTH)),)

@@ -23,6 +23,7 @@ TITLES = {
     "row_dtypes": "Precision of stored rows",
 }
 MARKS = {True: "met", False: "**not met**", None: ""}
+COMMON = {"name", "rows", "environment"}
 
 
 def section(found: dict[str, Any]) -> str:
@@ -41,14 +42,16 @@ def section(found: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in found["rows"]:
-        cells = (row["what"], row["bar"], str(row["measured"]), MARKS[row["passed"]])
-        lines.append("| " + " | ".join((*cells, row["how"])) + " |")
+        measured = f"{row['measured']} {row.get('unit', '')}".strip()
+        cells = (row["what"], row["bar"], measured, MARKS[row["passed"]], row["how"])
+        lines.append("| " + " | ".join(_cell(each) for each in cells) + " |")
     where = found["environment"]
     versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
     lines += [
         "",
-        f"{where['date']}, commit `{where['commit'][:12]}`, {where['cpu']}, "
-        f"{where['cores']} cores, load average {where['load_average']:.1f}; {versions}. "
+        f"`{found.get('command', found['name'])}`: {where['date']}, commit "
+        f"`{where['commit'][:12]}`, {where['cpu']}, {where['cores']} cores, load average "
+        f"{where['load_average']:.1f} at the end; Python {where['python']}, {versions}. "
         f"Raw figures: `benchmarks/results/{found['name']}.json`.",
         "",
     ]
@@ -59,15 +62,21 @@ def page(folder: Path = RESULTS) -> str:
     """The whole page.
 
     Args:
-        folder: with the JSON files.
+        folder: with the JSON files; those without the common fields are left out.
 
     Returns:
         Markdown.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    found.sort(key=lambda one: (ORDER.index(one["name"]), one["name"]))
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    found = [one for one in read if set(one) >= COMMON]
+    place = {name: number for number, name in enumerate(ORDER)}
+    found.sort(key=lambda one: (place.get(one["name"], len(ORDER)), one["name"]))
     parts = [NOTES.read_text(encoding="utf-8"), *(section(one) for one in found)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|")
 
 
 def main() -> None:
