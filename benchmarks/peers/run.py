@@ -96,7 +96,7 @@ def call(name: str, folder: Path, mode: str) -> dict[str, Any]:
         env=keep | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     if done.returncode:
-        raise WorkerError(" | ".join(done.stderr.strip().splitlines()[-3:])[-600:])
+        raise WorkerError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -117,7 +117,7 @@ def make_problem(folder: Path, name: str, count: int, **settings: Any) -> work.P
     problem = work.Problem(str(folder), kind, PROJ_DIM, **settings)
     if kind == "bert":
         parts = ("input_ids", "token_type_ids", "attention_mask", "labels")
-        data = dict(zip(parts, case.batch, strict=True))
+        data: dict[str, Any] = dict(zip(parts, case.batch, strict=True))
         work.write(problem, case.model.model, data)
     else:
         work.write(problem, case.model, {"input_ids": case.batch[0]})
