@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trak.errors import StoreCorruptedError
 from trak.savers.arrays import RowFile
 from trak.savers.journal import Journal
 
@@ -21,6 +22,9 @@ class RowGroup:
         journal: path of the journal.
         num_rows: number of rows there will be.
         arrays: name to (path, columns, dtype).
+
+    Raises:
+        StoreCorruptedError: if the journal is there and the file of an array is not.
     """
 
     def __init__(
@@ -29,6 +33,8 @@ class RowGroup:
         num_rows: int,
         arrays: Mapping[str, tuple[Path, int, Any]],
     ) -> None:
+        if journal.exists():  # which it does only after all of the arrays do
+            _refuse_lost(journal, [path for path, _, _ in arrays.values()])
         journal.parent.mkdir(parents=True, exist_ok=True)
         self._files = {
             name: RowFile(path, (num_rows, columns), dtype)
@@ -71,3 +77,12 @@ class RowGroup:
             `[rows, columns]`.
         """
         return self._files[name].read()
+
+
+def _refuse_lost(journal: Path, paths: list[Path]) -> None:
+    lost = [path for path in paths if not path.exists()]
+    if lost:
+        raise StoreCorruptedError(
+            f"{lost[0]} is gone, but {journal} says which of its rows exist. Restore the "
+            "file, or remove the journal and pass all of these examples again."
+        )
