@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trak.errors import InputError
+from trak.errors import InputError, InputTypeError
+from trak.pipeline.checks import describe
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
 
 
@@ -49,6 +50,7 @@ def make_scorer(
 
     Raises:
         InputError: if an instance and a ridge are given.
+        InputTypeError: if it is no score computer.
     """
     if isinstance(scorer, AbstractScoreComputer):
         if lambda_reg is not None:
@@ -57,9 +59,19 @@ def make_scorer(
                 "out, or pass the class."
             )
         return scorer
-    cls: Any = scorer or RidgeScoreComputer
+    cls: Any = RidgeScoreComputer if scorer is None else scorer
+    if not _is_score_computer(cls):
+        raise InputTypeError(
+            "score_computer must be a class derived from "
+            "trak.score_computers.AbstractScoreComputer, an instance of one, or None, got "
+            f"{describe(cls)}."
+        )
     if not issubclass(cls, RidgeScoreComputer) and lambda_reg is None:
         lambda_reg = 0.0
     return cls(
         dtype=dtype, device=device, logging_level=logging_level, lambda_reg=lambda_reg
     )
+
+
+def _is_score_computer(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, AbstractScoreComputer)

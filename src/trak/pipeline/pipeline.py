@@ -10,9 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from trak.arguments import as_integer
 from trak.batches import batch_size, normalize
-from trak.errors import InputError, ModelIDException, PhaseError
-from trak.pipeline.describe import as_model_id, describe_rows, store_metadata
+from trak.errors import ModelIDException, PhaseError
+from trak.pipeline.describe import (
+    as_model_id,
+    as_model_ids,
+    describe_rows,
+    store_metadata,
+)
 from trak.pipeline.model_state import WeightWatch, evaluation_mode, validate_state
 from trak.pipeline.order import refuse_shuffled_loader
 from trak.pipeline.project import RowMaker
@@ -120,12 +126,10 @@ class Pipeline:
             num_targets: how many targets the experiment has.
 
         Raises:
-            InputError: if `num_targets` is not positive.
             ModelIDException: if the checkpoint was not featurized.
         """
         model_id = as_model_id(model_id)
-        if not isinstance(num_targets, int | np.integer) or num_targets < 1:
-            raise InputError(f"num_targets must be at least 1, got {num_targets!r}.")
+        num_targets = as_integer("num_targets", num_targets, least=1)
         self.verify()
         digest = validate_state(self.model, checkpoint)
         if self.saver.checkpoint_digest(model_id) is None:
@@ -134,7 +138,7 @@ class Pipeline:
                 "and finalize it before scoring."
             )
         self.saver.register_model_id(model_id, digest)
-        self.saver.init_experiment(exp_name, int(num_targets), model_id)
+        self.saver.init_experiment(exp_name, num_targets, model_id)
         self._load_weights(checkpoint)
         self.phase = Phase("score", model_id, exp_name, WeightWatch(self.model))
 
@@ -182,15 +186,19 @@ class Pipeline:
         ]
         self._store(phase, rows, others, batch, inds, num_samples)
 
-    def finalize_features(self, model_ids: Iterable[int] | None) -> None:
+    def finalize_features(
+        self, model_ids: Iterable[int] | None, *, del_grads: bool
+    ) -> None:
         """Factors the Gram matrix of every checkpoint that needs it.
 
         Args:
             model_ids: the checkpoints; all of the store if None.
+            del_grads: the user's wish to delete the rows, which is not granted.
 
         Raises:
             ModelIDException: if one is unknown or rows are missing.
         """
+        self.maker.projector.free_memory()
         self.verify()
         self.saver.refresh()
         for model_id in self._chosen(model_ids):
@@ -212,6 +220,11 @@ class Pipeline:
             matrix, info = finalize_rows(self.scorer, phi, self.maker.device)
             self.saver.save_factor(model_id, matrix, info)
             self._features = None
+        if del_grads:
+            logger.warning(
+                "del_grads=True deletes nothing: this store keeps the projected "
+                "gradients and no second array of features."
+            )
         if self.phase is not None:
             self.phase.cursor = 0
 
@@ -234,8 +247,10 @@ class Pipeline:
         """
         self.verify()
         self.saver.refresh()
+        chosen = self._chosen(model_ids)
+        self.saver.experiment(exp_name)  # raises if there is none
         ready: list[int] = []
-        for model_id in self._chosen(model_ids):
+        for model_id in chosen:
             problem = self._not_ready(exp_name, model_id)
             if problem is None:
                 ready.append(model_id)
@@ -373,7 +388,7 @@ class Pipeline:
 
     def _chosen(self, model_ids: Iterable[int] | None) -> list[int]:
         known = self.saver.model_ids
-        chosen = sorted(known) if model_ids is None else [as_model_id(i) for i in model_ids]
+        chosen = sorted(known) if model_ids is None else as_model_ids(model_ids)
         unknown = [model_id for model_id in chosen if model_id not in known]
         if unknown or not chosen:
             raise ModelIDException(
@@ -391,6 +406,11 @@ class Pipeline:
     def _not_ready(self, exp_name: str, model_id: int) -> str | None:
         if not self.saver.model_ids[model_id]["is_finalized"]:
             return f"model_id={model_id} is not finalized."
+        if not self.saver.model_ids[model_id]["is_featurized"]:
+            return (
+                f"model_id={model_id} is finalized, but rows that it was finalized with "
+                "are gone; featurize them and call finalize_features() again."
+            )
         if isinstance(self.scorer, LinearScoreComputer) and not self._is_current(model_id):
             return (
                 f"model_id={model_id} was finalized with "
@@ -398,8 +418,6 @@ class Pipeline:
                 "than this run's; call finalize_features() again (no gradient is "
                 "recomputed)."
             )
-        if exp_name not in self.saver.experiments:
-            self.saver.load_scores(exp_name)  # raises the error that names what there is
         if not self.saver.has_targets(exp_name, model_id):
             return f"Experiment {exp_name!r} has no targets for model_id={model_id}."
         missing = np.flatnonzero(~self.saver.target_rows(exp_name, model_id).refresh())

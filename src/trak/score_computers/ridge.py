@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trak.arguments import as_ridge
 from trak.score_computers.factor import RidgeFactor, factorize, smaller_form
 from trak.score_computers.gram import dual_gram, primal_gram
 from trak.score_computers.linear import (
@@ -41,7 +42,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         lambda_reg: float | None = None,
     ) -> None:
         super().__init__(dtype, device)
-        self.lambda_reg = lambda_reg
+        self.lambda_reg = as_ridge(lambda_reg)
 
     def finalize(self, rows: Tensor) -> Kept:
         """Factors the Gram matrix plus ridge, in one pass over the rows.
