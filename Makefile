@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow lint docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/qnli.py
@@ -27,6 +27,15 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
+
+# a small size; without --small, each is the figure that docs/benchmarks.md shows
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.step --small
+	$(BIN)/python -m benchmarks.memory --small
+	$(BIN)/python -m benchmarks.quality --small
+	$(BIN)/python -m benchmarks.streaming --small
+	$(BIN)/python -m benchmarks.row_dtypes --small
+	$(BIN)/python -m benchmarks.render
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

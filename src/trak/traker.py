@@ -14,14 +14,10 @@ from trak.arguments import as_integer, as_ridge
 from trak.gradient_computers import AbstractGradientComputer, select_parameters
 from trak.modelout_functions import resolve_task
 from trak.pipeline import (
-    CheckpointInfo,
-    ExperimentInfo,
     as_folder,
     as_names,
     check_model,
     check_parts,
-    list_checkpoints,
-    list_experiments,
     make_computer,
     make_pipeline,
     make_saver,
@@ -29,12 +25,13 @@ from trak.pipeline import (
     storage_dtype,
 )
 from trak.projectors import AbstractProjector, make_projector, resolve_device
+from trak.results import Results
 from trak.savers import AbstractSaver
-from trak.score_computers import AbstractScoreComputer, TopScores, top_scores
+from trak.score_computers import AbstractScoreComputer
 from trak.utils import get_num_params
 
 
-class TRAKer:
+class TRAKer(Results):
     """Which training examples made a model predict this (Park et al. 2023)?
 
     For each checkpoint: `load_checkpoint`, `featurize` every batch of the training set,
@@ -72,6 +69,8 @@ class TRAKer:
             squared row norm of the projected gradients.
         check_examples: refuse a batch whose examples are others than those that were
             seen for the same rows (after a resume, or at another checkpoint).
+        row_dtype: how rows are stored, whatever `use_half_precision` says: `"float32"`,
+            `"float16"`, `"bfloat16"`, `"int8"` (with a scale a row) or `"float64"`.
 
     Raises:
         InputError: if an argument cannot be used.
@@ -99,6 +98,7 @@ class TRAKer:
         lambda_reg: float | None = None,
         *,
         check_examples: bool = True,
+        row_dtype: str | torch.dtype | None = None,
     ) -> None:
         self.logger = logging.getLogger("trak")
         self.logger.setLevel(logging_level)
@@ -114,7 +114,7 @@ class TRAKer:
         self.num_params = get_num_params(model)
         self.num_params_for_grad = sum(p.numel() for p in chosen.values())
         self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
-        self.dtype = storage_dtype(chosen.values(), use_half_precision)
+        self.dtype = storage_dtype(chosen.values(), use_half_precision, row_dtype)
         self.proj_seed = as_integer("projector_seed", projector_seed)
         self._shapes = {name: tuple(p.shape) for name, p in chosen.items()}
         self.init_projector(projector, proj_dim, proj_max_batch_size)
@@ -252,43 +252,3 @@ class TRAKer:
             `.npy` file; changing the array does not change the file.
         """
         return self._pipeline.finalize_scores(exp_name, model_ids, allow_skip=allow_skip)
-
-    def scores(self, exp_name: str) -> NDArray[Any]:
-        """Reads an experiment's finalized scores.
-
-        Args:
-            exp_name: the experiment.
-
-        Returns:
-            `[n, m]`.
-        """
-        return self._pipeline.scores(exp_name)
-
-    def top_k(self, exp_name: str, k: int = 10, *, helpful: bool = True) -> TopScores:
-        """The training examples with the strongest scores for every target.
-
-        Args:
-            exp_name: the experiment.
-            k: how many a target.
-            helpful: the largest scores; if False, the smallest (the most harmful).
-
-        Returns:
-            `indices` and `scores`, each `[m, k]`, strongest first.
-        """
-        return top_scores(self.scores(exp_name), k, helpful=helpful)
-
-    def checkpoints(self) -> list[CheckpointInfo]:
-        """Lists the checkpoints of the store.
-
-        Returns:
-            One entry a checkpoint, by id.
-        """
-        return list_checkpoints(self.saver)
-
-    def experiments(self) -> list[ExperimentInfo]:
-        """Lists the experiments of the store.
-
-        Returns:
-            One entry an experiment, by name.
-        """
-        return list_experiments(self.saver)

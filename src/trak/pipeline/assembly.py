@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trak.gradient_computers import AbstractGradientComputer, choose_computer
+from trak.pipeline.choices import float_dtype
 from trak.pipeline.describe import describe_run, store_metadata
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker
@@ -53,7 +54,7 @@ def make_computer(
         model=parts.model,
         task=parts.task,
         grad_dim=sum(p.numel() for p in chosen.values()),
-        dtype=parts.dtype,
+        dtype=float_dtype(parts.dtype),
         device=parts.device,
         grad_wrt=None if everything else list(chosen),
     )

@@ -1,13 +1,14 @@
 """The store: one folder, readable with NumPy and a text editor. See FORMAT.md."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trak.encodings import encoding_of
 from trak.errors import (
     ModelIDException,
     PhaseError,
@@ -24,12 +25,13 @@ from trak.savers.filesystem import (
 )
 from trak.savers.layout import StoreLayout
 from trak.savers.rows import RowGroup
+from trak.savers.score_files import ScoreFiles
 from trak.savers.view import CurrentStore
 from trak.settings import differences
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # what FORMAT.md calls the lowest version that describes a store
 
 
 class MmapSaver(AbstractSaver):
@@ -69,8 +71,10 @@ class MmapSaver(AbstractSaver):
         self.proj_dim = proj_dim
         self.load_from_save_dir = load_from_save_dir
         default = "float16" if use_half_precision else "float32"
-        dtype = np.dtype(self.metadata.get("precision", default))
-        self._layout = StoreLayout(self.save_dir, train_set_size, proj_dim, dtype)
+        encoding = encoding_of(self.metadata.get("precision", default))
+        self.format = 1 if encoding.plain else FORMAT_VERSION
+        self._layout = StoreLayout(self.save_dir, train_set_size, proj_dim, encoding)
+        self._scores = ScoreFiles(self._layout)
         self.model_ids: dict[int, dict[str, int]] = {}
         self.experiments: dict[str, dict[str, Any]] = {}
         self.current_store = CurrentStore(self)
@@ -82,7 +86,7 @@ class MmapSaver(AbstractSaver):
         for name in ("", "scores", "experiments"):
             (self.save_dir / name).mkdir(parents=True, exist_ok=True)
         self._refuse_rows_of_unknown_settings()
-        content = {"format": FORMAT_VERSION, **self.metadata}
+        content = {"format": self.format, **self.metadata}
         if create_json(self.save_dir / "metadata.json", content):
             logger.info("Created a store in %s.", self.save_dir)
         self.verify(self.metadata)
@@ -124,7 +128,7 @@ class MmapSaver(AbstractSaver):
             raise StoreMismatchError(
                 f"{path} is gone: the store was moved or removed during the run."
             )
-        lines = differences({"format": FORMAT_VERSION, **metadata}, read_json(path))
+        lines = differences({"format": self.format, **metadata}, read_json(path))
         if lines:
             shown = "\n".join(f"  - {line}" for line in lines[:12])
             more = f"\n  ... and {len(lines) - 12} more" if len(lines) > 12 else ""
@@ -403,44 +407,45 @@ class MmapSaver(AbstractSaver):
         Returns:
             The scores, `[n, m]`.
         """
-        record = self.experiment(exp_name)
-        path = self.save_dir / record["scores_path"]
-        shape = (self.train_set_size, record["num_targets"])
-        record_path = self._layout.experiment(exp_name)
-        with new_array(path, shape, self._layout.score_dtype) as file:
-            for start, block in blocks:
-                file.write(np.arange(start, start + len(block)), block)
-            # the old record must not vouch for the new file, nor the new for the old
-            replace_json(record_path, {**record, "scores_finalized": 0})
-        replace_json(record_path, {**record, **info, "scores_finalized": 1})
-        self.experiments.setdefault(exp_name, {})
-        self.refresh()
-        return self.load_scores(exp_name)
+        return self.save_score_sets([(exp_name, None)], blocks, info)[0]
 
-    def load_scores(self, exp_name: str) -> NDArray[Any]:
+    def save_score_sets(
+        self,
+        sets: Sequence[tuple[str, str | None]],
+        blocks: Iterable[tuple[int, NDArray[Any]]],
+        info: Mapping[str, Any],
+    ) -> list[NDArray[Any]]:
+        """Writes several sets of scores in one pass, replacing earlier ones at the end.
+
+        Args:
+            sets: experiments, and for each the name of a further ridge, or None for the
+                ridge of the run.
+            blocks: first row and scores `[rows, m]` of consecutive stretches, with the
+                sets' columns side by side.
+            info: what the scores were made from.
+
+        Returns:
+            The scores of each set, `[n, m]`.
+        """
+        self._scores.write(
+            [(name, ridge, self.experiment(name)) for name, ridge in sets], blocks, info
+        )
+        for name, _ in sets:
+            self.experiments.setdefault(name, {})
+        self.refresh()
+        return [self.load_scores(name, ridge) for name, ridge in sets]
+
+    def load_scores(self, exp_name: str, ridge: str | None = None) -> NDArray[Any]:
         """An experiment's scores.
 
         Args:
             exp_name: the experiment.
+            ridge: the name of a further ridge, or None for the ridge of the run.
 
         Returns:
             `[n, m]`, backed by the file; what a caller changes stays in memory.
-
-        Raises:
-            PhaseError: if they were not finalized.
-            StoreCorruptedError: if their file is gone.
         """
-        record = self.experiment(exp_name)
-        if not record["scores_finalized"]:
-            raise PhaseError(
-                f"Experiment {exp_name!r} has no scores yet. Call "
-                f"finalize_scores(exp_name={exp_name!r}) first."
-            )
-        path = self.save_dir / record["scores_path"]
-        if not path.exists():
-            raise StoreCorruptedError(f"{path} is gone; call finalize_scores again.")
-        shape = (self.train_set_size, record["num_targets"])
-        return RowFile(path, shape, self._layout.score_dtype).read()
+        return self._scores.read(exp_name, ridge, self.experiment(exp_name))
 
     def load_current_store(
         self,
