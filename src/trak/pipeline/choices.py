@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from trak.encodings import encoding_of
-from trak.errors import InputError
+from trak.errors import InputError, InputTypeError
+from trak.pipeline.checks import describe
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
 
 
@@ -37,6 +38,18 @@ def storage_dtype(
     return torch.float32
 
 
+def float_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of numbers that are no longer, or not yet, rows of the store.
+
+    Args:
+        dtype: dtype of the stored rows.
+
+    Returns:
+        The same; float32 for int8.
+    """
+    return dtype if dtype.is_floating_point else torch.float32
+
+
 def make_scorer(
     scorer: type[AbstractScoreComputer] | AbstractScoreComputer | None,
     dtype: torch.dtype,
@@ -59,6 +72,7 @@ def make_scorer(
 
     Raises:
         InputError: if an instance and a ridge are given.
+        InputTypeError: if it is no score computer.
     """
     if isinstance(scorer, AbstractScoreComputer):
         if lambda_reg is not None:
@@ -67,9 +81,22 @@ def make_scorer(
                 "out, or pass the class."
             )
         return scorer
-    cls: Any = scorer or RidgeScoreComputer
+    cls: Any = RidgeScoreComputer if scorer is None else scorer
+    if not _is_score_computer(cls):
+        raise InputTypeError(
+            "score_computer must be a class derived from "
+            "trak.score_computers.AbstractScoreComputer, an instance of one, or None, got "
+            f"{describe(cls)}."
+        )
     if not issubclass(cls, RidgeScoreComputer) and lambda_reg is None:
         lambda_reg = 0.0
     return cls(
-        dtype=dtype, device=device, logging_level=logging_level, lambda_reg=lambda_reg
+        dtype=float_dtype(dtype),
+        device=device,
+        logging_level=logging_level,
+        lambda_reg=lambda_reg,
     )
+
+
+def _is_score_computer(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, AbstractScoreComputer)

@@ -11,12 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from trak.arguments import as_integer
 from trak.batches import batch_size, normalize
-from trak.errors import InputError, ModelIDException, PhaseError
-from trak.pipeline.describe import as_model_id, describe_rows, store_metadata
+from trak.errors import ModelIDException, PhaseError
+from trak.pipeline.describe import (
+    as_model_id,
+    describe_rows,
+    store_metadata,
+)
 from trak.pipeline.model_state import WeightWatch, evaluation_mode, validate_state
 from trak.pipeline.order import refuse_shuffled_loader
 from trak.pipeline.project import RowMaker
+from trak.pipeline.readiness import chosen_ids, is_current, not_ready
 from trak.pipeline.rows import (
     check_examples,
     hash_examples,
@@ -123,12 +129,10 @@ class Pipeline:
             num_targets: how many targets the experiment has.
 
         Raises:
-            InputError: if `num_targets` is not positive.
             ModelIDException: if the checkpoint was not featurized.
         """
         model_id = as_model_id(model_id)
-        if not isinstance(num_targets, int | np.integer) or num_targets < 1:
-            raise InputError(f"num_targets must be at least 1, got {num_targets!r}.")
+        num_targets = as_integer("num_targets", num_targets, least=1)
         self.verify()
         digest = validate_state(self.model, checkpoint)
         if self.saver.checkpoint_digest(model_id) is None:
@@ -137,7 +141,7 @@ class Pipeline:
                 "and finalize it before scoring."
             )
         self.saver.register_model_id(model_id, digest)
-        self.saver.init_experiment(exp_name, int(num_targets), model_id)
+        self.saver.init_experiment(exp_name, num_targets, model_id)
         self._load_weights(checkpoint)
         self.phase = Phase("score", model_id, exp_name, WeightWatch(self.model))
 
@@ -185,18 +189,22 @@ class Pipeline:
         ]
         self._store(phase, rows, others, batch, inds, num_samples)
 
-    def finalize_features(self, model_ids: Iterable[int] | None) -> None:
+    def finalize_features(
+        self, model_ids: Iterable[int] | None, *, del_grads: bool
+    ) -> None:
         """Factors the Gram matrix of every checkpoint that needs it.
 
         Args:
             model_ids: the checkpoints; all of the store if None.
+            del_grads: the user's wish to delete the rows, which is not granted.
 
         Raises:
             ModelIDException: if one is unknown or rows are missing.
         """
+        self.maker.projector.free_memory()
         self.verify()
         self.saver.refresh()
-        for model_id in self._chosen(model_ids):
+        for model_id in chosen_ids(self.saver, model_ids):
             rows = self.saver.train_rows(model_id)
             missing = np.flatnonzero(~rows.refresh())
             if len(missing):
@@ -206,8 +214,8 @@ class Pipeline:
                     f"({describe_rows(missing)}). Featurize them, or check that "
                     "train_set_size is the size of the training set."
                 )
-            if self.saver.model_ids[model_id]["is_finalized"] and self._is_current(
-                model_id
+            if self.saver.model_ids[model_id]["is_finalized"] and is_current(
+                self.scorer, self.saver, model_id
             ):
                 logger.info("model_id=%s is finalized already.", model_id)
                 continue
@@ -215,6 +223,11 @@ class Pipeline:
             matrix, info = finalize_rows(self.scorer, phi, self.maker.device)
             self.saver.save_factor(model_id, matrix, info)
             self._features = None
+        if del_grads:
+            logger.warning(
+                "del_grads=True deletes nothing: this store keeps the projected "
+                "gradients and no second array of features."
+            )
         if self.phase is not None:
             self.phase.cursor = 0
 
@@ -299,9 +312,12 @@ class Pipeline:
     ) -> list[int]:
         self.verify()
         self.saver.refresh()
+        chosen = chosen_ids(self.saver, model_ids)
+        for each in sets:
+            self.saver.experiment(each.exp_name)  # raises if there is none
         ready: list[int] = []
-        for model_id in self._chosen(model_ids):
-            problems = (self._not_ready(each, model_id) for each in sets)
+        for model_id in chosen:
+            problems = (not_ready(self.scorer, self.saver, each, model_id) for each in sets)
             problem = next((text for text in problems if text is not None), None)
             if problem is None:
                 ready.append(model_id)
@@ -433,49 +449,3 @@ class Pipeline:
             state = "nothing is loaded" if phase is None else f"{phase.kind} is under way"
             raise PhaseError(f"Call {method} before {kind}; at present {state}.")
         return phase
-
-    def _chosen(self, model_ids: Iterable[int] | None) -> list[int]:
-        known = self.saver.model_ids
-        chosen = sorted(known) if model_ids is None else [as_model_id(i) for i in model_ids]
-        unknown = [model_id for model_id in chosen if model_id not in known]
-        if unknown or not chosen:
-            raise ModelIDException(
-                f"Checkpoints {unknown or 'to work on'} are not in "
-                f"{self.saver.save_dir}, which holds {sorted(known)}. Register them with "
-                "load_checkpoint first."
-            )
-        return chosen
-
-    def _is_current(self, model_id: int) -> bool:
-        if not isinstance(self.scorer, LinearScoreComputer):
-            return False
-        return self.scorer.matches(self.saver.load_factor(model_id)[1])
-
-    def _is_of_its_class(self, model_id: int) -> bool:
-        info = self.saver.load_factor(model_id)[1]
-        return info["computer"] == type(self.scorer).__name__
-
-    def _not_ready(self, wanted: ScoreSet, model_id: int) -> str | None:
-        exp_name = wanted.exp_name
-        if not self.saver.model_ids[model_id]["is_finalized"]:
-            return f"model_id={model_id} is not finalized."
-        if isinstance(self.scorer, LinearScoreComputer) and not (
-            self._is_current(model_id) if wanted.own else self._is_of_its_class(model_id)
-        ):
-            return (
-                f"model_id={model_id} was finalized with "
-                f"{self.saver.load_factor(model_id)[1]}, another ridge or score computer "
-                "than this run's; call finalize_features() again (no gradient is "
-                "recomputed)."
-            )
-        if exp_name not in self.saver.experiments:
-            self.saver.load_scores(exp_name)  # raises the error that names what there is
-        if not self.saver.has_targets(exp_name, model_id):
-            return f"Experiment {exp_name!r} has no targets for model_id={model_id}."
-        missing = np.flatnonzero(~self.saver.target_rows(exp_name, model_id).refresh())
-        if len(missing):
-            return (
-                f"Experiment {exp_name!r} lacks {len(missing)} targets for "
-                f"model_id={model_id}: {describe_rows(missing)} were never scored."
-            )
-        return None

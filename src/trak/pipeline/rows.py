@@ -185,11 +185,19 @@ def hash_examples(batch: Batch, *, enabled: bool) -> NDArray[np.int64]:
 
 
 def _as_integers(inds: Any) -> RowNumbers:
+    if isinstance(inds, set | frozenset):
+        raise InputTypeError(
+            "inds is a set, which has no order: which number belongs to which sample is "
+            "not known. Pass a list, array or tensor."
+        )
     if isinstance(inds, Tensor):
         inds = inds.detach().cpu().numpy()
     elif not isinstance(inds, Mapping) and isinstance(inds, Iterable):
         inds = [int(i) if isinstance(i, Tensor) else i for i in inds]
-    numbers = np.asarray(inds).reshape(-1)
+    try:
+        numbers = np.asarray(inds).reshape(-1)
+    except ValueError as error:
+        raise InputTypeError(f"inds must be one list of integers ({error}).") from error
     if numbers.size == 0:
         return np.empty(0, dtype=np.int64)
     if numbers.dtype == np.bool_ or not np.issubdtype(numbers.dtype, np.integer):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trak.arguments import as_ridge
 from trak.encodings import EncodedRows, RowSource
 from trak.errors import InputError
 from trak.savers import AbstractSaver, Rows
@@ -50,7 +51,7 @@ def score_sets(
     own = getattr(scorer, "lambda_reg", None)
     regs = [own]
     if lambda_regs is not None:
-        regs = [None if reg is None else float(reg) for reg in lambda_regs]
+        regs = [as_ridge(reg) for reg in lambda_regs]
     if not names or not regs:
         raise InputError(f"Nothing to score: experiments {names}, ridges {regs}.")
     if lambda_regs is not None and not isinstance(scorer, LinearScoreComputer):

@@ -43,7 +43,7 @@ class StoreLayout:
         """
         return self.save_dir / str(model_id)
 
-    def experiment(self, exp_name: str) -> Path:
+    def experiment(self, exp_name: Any) -> Path:
         """An experiment's record.
 
         Args:
@@ -55,10 +55,12 @@ class StoreLayout:
         Raises:
             InputError: if the name cannot be a file name.
         """
-        if not re.fullmatch(r"[\w\-+=@,()\[\] ][\w\-+=@,.()\[\] ]*", exp_name):
+        if not isinstance(exp_name, str) or not re.fullmatch(
+            r"[\w\-+=@,()\[\] ][\w\-+=@,.()\[\] ]*", exp_name
+        ):
             raise InputError(
-                "exp_name becomes a file name: use letters, digits, '_', '-' and '.', and "
-                f"no leading '.'; got {exp_name!r}."
+                "exp_name becomes a file name: use a string of letters, digits, '_', '-' "
+                f"and '.', without leading '.'; got {exp_name!r}."
             )
         return self.save_dir / "experiments" / f"{exp_name}.json"
 

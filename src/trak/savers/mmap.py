@@ -12,6 +12,7 @@ from trak.encodings import encoding_of
 from trak.errors import (
     ModelIDException,
     PhaseError,
+    StoreCorruptedError,
     StoreMismatchError,
 )
 from trak.savers.abstract import AbstractSaver
@@ -42,9 +43,10 @@ class MmapSaver(AbstractSaver):
             same.
         train_set_size: number of training examples, `n`.
         proj_dim: projection dimension, `k`.
-        load_from_save_dir: list the checkpoints and experiments that are there already.
-            If False, only those this object registers are listed; what is on disk is
-            checked, continued and never overwritten all the same.
+        load_from_save_dir: list all checkpoints and experiments that are there, also
+            those that other processes add later. If False, only those this object
+            registers are listed; what is on disk is checked, continued and never
+            overwritten all the same.
         logging_level: accepted as upstream's name.
         use_half_precision: store float16 rows where `metadata` does not name a
             precision.
@@ -83,16 +85,11 @@ class MmapSaver(AbstractSaver):
     def _open(self) -> None:
         for name in ("", "scores", "experiments"):
             (self.save_dir / name).mkdir(parents=True, exist_ok=True)
+        self._refuse_rows_of_unknown_settings()
         content = {"format": self.format, **self.metadata}
         if create_json(self.save_dir / "metadata.json", content):
             logger.info("Created a store in %s.", self.save_dir)
         self.verify(self.metadata)
-        if self.load_from_save_dir:
-            folders = self.save_dir.glob("*/checkpoint.json")
-            names = [path.parent.name for path in folders]
-            self.model_ids = {int(name): {} for name in names if name.isdecimal()}
-            records = (self.save_dir / "experiments").glob("*.json")
-            self.experiments = {path.stem: {} for path in records}
         self.refresh()
         finalized = [i for i, v in sorted(self.model_ids.items()) if v["is_finalized"]]
         logger.info(
@@ -102,6 +99,20 @@ class MmapSaver(AbstractSaver):
             finalized,
             sorted(self.experiments),
         )
+
+    def _refuse_rows_of_unknown_settings(self) -> None:
+        known = self._checkpoints_on_disk()  # before metadata.json, which is written first
+        path = self.save_dir / "metadata.json"
+        if known and not path.exists():
+            raise StoreCorruptedError(
+                f"{path} is gone, so nobody knows with which settings the rows of "
+                f"checkpoints {known} beside it were made. Restore it, remove the "
+                "checkpoints' folders, or use another save_dir."
+            )
+
+    def _checkpoints_on_disk(self) -> list[int]:
+        names = [path.parent.name for path in self.save_dir.glob("*/checkpoint.json")]
+        return sorted(int(n) for n in names if n.isdecimal() and n == str(int(n)))
 
     def verify(self, metadata: Mapping[str, Any]) -> None:
         """Refuses to go on if the store was written with other settings.
@@ -130,9 +141,16 @@ class MmapSaver(AbstractSaver):
     def refresh(self, model_id: int | None = None) -> None:
         """Brings `model_ids` and `experiments` up to date with the disk.
 
+        What other processes added since is listed too, with `load_from_save_dir`.
+
         Args:
             model_id: look at this checkpoint only.
         """
+        if model_id is None and self.load_from_save_dir:
+            for each in self._checkpoints_on_disk():
+                self.model_ids.setdefault(each, {})
+            for path in (self.save_dir / "experiments").glob("*.json"):
+                self.experiments.setdefault(path.stem, {})
         if model_id is None:
             self._refresh_experiments()
         for each in self.model_ids if model_id is None else [model_id]:
@@ -170,9 +188,17 @@ class MmapSaver(AbstractSaver):
 
         Raises:
             StoreMismatchError: if the id belongs to other weights.
+            StoreCorruptedError: if there are rows of the id, of unknown weights.
         """
         folder = self._layout.checkpoint(model_id)
+        has_rows = (folder / "grads.journal").exists()  # first: it is made after the digest
         if self.checkpoint_digest(model_id) is None:
+            if has_rows:
+                raise StoreCorruptedError(
+                    f"{folder / 'checkpoint.json'} is gone, so nobody knows of which "
+                    "weights the rows beside it are. Restore it, or remove the folder and "
+                    "featurize again."
+                )
             folder.mkdir(exist_ok=True)
             sync_directory(self.save_dir)
             create_json(folder / "checkpoint.json", {"digest": digest})
@@ -248,6 +274,7 @@ class MmapSaver(AbstractSaver):
 
         Raises:
             ModelIDException: if the checkpoint is not finalized.
+            StoreCorruptedError: if the matrix is gone.
         """
         folder = self._layout.checkpoint(model_id)
         if not (folder / "factor.json").exists():
@@ -257,6 +284,11 @@ class MmapSaver(AbstractSaver):
             )
         info = read_json(folder / "factor.json")
         path = folder / "factor.npy"
+        if not path.exists():
+            raise StoreCorruptedError(
+                f"{path} is gone. Remove {folder / 'factor.json'} and call "
+                "finalize_features() again; no gradient is recomputed."
+            )
         file = RowFile(path, tuple(info["shape"]), np.float64)
         return file.read(), info
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from trak.encodings import EncodedRows, RowEncoding, encoding_of
+from trak.errors import StoreCorruptedError
 from trak.savers.arrays import RowFile
 from trak.savers.journal import Journal
 
@@ -25,6 +26,9 @@ class RowGroup:
         arrays: name to (path, columns, dtype).
         encoding: how rows of `grads` become bytes; plainly, in their dtype, if None.
             One with scales keeps them in the array `scales`.
+
+    Raises:
+        StoreCorruptedError: if the journal is there and the file of an array is not.
     """
 
     def __init__(
@@ -34,6 +38,8 @@ class RowGroup:
         arrays: Mapping[str, tuple[Path, int, Any]],
         encoding: RowEncoding | None = None,
     ) -> None:
+        if journal.exists():  # which it does only after all of the arrays do
+            _refuse_lost(journal, [path for path, _, _ in arrays.values()])
         journal.parent.mkdir(parents=True, exist_ok=True)
         self._files = {
             name: RowFile(path, (num_rows, columns), dtype)
@@ -104,3 +110,12 @@ def _encoded(rows: NDArray[Any], encoding: RowEncoding) -> dict[str, NDArray[Any
     if scales is not None:
         values["scales"] = scales.numpy()
     return values
+
+
+def _refuse_lost(journal: Path, paths: list[Path]) -> None:
+    lost = [path for path in paths if not path.exists()]
+    if lost:
+        raise StoreCorruptedError(
+            f"{lost[0]} is gone, but {journal} says which of its rows exist. Restore the "
+            "file, or remove the journal and pass all of these examples again."
+        )

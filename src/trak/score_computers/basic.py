@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trak.arguments import as_ridge
 from trak.encodings import RowSource, row_encoding
 from trak.errors import InputError
 from trak.score_computers.abstract import AbstractScoreComputer
@@ -42,7 +43,7 @@ class BasicScoreComputer(LinearScoreComputer):
     ) -> None:
         super().__init__(dtype, device)
         self.CUDA_MAX_DIM_SIZE = CUDA_MAX_DIM_SIZE
-        self.lambda_reg = 0.0 if lambda_reg is None else lambda_reg
+        self.lambda_reg = as_ridge(lambda_reg) or 0.0
 
     def finalize(self, rows: RowSource) -> Kept:
         """Computes the rescaled inverse.
@@ -166,7 +167,7 @@ class BasicSingleBlockScoreComputer(AbstractScoreComputer):
         lambda_reg: float | None = 0.0,
     ) -> None:
         super().__init__(dtype, device)
-        if lambda_reg:
+        if as_ridge(lambda_reg):
             raise InputError(
                 "BasicSingleBlockScoreComputer has no ridge; use BasicScoreComputer or "
                 f"leave score_computer out for lambda_reg={lambda_reg}."

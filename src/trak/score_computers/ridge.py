@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trak.arguments import as_ridge
 from trak.encodings import RowSource, row_encoding
 from trak.score_computers.factor import Form, RidgeFactor, factorize, smaller_form
 from trak.score_computers.gram import dual_gram, primal_gram
@@ -45,7 +46,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         lambda_reg: float | None = None,
     ) -> None:
         super().__init__(dtype, device)
-        self.lambda_reg = lambda_reg
+        self.lambda_reg = as_ridge(lambda_reg)
 
     def finalize(self, rows: RowSource) -> Kept:
         """Factors the Gram matrix plus ridge, in one pass over the rows.
