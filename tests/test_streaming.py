@@ -180,7 +180,7 @@ def test_sweeps_without_sense_are_refused(tmp_path):
     traker, _ = two_experiments(tmp_path)
     with pytest.raises(InputError, match="Nothing to score"):
         traker.sweep([])
-    with pytest.raises(InputError, match="ridge"):
+    with pytest.raises(InputError, match="lambda_reg"):
         traker.sweep(["exp"], [-1.0])
     with pytest.raises(InputError, match="k must be"):
         traker.top_scores("exp", 0)
