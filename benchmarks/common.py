@@ -146,9 +146,14 @@ def write(name: str, rows: list[Row], details: Any, out: Path | None = None) -> 
 
 
 def _command() -> str:
+    # without --out and its value, which say nothing about the figures
     main = sys.modules["__main__"].__spec__
     module = main.name if main else Path(sys.argv[0]).name
-    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+    given = sys.argv[1:]
+    if "--out" in given:
+        place = given.index("--out")
+        given = given[:place] + given[place + 2 :]
+    return shlex.join(["python", "-m", module, *given])
 
 
 def _cpu_name() -> str:

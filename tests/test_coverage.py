@@ -1,5 +1,6 @@
 """What is covered, what is not, and what cannot be: numbers, log lines and errors."""
 
+import json
 import logging
 
 import pytest
@@ -40,11 +41,33 @@ def test_coverage_in_numbers():
     computer.compute_per_sample_grad(batch)
     total = sum(p.numel() for p in model.parameters())
     found = computer.coverage()
-    assert found.describe() == {"by_rules": total - 16, "exactly": 16, "unsupported": 0}
+    assert found.describe() == {
+        "by_rules": total - 16,
+        "exactly": 16,
+        "unsupported": 0,
+        "share_by_rules": (total - 16) / total,
+    }
     assert found.share == (total - 16) / total
     computer.load_model_params(model)
     with pytest.raises(PhaseError):
         computer.coverage()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_store_says_how_its_rows_were_computed(kind, tmp_path):
+    model, batch = uncovered(), (images(5, 4), LABELS)
+    traker = runs.make_traker(model, 4, tmp_path, gradient_computer=kind)
+    traker.load_checkpoint(model.state_dict(), model_id=3)
+    path = tmp_path / "3" / "coverage.json"
+    assert not path.exists()
+    traker.featurize(batch, num_samples=4)
+    total = sum(p.numel() for p in model.parameters())
+    found = json.loads(path.read_text(encoding="utf-8"))
+    by_rules = total - 16 if kind is HookGradientComputer else 0
+    assert found["by_rules"] == by_rules
+    assert found["exactly"] == total - by_rules
+    assert found["unsupported"] == 0
+    assert found["share_by_rules"] == pytest.approx(by_rules / total)
 
 
 def test_the_share_is_said_once(caplog):

@@ -167,6 +167,39 @@ class InPlace(nn.Module):
         return out + h[:, :3]
 
 
+class LateChange(nn.Module):
+    """Changes a layer's input in place for some batches only, if `limit` is reached."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = limit
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x)) * 1.0
+        out = self.second(hidden)
+        if (x > self.limit).any():
+            hidden.mul_(0.5)
+        return out
+
+
+@pytest.mark.parametrize("projector", ["factored", "rademacher"])
+def test_inputs_that_change_in_place_in_a_later_batch(projector, tmp_path, caplog):
+    model, same = LateChange(50.0).double(), LateChange(torch.inf).double()
+    same.load_state_dict(model.state_dict())  # autograd itself fails on the other
+    x, y = torch.randn(8, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    x[6, 0] = 100.0
+    traker = runs.make_traker(model, 8, tmp_path, projector=projector)
+    with caplog.at_level(logging.INFO, "trak"):
+        runs.featurize(traker, (x, y), model.state_dict(), size=4)
+    assert caplog.text.count("changed in place") == 1
+    rows = reference.gradient_rows(same, (x, y))
+    expected = reference.projected_rows(rows, traker.projector, 0)
+    traker.saver.load_current_store(0)
+    found = torch.tensor(traker.saver.current_store["grads"][:])
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-9, atol=1e-9)
+
+
 def test_inputs_that_change_in_place_are_noticed(caplog):
     batch = (images(6), torch.tensor([0, 2, 1, 1]))
     model, same = InPlace().double(), OutOfPlace().double()

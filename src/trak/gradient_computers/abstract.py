@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trak.blocks import DenseBlock, Sink
 from trak.errors import InputError
+from trak.gradient_computers.coverage import Coverage
 
 Gradients = Tensor | dict[str, Tensor]
 
@@ -90,6 +91,22 @@ class AbstractGradientComputer(ABC):
         del formed
         return sum(layout.values())
 
+    def coverage(self) -> Coverage | None:
+        """Tells how the selected parameters' gradients are computed.
+
+        Returns:
+            Numbers of scalars by way; None for computers that do not count them.
+        """
+        return None
+
+    def copy_inputs(self) -> bool:
+        """Asks to copy what layers read, since the model changes it in place afterwards.
+
+        Returns:
+            Whether this makes a difference, so that `run` should be tried again.
+        """
+        return False
+
     def run(self, batch: Any, sink: Sink, layout: Mapping[str, int]) -> None:
         """Emits the batch's gradients as blocks; where it raises, these are void.
 
@@ -143,6 +160,16 @@ class SelectingGradientComputer(AbstractGradientComputer):
         self.selected = tuple(select_parameters(model, grad_wrt))
         self.grad_wrt = None if grad_wrt is None else self.selected
         self.load_model_params(model)
+
+    def coverage(self) -> Coverage:
+        """Tells how the selected parameters' gradients are computed.
+
+        Returns:
+            All of them one sample at a time.
+        """
+        named = dict(self.model.named_parameters())
+        total = sum(named[name].numel() for name in self.selected)
+        return Coverage(0, total, 0, self.selected)
 
 
 def select_parameters(

@@ -41,6 +41,7 @@ class Coverage:
             "by_rules": self.by_rules,
             "exactly": self.exactly,
             "unsupported": self.unsupported,
+            "share_by_rules": self.share,
         }
 
 

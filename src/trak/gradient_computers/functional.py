@@ -1,4 +1,4 @@
-"""Exact per-sample gradients with `torch.func`: the default, and what others must equal."""
+"""Exact per-sample gradients with `torch.func`: what every other computer must equal."""
 
 import logging
 from typing import Any

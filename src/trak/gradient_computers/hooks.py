@@ -11,6 +11,7 @@ from trak.batches import Batch, batch_size, normalize, select
 from trak.blocks import Block, Sink
 from trak.errors import AttributionError, InputError, PhaseError, UnsupportedModuleError
 from trak.gradient_computers.abstract import SelectingGradientComputer
+from trak.gradient_computers.capture import InputChangedError
 from trak.gradient_computers.coverage import Coverage, cover
 from trak.gradient_computers.echo import Echo
 from trak.gradient_computers.functional import FunctionalGradientComputer
@@ -104,7 +105,25 @@ class HookGradientComputer(SelectingGradientComputer):
             for name, p in parameters.items()
         }
 
+    def copy_inputs(self) -> bool:
+        """Copies layer inputs from now on, for models that change them in place.
+
+        Returns:
+            False if they are copied already.
+        """
+        before, self._ways.keep_copies = self._ways.keep_copies, True
+        return not before
+
     def _collect(self, batch: Batch) -> Rows:
+        try:
+            return self._collect_once(batch)
+        except InputChangedError as error:
+            if not self.copy_inputs():
+                raise
+            logger.info("%s Inputs are copied, which takes memory.", error)
+            return self._collect_once(batch)
+
+    def _collect_once(self, batch: Batch) -> Rows:
         rows: Rows = {}
 
         def add(block: Block) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from trak.arguments import as_integer
 from trak.batches import batch_size, normalize
 from trak.errors import ModelIDException, PhaseError
+from trak.gradient_computers.coverage import Coverage
 from trak.pipeline.describe import (
     as_model_id,
     describe_rows,
@@ -51,6 +52,7 @@ class Phase:
         exp_name: the experiment, while scoring.
         watch: notices changes of the weights.
         cursor: the next row for `num_samples`.
+        coverage: what the store knows of how gradients are computed.
     """
 
     kind: Literal["featurize", "score"]
@@ -58,6 +60,7 @@ class Phase:
     exp_name: str
     watch: WeightWatch
     cursor: int = 0
+    coverage: Coverage | None = None
 
 
 class Pipeline:
@@ -409,8 +412,15 @@ class Pipeline:
             )
             rows.commit(numbers[wanted], values)
             self.saver.refresh(phase.model_id)
+            self._record_coverage(phase)
         if num_samples is not None:
             phase.cursor += size
+
+    def _record_coverage(self, phase: Phase) -> None:
+        coverage = self.maker.computer.coverage()
+        if coverage is not None and coverage != phase.coverage:
+            self.saver.record_coverage(phase.model_id, coverage.describe())
+            phase.coverage = coverage
 
     def _own_first(self, model_id: int) -> list[int]:
         others = sorted(set(self.saver.model_ids) - {model_id})

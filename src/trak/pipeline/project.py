@@ -1,5 +1,6 @@
 """A batch of examples to rows of projected gradients."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,13 @@ from trak.batches import Batch, batch_size, select
 from trak.blocks import Block
 from trak.errors import InputError, InputTypeError, NumericalError
 from trak.gradient_computers import AbstractGradientComputer
+from trak.gradient_computers.capture import InputChangedError
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.pipeline.lengths import Trimmer
 from trak.pipeline.memory import MicroBatches
 from trak.projectors import AbstractProjector, BlockProjector
+
+logger = logging.getLogger(__name__)
 
 _GRADIENT_BYTES = 1 << 30
 
@@ -157,10 +161,13 @@ class RowMaker:
     def _project(self, batch: Batch, model_id: int) -> Tensor:
         projector = self.projector
         if isinstance(projector, BlockProjector) and projector.layout is not None:
-            out = self._blank(batch_size(batch))
-            with projector.gathering(out, model_id) as sink:
-                self.computer.run(batch, sink, self.layout)
-            return out
+            try:
+                return self._gathered(projector, batch, model_id)
+            except InputChangedError as error:
+                if not self.computer.copy_inputs():
+                    raise
+                logger.info("%s Inputs are copied, which takes memory.", error)
+                return self._gathered(projector, batch, model_id)
         grads = self.computer.compute_per_sample_grad(batch)
         rows = projector.project(grads, model_id=model_id).detach()
         expected = (batch_size(batch), projector.proj_dim or sum(self.layout.values()))
@@ -171,6 +178,12 @@ class RowMaker:
             )
         dtype = torch.promote_types(rows.dtype, torch.float32)
         return rows.to(self.device, dtype)
+
+    def _gathered(self, projector: BlockProjector, batch: Batch, model_id: int) -> Tensor:
+        out = self._blank(batch_size(batch))
+        with projector.gathering(out, model_id) as sink:
+            self.computer.run(batch, sink, self.layout)
+        return out
 
     def _first_bad_parameter(self, sample: Batch) -> str:
         bad: list[str] = []

@@ -12,6 +12,7 @@ from torch import Tensor
 from trak.arguments import as_integer
 from trak.blocks import Block, DenseBlock, Sink
 from trak.errors import InputError
+from trak.projectors import counter
 from trak.utils import vectorize
 
 
@@ -134,6 +135,7 @@ class BlockProjector(AbstractProjector):
             raise InputError(f"The layout holds {total} scalars, grad_dim {grad_dim}.")
         super().__init__(grad_dim, proj_dim, seed, proj_type, device)
         self.layout = None if layout is None else dict(layout)
+        self._cached_model_id: int | None = None
 
     @abstractmethod
     def matrix(self, name: str, num_rows: int, model_id: int) -> Tensor:
@@ -158,13 +160,19 @@ class BlockProjector(AbstractProjector):
             model_id: the checkpoint.
         """
 
-    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What the entries depend on, for the store's fingerprint.
 
         Returns:
             JSON values.
         """
+        return {
+            "kind": ProjectionType(self.proj_type).value,
+            "proj_dim": self.proj_dim,
+            "seed": int(self.seed),
+            "generator": counter.VERSION,
+            "by_name": self.layout is not None,
+        }
 
     def sink(self, out: Tensor, model_id: int) -> Sink:
         """A consumer of blocks that adds each block's projection to `out`.
@@ -226,6 +234,12 @@ class BlockProjector(AbstractProjector):
             for block in blocks:
                 sink(block)
         return out
+
+    def _turn_to(self, model_id: int) -> None:
+        # what was generated belongs to one checkpoint
+        if model_id != self._cached_model_id:
+            self.free_memory()
+            self._cached_model_id = model_id
 
     def _blocks(self, grads: Tensor | Mapping[str, Tensor]) -> Iterable[DenseBlock]:
         if isinstance(grads, Mapping):

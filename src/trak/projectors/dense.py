@@ -1,7 +1,6 @@
 """Dense Rademacher and normal projections, generated in blocks of rows."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,21 +68,6 @@ class BasicProjector(BlockProjector):
         self.model_id = model_id
         self.max_batch_size = max_batch_size
         self._cache: dict[tuple[str, int], Tensor] = {}
-        self._cached_model_id: int | None = None
-
-    def settings(self) -> dict[str, Any]:
-        """What the entries depend on, for the store's fingerprint.
-
-        Returns:
-            JSON values.
-        """
-        return {
-            "kind": self.proj_type.value,
-            "proj_dim": self.proj_dim,
-            "seed": int(self.seed),
-            "generator": counter.VERSION,
-            "by_name": self.layout is not None,
-        }
 
     def matrix(self, name: str, num_rows: int, model_id: int) -> Tensor:
         """One parameter's projection matrix, written out: the definition.
@@ -106,9 +90,7 @@ class BasicProjector(BlockProjector):
             out: `[b, k]`, float32 or float64.
             model_id: the checkpoint.
         """
-        if model_id != self._cached_model_id:
-            self.free_memory()
-            self._cached_model_id = model_id
+        self._turn_to(model_id)
         num_rows = block.gradient.shape[1]
         step = max(1, _BLOCK_ENTRIES // self.proj_dim)
         for start in range(0, num_rows, step):

@@ -113,7 +113,6 @@ class FactoredProjector(BlockProjector):
         self._width = start
         self._matrices: dict[tuple[str, int, torch.dtype], Tensor] = {}
         self._tables: _Tables | None = None
-        self._cached_model_id: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """What the entries depend on, for the store's fingerprint.
@@ -121,14 +120,8 @@ class FactoredProjector(BlockProjector):
         Returns:
             JSON values.
         """
-        return {
-            "kind": self.kind,
-            "proj_dim": self.proj_dim,
-            "rank": list(self.rank) if isinstance(self.rank, tuple) else self.rank,
-            "seed": int(self.seed),
-            "generator": counter.VERSION,
-            "by_name": True,
-        }
+        rank = list(self.rank) if isinstance(self.rank, tuple) else self.rank
+        return {**super().settings(), "rank": rank}
 
     def matrix(self, name: str, num_rows: int, model_id: int) -> Tensor:
         """One parameter's projection matrix, written out: the definition.
@@ -209,11 +202,6 @@ class FactoredProjector(BlockProjector):
         """Drops the generated entries."""
         self._matrices.clear()
         self._tables = None
-
-    def _turn_to(self, model_id: int) -> None:
-        if model_id != self._cached_model_id:
-            self.free_memory()
-            self._cached_model_id = model_id
 
     def _sides_of(self, name: str, num_rows: int) -> Sides:
         sides = self.sides.get(name)

@@ -1,7 +1,6 @@
 """Subsampled randomised Hadamard transform."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,21 +49,6 @@ class HadamardProjector(BlockProjector):
         super().__init__(grad_dim, proj_dim, seed, ProjectionType.hadamard, device, layout)
         self._block = max(_LONGEST, _power_of_two(self.proj_dim))
         self._cache: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        self._cached_model_id: int | None = None
-
-    def settings(self) -> dict[str, Any]:
-        """What the entries depend on, for the store's fingerprint.
-
-        Returns:
-            JSON values.
-        """
-        return {
-            "kind": "hadamard",
-            "proj_dim": self.proj_dim,
-            "seed": int(self.seed),
-            "generator": counter.VERSION,
-            "by_name": self.layout is not None,
-        }
 
     def matrix(self, name: str, num_rows: int, model_id: int) -> Tensor:
         """One parameter's projection matrix, written out: the definition.
@@ -108,11 +92,6 @@ class HadamardProjector(BlockProjector):
     def free_memory(self) -> None:
         """Drops the generated signs and places."""
         self._cache.clear()
-
-    def _turn_to(self, model_id: int) -> None:
-        if model_id != self._cached_model_id:
-            self.free_memory()
-            self._cached_model_id = model_id
 
     def _numbers(self, name: str, start: int, num_rows: int) -> tuple[Tensor, Tensor]:
         # signs [d] and places [k] of the block that begins at row `start`

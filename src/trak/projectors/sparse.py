@@ -62,7 +62,6 @@ class SparseProjector(BlockProjector):
             raise InputError(f"nonzeros is between 1 and {proj_dim}, got {nonzeros}.")
         self.nonzeros = nonzeros
         self._cache: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        self._cached_model_id: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """What the entries depend on, for the store's fingerprint.
@@ -70,14 +69,7 @@ class SparseProjector(BlockProjector):
         Returns:
             JSON values.
         """
-        return {
-            "kind": "sparse",
-            "proj_dim": self.proj_dim,
-            "nonzeros": self.nonzeros,
-            "seed": int(self.seed),
-            "generator": counter.VERSION,
-            "by_name": self.layout is not None,
-        }
+        return {**super().settings(), "nonzeros": self.nonzeros}
 
     def matrix(self, name: str, num_rows: int, model_id: int) -> Tensor:
         """One parameter's projection matrix, written out: the definition.
@@ -102,9 +94,7 @@ class SparseProjector(BlockProjector):
             out: `[b, k]`, float32 or float64.
             model_id: the checkpoint.
         """
-        if model_id != self._cached_model_id:
-            self.free_memory()
-            self._cached_model_id = model_id
+        self._turn_to(model_id)
         num_rows = block.gradient.shape[1]
         for start in range(0, num_rows, _BLOCK_ROWS):
             stop = min(start + _BLOCK_ROWS, num_rows)

@@ -95,6 +95,16 @@ class AbstractSaver(ABC):
             digest: content hash of its weights.
         """
 
+    def record_coverage(  # noqa: B027 - savers may do without
+        self, model_id: int, coverage: Mapping[str, Any]
+    ) -> None:
+        """Keeps how a checkpoint's gradients were computed, if the saver can.
+
+        Args:
+            model_id: the checkpoint.
+            coverage: numbers of scalars by way, as `Coverage.describe` gives them.
+        """
+
     @abstractmethod
     def experiment(self, exp_name: str) -> dict[str, Any]:
         """What is recorded of an experiment.

@@ -214,6 +214,17 @@ class MmapSaver(AbstractSaver):
         self.init_store(model_id)
         self.refresh()
 
+    def record_coverage(self, model_id: int, coverage: Mapping[str, Any]) -> None:
+        """Writes `coverage.json` beside a checkpoint's rows, unless it says this already.
+
+        Args:
+            model_id: the checkpoint.
+            coverage: numbers of scalars by way.
+        """
+        path = self._layout.checkpoint(model_id) / "coverage.json"
+        if not path.exists() or read_json(path) != coverage:
+            replace_json(path, dict(coverage))
+
     def init_store(self, model_id: int) -> None:
         """Creates a checkpoint's row files, or opens those that are there.
 
