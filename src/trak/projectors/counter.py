@@ -140,8 +140,9 @@ def rademacher(
     """
     groups = -(-num_columns // (_WORDS * _BITS))
     word = words(source, rows, groups, device)  # [rows, 4 * groups]
-    shifts = torch.arange(_BITS, dtype=torch.int64, device=device)
-    bits = ((word[:, :, None] >> shifts) & 1).flatten(start_dim=1)
+    needed = word[:, : -(-num_columns // _BITS), None]
+    shifts = torch.arange(min(_BITS, num_columns), dtype=torch.int64, device=device)
+    bits = ((needed >> shifts) & 1).flatten(start_dim=1)
     return bits[:, :num_columns].to(torch.float32).mul_(2).sub_(1)
 
 

@@ -110,7 +110,6 @@ class FactoredProjector(BlockProjector):
             sides = _sides(shape, self.rank, start)
             self.sides[name] = sides
             start = sides.stop
-        self._width = start
         self._matrices: dict[tuple[str, int, torch.dtype], Tensor] = {}
         self._tables: _Tables | None = None
 
@@ -186,17 +185,19 @@ class FactoredProjector(BlockProjector):
             A function to hand to a gradient computer.
         """
         self._turn_to(model_id)
-        shape = (len(out), self._width)
-        gathered = torch.zeros(shape, dtype=out.dtype, device=out.device)
+        parts: dict[str, Tensor] = {}
 
         def consume(block: Block) -> None:
-            sides = self.sides[block.name]
-            part = gathered[:, sides.start : sides.stop]
-            part.unflatten(1, sides.kept).add_(self._compress(block))
+            part = self._compress(block).flatten(start_dim=1).to(out.device, out.dtype)
+            known = parts.get(block.name)
+            parts[block.name] = part if known is None else known + part
 
         yield consume
-        tables = self._all_hashes()
-        scatter(gathered.mul_(tables.weights.to(out.dtype)), tables.buckets, out)
+        names = [name for name in self.sides if name in parts]
+        if names:
+            gathered = torch.cat([parts.pop(name) for name in names], dim=1)
+            tables = self._hashes_of(names)
+            scatter(gathered.mul_(tables.weights.to(out.dtype)), tables.buckets, out)
 
     def free_memory(self) -> None:
         """Drops the generated entries."""
@@ -257,6 +258,13 @@ class FactoredProjector(BlockProjector):
         tables = self._all_hashes()
         part = slice(sides.start, sides.stop)
         return tables.buckets[part], tables.weights[part]
+
+    def _hashes_of(self, names: list[str]) -> _Tables:
+        if len(names) == len(self.sides):
+            return self._all_hashes()
+        found = [self._hash(name) for name in names]
+        buckets, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return _Tables(buckets, weights)
 
     def _all_hashes(self) -> _Tables:
         if self._tables is None:
