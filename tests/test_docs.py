@@ -19,6 +19,7 @@ LINK_PAGES = [
 ]
 ROOMS = [
     "trak",
+    "trak.evaluation",
     "trak.gradient_computers",
     "trak.gradient_computers.rules",
     "trak.modelout_functions",
