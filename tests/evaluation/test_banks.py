@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -200,14 +201,25 @@ def test_damage_is_noticed(message, tmp_path):
         load_bank(tmp_path)
 
 
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def test_objects_in_a_bank_are_refused(tmp_path):
     save_bank(full_bank(), tmp_path)
-    outputs = np.full((6, 2, 4), print, dtype=object)
+    outputs = np.full((6, 2, 4), Harmful(tmp_path / "ran"), dtype=object)
     np.savez(tmp_path / "truth.npz", masks=np.zeros((6, 3), np.uint8), outputs=outputs)
     digest = hashlib.sha256((tmp_path / "truth.npz").read_bytes()).hexdigest()
     edit(tmp_path, files={"truth.npz": digest})
     with pytest.raises(BankCorruptedError, match="contradicts itself"):
         load_bank(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 ENTRY = b'{"dtype":"%s","shape":[2],"data_offsets":[0,%d]}'

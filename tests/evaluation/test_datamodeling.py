@@ -288,6 +288,14 @@ def test_bad_options_are_refused(options, message):
         lds(**broken(), **options)
 
 
+def test_sums_that_differ_by_rounding_only_are_constant():
+    _, masks, outputs = truth(n=5000, m=1)
+    scores = np.full((5000, 1), 0.1)
+    assert np.ptp(masks.astype(float) @ scores) > 0  # or the test tests nothing
+    with pytest.raises(InputError, match="Predictions from scores must differ"):
+        lds(scores, masks, outputs, draws=5)
+
+
 def test_the_other_scores_are_checked_too():
     given = broken()
     with pytest.raises(InputError, match="columns of other_scores must be 7"):

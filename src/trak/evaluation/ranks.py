@@ -86,9 +86,8 @@ def _deviations(kind: Correlation, column: Floats, weights: Floats) -> Floats:
     if kind == "spearman":
         # the mean of average ranks follows from their number alone
         return weighted_ranks(column, weights) - (weights[0].sum() + 1) / 2
-    centred = column - column.mean()  # first, or a large mean would cost digits
-    means = weights @ centred / weights.sum(axis=1)
-    return centred - means[:, None]
+    means = weights @ column / weights.sum(axis=1)
+    return column - means[:, None]
 
 
 def _ratio(x: Floats, y: Floats, weights: Floats) -> NDArray[np.float64]:
