@@ -19,6 +19,7 @@ LINK_PAGES = [
 ]
 ROOMS = [
     "trak",
+    "trak.evaluation",
     "trak.gradient_computers",
     "trak.gradient_computers.rules",
     "trak.modelout_functions",
@@ -103,7 +104,8 @@ def test_code_pages_have_code():
         page.stem: sum(info == "python" for info, _, _ in fences(page.read_text("utf-8")))
         for page in CODE_PAGES
     }
-    for name in ("index", "quickstart", "bert", "custom-tasks", "numerics", "store"):
+    having = "index quickstart bert custom-tasks evaluation numerics store"
+    for name in having.split():
         assert counted[name] > 0, name
 
 

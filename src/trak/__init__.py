@@ -6,6 +6,7 @@ with nothing to compile.
 
 import logging
 
+from trak import evaluation as evaluation
 from trak import utils
 from trak.installation import test_install
 from trak.pipeline import CheckpointInfo, ExperimentInfo

@@ -34,6 +34,18 @@ class StoreCorruptedError(AttributionError, RuntimeError):
     """A file of the store is damaged: the message names it and the place."""
 
 
+class BankMismatchError(AttributionError, ValueError):
+    """A bank was made from other data or checkpoints, or by another recipe."""
+
+
+class BankCorruptedError(AttributionError, RuntimeError):
+    """A file of a bank is damaged or lost: the message names it."""
+
+
+class BankBuildError(AttributionError, RuntimeError):
+    """A model of a bank could not be trained; what was trained is kept."""
+
+
 class NumericalError(AttributionError, ArithmeticError):
     """A number that is not finite, or a matrix that cannot be inverted."""
 

@@ -1,0 +1,169 @@
+"""Plain arrays as users have them, checked before anything is computed."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trak.errors import InputError, InputTypeError
+
+Floats = NDArray[np.float64]
+Booleans = NDArray[np.bool_]
+
+_LEAST = 3  # subsets: two are ordered alike or not, which says nothing
+
+
+def as_floats(name: str, value: Any, *, axes: tuple[str, ...]) -> Floats:
+    """Accepts an array of finite numbers.
+
+    Args:
+        name: the argument, for messages.
+        value: an array, a tensor on any device, or nested lists.
+        axes: what each axis is, one word each.
+
+    Returns:
+        The numbers in float64, a copy only where one is needed.
+
+    Raises:
+        InputTypeError: if it holds no real numbers.
+        InputError: if the number of axes differs, an axis is empty, or a number is not
+            finite; names the first such place.
+    """
+    found = _as_numpy(name, value)
+    if found.dtype.kind not in "biuf":
+        raise InputTypeError(
+            f"{name} must hold real numbers, got dtype {found.dtype}. Convert it first."
+        )
+    _check_axes(name, found, axes)
+    numbers = found.astype(np.float64, copy=False)
+    bad = np.argwhere(~np.isfinite(numbers))
+    if len(bad):
+        where = ", ".join(f"{axis} {i}" for axis, i in zip(axes, bad[0], strict=True))
+        raise InputError(
+            f"{name} must be finite, got {numbers[tuple(bad[0])]} at {where} ({len(bad)} "
+            "such entries). Find out where it comes from; leave the row or column out only "
+            "if you know why."
+        )
+    return numbers
+
+
+def as_masks(name: str, value: Any, *, axes: tuple[str, ...]) -> Booleans:
+    """Accepts an array of truth values.
+
+    Args:
+        name: the argument, for messages.
+        value: booleans, or numbers that are all 0 or 1.
+        axes: what each axis is, one word each.
+
+    Returns:
+        Booleans of the same shape.
+
+    Raises:
+        InputError: if the number of axes differs, an axis is empty, or an entry is
+            neither 0 nor 1.
+    """
+    found = _as_numpy(name, value)
+    _check_axes(name, found, axes)
+    if found.dtype.kind != "b" and not np.isin(found, (0, 1)).all():
+        raise InputError(
+            f"{name} must hold booleans, or 0 and 1: got other values of dtype "
+            f"{found.dtype}. Lists of indices become masks with masks_from_indices."
+        )
+    return found.astype(np.bool_, copy=False)
+
+
+def as_outputs(name: str, value: Any, first: str) -> Floats:
+    """Accepts outputs of retrained models, with or without an axis of seeds.
+
+    Args:
+        name: the argument, for messages.
+        value: `[first, m]` or `[first, seeds, m]`.
+        first: what the first axis is.
+
+    Returns:
+        `[first, seeds, m]`, float64.
+    """
+    found = _as_numpy(name, value)
+    if found.ndim == 2:
+        return as_floats(name, found, axes=(first, "target"))[:, None]
+    return as_floats(name, found, axes=(first, "seed", "target"))
+
+
+def check_length(found: int, expected: int, what: str, source: str) -> None:
+    """Refuses arrays that do not belong together.
+
+    Args:
+        found: a length.
+        expected: the one it must equal.
+        what: whose length was found.
+        source: whose length was expected.
+
+    Raises:
+        InputError: if they differ.
+    """
+    if found != expected:
+        raise InputError(
+            f"{what} must be {expected}, as in {source}, got {found}. Both must describe "
+            "the same examples in the same order; a transposed array looks like this too."
+        )
+
+
+def check_enough(count: int, what: str) -> None:
+    """Refuses a correlation over too few.
+
+    Args:
+        count: how many there are.
+        what: of what, in the plural.
+
+    Raises:
+        InputError: if there are fewer than three.
+    """
+    if count < _LEAST:
+        raise InputError(
+            f"A rank correlation needs at least {_LEAST} {what}, got {count}; a useful one "
+            "needs 50 or more."
+        )
+
+
+def check_varied(name: str, columns: Floats, scale: Floats | None = None) -> None:
+    """Refuses columns whose correlation with anything is undefined.
+
+    Args:
+        name: what the columns are, for the message.
+        columns: `[subsets, m]`.
+        scale: magnitude of what was summed up to each entry, `[subsets, m]`: differences
+            within its rounding error are none.
+
+    Raises:
+        InputError: lists the first constant columns.
+    """
+    spread = np.ptp(columns, axis=0)
+    noise = 0.0 if scale is None else 64 * np.finfo(np.float64).eps * scale.max(axis=0)
+    constant = np.flatnonzero(spread <= noise)
+    if len(constant):
+        shown = ", ".join(map(str, constant[:10].tolist()))
+        raise InputError(
+            f"{name} must differ: they are constant for {len(constant)} of "
+            f"{columns.shape[1]} targets (the first: {shown}), whose correlation is "
+            "undefined. Leave these targets out of every argument, and report how many."
+        )
+
+
+def _check_axes(name: str, found: NDArray[Any], axes: tuple[str, ...]) -> None:
+    if found.ndim != len(axes) or 0 in found.shape:
+        raise InputError(
+            f"{name} must have the axes [{', '.join(axes)}], none of them empty, got shape "
+            f"{found.shape}."
+        )
+
+
+def _as_numpy(name: str, value: Any) -> NDArray[Any]:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        return (value.double() if value.dtype is torch.bfloat16 else value).numpy()
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"{name} is no array: {error}.") from error

@@ -1,0 +1,207 @@
+"""The files of a bank. The normative text is docs/evaluation.md, "Format"."""
+
+import hashlib
+import json
+import os
+import secrets
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from trak.errors import BankCorruptedError, InputError
+from trak.evaluation.banks import Bank
+from trak.evaluation.hashes import hashes_of
+from trak.evaluation.weights import WEIGHTS, load_checkpoints
+
+VERSION = 1
+MANIFEST = "bank.json"
+TRUTH = "truth.npz"
+
+_OWN = (
+    "version",
+    "name",
+    "n",
+    "targets",
+    "subsets",
+    "seeds",
+    "subset_size",
+    "seed_rule",
+    "recipe",
+    "data",
+    "checkpoints",
+    "checkpoint_hashes",
+    "files",
+)
+
+
+def save_bank(bank: Bank, folder: str | Path) -> None:
+    """Writes a bank.
+
+    Weights are not written. Those that lie in the folder already, as
+    `checkpoints.safetensors`, become a part of the bank if they are its checkpoints.
+
+    Args:
+        bank: the bank.
+        folder: created if absent; a bank in it is replaced.
+
+    Raises:
+        InputError: if the folder holds the weights of other checkpoints, or the recipe or a
+            note is nothing that JSON can hold.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / WEIGHTS).exists():
+        lying = hashes_of(load_checkpoints(folder))
+        if lying != bank.checkpoints:
+            raise InputError(
+                f"{folder / WEIGHTS} holds {len(lying)} checkpoints, which are not the "
+                f"{len(bank.checkpoints)} of the bank. Use another folder, or take them "
+                "away."
+            )
+    manifest = _manifest(bank)
+    try:
+        json.dumps(manifest)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"recipe and notes must be JSON values: {error}.") from error
+    arrays: dict[str, Any] = {
+        "masks": np.packbits(bank.masks, axis=1),
+        "outputs": bank.outputs,
+    }
+    optional = {"seeds": bank.seeds, "examples": bank.examples}
+    arrays.update({name: value for name, value in optional.items() if value is not None})
+    replace_file(folder / TRUTH, lambda file: np.savez_compressed(file, **arrays))
+    present = [name for name in (TRUTH, WEIGHTS) if (folder / name).exists()]
+    manifest["files"] = {name: file_hash(folder / name) for name in present}
+    text = json.dumps(manifest, indent=1) + "\n"
+    replace_file(folder / MANIFEST, lambda file: file.write(text.encode()))
+
+
+def load_bank(folder: str | Path) -> Bank:
+    """Reads a bank and checks its files.
+
+    Args:
+        folder: where it is.
+
+    Returns:
+        The bank. Its weights, if it has some, are read by `load_checkpoints`.
+
+    Raises:
+        BankCorruptedError: if a file is damaged, lost, or of another version.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version, files = manifest["version"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BankCorruptedError(
+            f"{path} describes no bank ({error!r}). A folder without it is no bank, or one "
+            "whose build has not ended."
+        ) from error
+    if version != VERSION:
+        raise BankCorruptedError(f"{path} is of version {version}, this reads {VERSION}.")
+    _check_files(folder, files)
+    try:
+        return _bank(folder, manifest, has_weights=WEIGHTS in files)
+    except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise BankCorruptedError(f"{folder} contradicts itself: {error!r}.") from error
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file so that a reader or a crash sees the old one or the new one.
+
+    Args:
+        path: the file.
+        write: writes its content.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _manifest(bank: Bank) -> dict[str, Any]:
+    sizes = np.unique(bank.masks.sum(axis=1)).tolist()
+    reserved = sorted(set(bank.notes) & set(_OWN))
+    if reserved:
+        raise InputError(f"notes may not be called {', '.join(reserved)}: these are taken.")
+    return {
+        "version": VERSION,
+        "name": bank.name,
+        "n": bank.n,
+        "targets": bank.outputs.shape[2],
+        "subsets": len(bank.masks),
+        "seeds": bank.outputs.shape[1],
+        "subset_size": sizes[0] if len(sizes) == 1 else None,
+        "seed_rule": bank.seed_rule,
+        "data": bank.data,
+        "recipe": dict(bank.recipe),
+        "checkpoints": len(bank.checkpoints),
+        "checkpoint_hashes": list(bank.checkpoints),
+        **bank.notes,
+    }
+
+
+def _check_files(folder: Path, files: dict[str, str]) -> None:
+    unknown = sorted(set(files) - {TRUTH, WEIGHTS})
+    if unknown or TRUTH not in files:
+        raise BankCorruptedError(
+            f"{folder / MANIFEST} lists {sorted(files)}; it must list {TRUTH}, and may "
+            f"list {WEIGHTS}."
+        )
+    for name, expected in files.items():
+        path = folder / name
+        if not path.exists() or file_hash(path) != expected:
+            state = "is not the file that was written" if path.exists() else "is lost"
+            raise BankCorruptedError(f"{path} {state}. Fetch or build the bank again.")
+
+
+def _bank(folder: Path, manifest: dict[str, Any], *, has_weights: bool) -> Bank:
+    with np.load(folder / TRUTH, allow_pickle=False) as truth:
+        packed, outputs = truth["masks"], truth["outputs"]
+        optional = {name: truth[name] for name in ("seeds", "examples") if name in truth}
+    masks = np.unpackbits(packed, axis=1, count=manifest["n"]).astype(np.bool_)
+    expected = tuple(manifest[name] for name in ("subsets", "seeds", "targets"))
+    if outputs.shape != expected:
+        raise ValueError(f"outputs are {outputs.shape}, bank.json says {expected}")
+    hashes = tuple(manifest.get("checkpoint_hashes", ()))
+    if has_weights:
+        lying = hashes_of(load_checkpoints(folder))
+        if hashes and hashes != lying:
+            raise ValueError("checkpoint_hashes are not those of the weights")
+        hashes = lying
+    return Bank(
+        masks=masks,
+        outputs=outputs,
+        name=manifest["name"],
+        seed_rule=manifest.get("seed_rule"),
+        recipe=manifest["recipe"],
+        data=manifest.get("data"),
+        checkpoints=hashes,
+        notes={name: value for name, value in manifest.items() if name not in _OWN},
+        **optional,
+    )

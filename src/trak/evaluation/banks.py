@@ -1,0 +1,196 @@
+"""Ground-truth banks: what retraining says, and what it was retrained from."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trak.errors import BankMismatchError, InputError
+from trak.evaluation.arrays import (
+    Booleans,
+    as_floats,
+    as_masks,
+    as_outputs,
+    check_length,
+)
+from trak.evaluation.hashes import (
+    data_hash,
+    hashes_of,
+    stored_checkpoints,
+    stored_examples,
+    stored_hash,
+)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Bank:
+    """Outputs of models that were trained on subsets.
+
+    Attributes:
+        masks: which training examples each subset holds, bool `[subsets, n]`.
+        outputs: the targets' model outputs after training on a subset, float32
+            `[subsets, seeds, m]`; `[subsets, m]` is accepted and means one seed.
+        name: what it is called.
+        seeds: seed that each model was trained with, `[subsets, seeds]`, or None.
+        seed_rule: how these follow from subset and repetition, in words.
+        recipe: how models were trained: what JSON can hold.
+        data: hash of the training set and targets (`data_hash`), or None.
+        examples: content hash of each training example (`example_hashes`), `[n]`, or None.
+        checkpoints: content hashes of models that were trained on everything, as a
+            `TRAKer`'s store records them; those whose scores the bank is for. State dicts
+            are accepted and hashed.
+        notes: further entries of `bank.json`.
+    """
+
+    masks: Booleans
+    outputs: NDArray[np.float32]
+    name: str = ""
+    seeds: NDArray[np.int64] | None = None
+    seed_rule: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    data: str | None = None
+    examples: NDArray[np.int64] | None = None
+    checkpoints: tuple[str, ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        masks = as_masks("masks", self.masks, axes=("subset", "training example"))
+        outputs = as_outputs("outputs", self.outputs, "subset")
+        check_length(len(outputs), len(masks), "The subsets of outputs", "masks")
+        given: dict[str, Any] = {
+            "masks": masks,
+            "outputs": outputs.astype(np.float32),
+            "checkpoints": hashes_of(self.checkpoints),
+        }
+        if self.seeds is not None:
+            given["seeds"] = _integers("seeds", self.seeds, outputs.shape[:2])
+        if self.examples is not None:
+            given["examples"] = _integers("examples", self.examples, masks.shape[1:])
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def n(self) -> int:
+        """Number of training examples."""
+        return self.masks.shape[1]
+
+    def check(
+        self,
+        scored: Any = None,
+        *,
+        checkpoints: Iterable[Mapping[str, Any] | str] | None = None,
+        data: Any = None,
+    ) -> None:
+        """Refuses scores that are about other weights or data than the bank.
+
+        Args:
+            scored: the `TRAKer` that made the scores, or its store's folder: its
+                checkpoints must be among the bank's, and its training examples the same.
+            checkpoints: state dicts, or hashes, that scores were made from.
+            data: what `data_hash` makes of the data, or the list of its arguments.
+
+        A difference is a `BankMismatchError`.
+
+        Raises:
+            InputError: if nothing was given, or the bank does not record what is compared.
+        """
+        if scored is None and checkpoints is None and data is None:
+            raise InputError("Nothing to check: give a TRAKer, checkpoints= or data=.")
+        if scored is not None:
+            folders = stored_checkpoints(scored)
+            found = {f"model_id={k}": stored_hash(path) for k, path in folders.items()}
+            self._check_checkpoints(found)
+            for path in folders.values():
+                self._check_examples(path)
+        if checkpoints is not None:
+            hashes = hashes_of(checkpoints)
+            self._check_checkpoints({f"number {j}": h for j, h in enumerate(hashes)})
+        if data is not None:
+            self._check_data(data if isinstance(data, str) else data_hash(*data))
+
+    def _check_checkpoints(self, found: Mapping[str, str]) -> None:
+        if not self.checkpoints:
+            raise InputError(
+                f"Bank {self.name!r} records no checkpoints, so nobody can tell whether "
+                "scores are of its models. Make it with checkpoints=."
+            )
+        others = {name: h for name, h in found.items() if h not in self.checkpoints}
+        if others or not found:
+            shown = ", ".join(f"{name} ({h})" for name, h in list(others.items())[:5])
+            raise BankMismatchError(
+                f"Scores of {len(others)} checkpoints that are none of the "
+                f"{len(self.checkpoints)} of bank {self.name!r}: {shown or 'none given'}. "
+                "The bank tells nothing about other models: featurize its own, or build a "
+                "bank with the recipe of these."
+            )
+
+    def _check_examples(self, folder: Path) -> None:
+        known = stored_examples(folder)
+        if known is None:
+            return
+        if len(known) != self.n:
+            raise BankMismatchError(
+                f"{folder} is about {len(known)} training examples, bank {self.name!r} "
+                f"about {self.n}."
+            )
+        if self.examples is None:
+            return
+        other = np.flatnonzero(
+            (known != 0) & (self.examples != 0) & (known != self.examples)
+        )
+        if len(other):
+            raise BankMismatchError(
+                f"{len(other)} training examples of {folder} are others than those of bank "
+                f"{self.name!r}, the first at row {other[0]}. Featurize the bank's data in "
+                "the bank's order."
+            )
+
+    def _check_data(self, found: str) -> None:
+        if self.data is None:
+            raise InputError(f"Bank {self.name!r} records no hash of its data.")
+        if found != self.data:
+            raise BankMismatchError(
+                f"Bank {self.name!r} was made from data with the hash {self.data}; that of "
+                f"the data given is {found}. The arrays must be those, in that order."
+            )
+
+
+def masks_from_indices(indices: Iterable[Any], n: int) -> Booleans:
+    """Turns lists of training examples into masks.
+
+    Args:
+        indices: for each subset, the examples it holds.
+        n: number of training examples.
+
+    Returns:
+        `[subsets, n]`.
+
+    Raises:
+        InputError: if an index is out of range or comes twice in a subset.
+    """
+    rows = [as_floats("indices", row, axes=("example of a subset",)) for row in indices]
+    masks = np.zeros((len(rows), n), dtype=bool)
+    for number, (mask, row) in enumerate(zip(masks, rows, strict=True)):
+        whole = row.astype(np.int64)
+        if (whole != row).any() or whole.min() < 0 or whole.max() >= n:
+            raise InputError(
+                f"indices of subset {number} must be integers from 0 to {n - 1}, got from "
+                f"{row.min():g} to {row.max():g}."
+            )
+        mask[whole] = True
+        if mask.sum() != len(whole):
+            raise InputError(f"indices of subset {number} name an example twice.")
+    return masks
+
+
+def _integers(name: str, value: Any, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    found = np.asarray(value)
+    if found.dtype.kind not in "iu" or found.shape != shape:
+        raise InputError(
+            f"{name} must be integers of shape {shape}, got {found.dtype} of shape "
+            f"{found.shape}."
+        )
+    return found.astype(np.int64)

@@ -1,0 +1,232 @@
+"""Builds a bank: trains its models, in parallel, and goes on where it was interrupted."""
+
+import logging
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trak.arguments import as_integer
+from trak.errors import BankBuildError, BankMismatchError, InputError
+from trak.evaluation.bank_files import MANIFEST, load_bank, save_bank
+from trak.evaluation.banks import Bank
+from trak.evaluation.functions import name_of
+from trak.evaluation.hashes import hashes_of
+from trak.evaluation.plan import MASK_RULE, SEED_RULE, BankPlan, Job
+from trak.evaluation.processes import Outcome, run_jobs
+from trak.evaluation.work import Evaluate, Train, WorkFolder
+from trak.evaluation.worker import IN_WORKER
+from trak.settings import LIBRARY_VERSION
+
+_log = logging.getLogger(__name__)
+_SECONDS = 30.0  # between two lines of the log
+
+
+def build_bank(
+    folder: str | Path,
+    train: Train,
+    evaluate: Evaluate,
+    plan: BankPlan,
+    *,
+    name: str = "",
+    examples: Any = None,
+    checkpoints: Iterable[Mapping[str, Any] | str] = (),
+    workers: int = 1,
+    threads: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Bank:
+    """Trains models on random subsets and writes the bank of their outputs.
+
+    Each model's outputs go to a small file as soon as it is trained, and a build that was
+    interrupted or failed goes on from these. A finished bank is read instead. With a
+    `train` that depends on its arguments only, one worker and many build the same bank;
+    torch's global generator has the model's seed too while it is trained.
+
+    Args:
+        folder: the bank's. `work/` in it holds what is not finished.
+        train: `train(indices, seed)` gives a model trained on these training examples,
+            ascending. For several workers, a function that can be imported.
+        evaluate: `evaluate(model)` gives the targets' model outputs, `[m]`.
+        plan: which models to train.
+        name: what to call the bank.
+        examples: `example_hashes` of the training examples, `[n]`.
+        checkpoints: state dicts, or hashes, of the models whose scores are to be judged.
+        workers: processes; 1 trains in this one.
+        threads: of torch in each of them.
+        progress: called with the number of models done and of all; if None, a line goes to
+            the log every 30 seconds.
+
+    Returns:
+        The bank, as it was written.
+
+    Raises:
+        InputError: if an argument cannot be used.
+    """
+    count = as_integer("workers", workers, least=1)
+    threads = as_integer("threads", threads, least=1)
+    bank = _empty(plan, name, examples, checkpoints)  # checked before hours of work
+    folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        return _finished(folder, plan, bank)
+    if IN_WORKER in os.environ:
+        raise InputError(
+            "A worker of build_bank calls build_bank while it imports your script. Put the "
+            'call under `if __name__ == "__main__":`.'
+        )
+    work = WorkFolder(folder / "work" / plan.key)
+    work.create(plan)
+    jobs = [job for job in plan.jobs() if not work.has(job)]
+    if count > 1:
+        outcomes = _elsewhere(jobs, plan, work, train, evaluate, count, threads)
+    else:
+        outcomes = _here(jobs, plan, work, train, evaluate, threads)
+    _watch(outcomes, len(plan.jobs()), len(jobs), work.path, progress)
+    return _finish(folder, plan, work, bank)
+
+
+def _empty(
+    plan: BankPlan,
+    name: str,
+    examples: Any,
+    checkpoints: Iterable[Mapping[str, Any] | str],
+) -> Bank:
+    seeds = np.zeros((plan.subsets, plan.seeds), dtype=np.int64)
+    for job in plan.jobs():
+        seeds[job.subset, job.repetition] = job.seed
+    return Bank(
+        masks=plan.masks(),
+        outputs=np.zeros((plan.subsets, plan.seeds, 1), np.float32),
+        name=name,
+        seeds=seeds,
+        seed_rule=SEED_RULE,
+        recipe=plan.recipe,
+        data=plan.data,
+        examples=examples,
+        checkpoints=hashes_of(checkpoints),
+        notes={
+            "mask_seed": plan.mask_seed,
+            "mask_rule": MASK_RULE,
+            "build": plan.key,
+            "versions": {
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "trak-attribution": LIBRARY_VERSION,
+            },
+        },
+    )
+
+
+def _finished(folder: Path, plan: BankPlan, asked: Bank) -> Bank:
+    bank = load_bank(folder)
+    if bank.notes.get("build") != plan.key:
+        raise BankMismatchError(
+            f"{folder} holds a finished bank of another plan: recipe, data, sizes or seeds "
+            "differ. Build in another folder, or read it with load_bank."
+        )
+    known = np.zeros(0) if bank.examples is None else bank.examples
+    other_checkpoints = asked.checkpoints and asked.checkpoints != bank.checkpoints
+    if other_checkpoints or (
+        asked.examples is not None and not np.array_equal(asked.examples, known)
+    ):
+        raise BankMismatchError(
+            f"{folder} holds a finished bank that records other checkpoints or examples "
+            "than were given. If they belong to it all the same, load the bank, and save "
+            "what dataclasses.replace makes of it."
+        )
+    _log.info("%s is finished: it is read, and nothing is trained.", folder)
+    return bank
+
+
+def _elsewhere(
+    jobs: list[Job],
+    plan: BankPlan,
+    work: WorkFolder,
+    train: Train,
+    evaluate: Evaluate,
+    workers: int,
+    threads: int,
+) -> Iterator[Outcome]:
+    setup = {
+        "train": name_of("train", train),
+        "evaluate": name_of("evaluate", evaluate),
+        "threads": threads,
+        "folder": str(work.path.resolve()),
+        "plan": asdict(plan),
+    }
+    return run_jobs(jobs, workers, setup)
+
+
+def _here(
+    jobs: list[Job],
+    plan: BankPlan,
+    work: WorkFolder,
+    train: Train,
+    evaluate: Evaluate,
+    threads: int,
+) -> Iterator[Outcome]:
+    masks = plan.masks()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for job in jobs:
+            try:
+                work.train(job, masks[job.subset], train, evaluate)
+            except Exception:  # reported like that of a worker
+                yield job, traceback.format_exc()
+                return
+            yield job, None
+    finally:
+        torch.set_num_threads(before)
+
+
+def _watch(
+    outcomes: Iterator[Outcome],
+    total: int,
+    todo: int,
+    path: Path,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    done = total - todo
+    report = progress or _Log()
+    report(done, total)
+    failed: list[Outcome] = []
+    for job, problem in outcomes:
+        if problem is None:
+            done += 1
+            report(done, total)
+        else:
+            failed.append((job, problem))
+    if failed:
+        job, problem = failed[0]
+        others = f" ({len(failed) - 1} others failed too)" if len(failed) > 1 else ""
+        raise BankBuildError(
+            f"Training on subset {job.subset}, repetition {job.repetition}, seed "
+            f"{job.seed} failed{others}. {done} of {total} models are kept in {path}; the "
+            f"same call goes on from there.\n\n{problem}"
+        )
+
+
+def _finish(folder: Path, plan: BankPlan, work: WorkFolder, bank: Bank) -> Bank:
+    save_bank(replace(bank, outputs=work.collect(plan)), folder)
+    shutil.rmtree(work.path)
+    if not any(work.path.parent.iterdir()):
+        work.path.parent.rmdir()
+    return load_bank(folder)
+
+
+class _Log:
+    def __init__(self) -> None:
+        self._last = -_SECONDS
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= _SECONDS or done == total:
+            self._last = now
+            _log.info("%d of %d models are trained.", done, total)

@@ -1,0 +1,84 @@
+"""Ground truth that other projects publish, as banks."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trak.arguments import as_integer
+from trak.errors import InputError
+from trak.evaluation.arrays import as_floats, as_masks, as_outputs, check_length
+from trak.evaluation.banks import Bank, masks_from_indices
+
+
+def read_trak_bank(
+    masks: str | Path, margins: str | Path, *, seeds: int = 1, name: str = ""
+) -> Bank:
+    """Reads the masks and margins of the reference implementation's CIFAR examples.
+
+    They are `.npy` files: `mask.npy` `[models, n]` with 0 and 1, and `val_margins.npy`
+    `[models, m]` with the correct class's margin of each validation image. Where each mask
+    was trained on several times, its models follow each other.
+
+    Args:
+        masks: the file of the masks: one row a model, or one row a subset.
+        margins: the file of the margins.
+        seeds: models a mask.
+        name: what to call the bank.
+
+    Returns:
+        The bank, without hashes: these files have none.
+
+    Raises:
+        InputError: if a file is no such array, the numbers of rows do not fit, or the rows
+            of one subset differ.
+    """
+    repeats = as_integer("seeds", seeds, least=1)
+    rows = as_masks("masks", _load(masks), axes=("model", "training example"))
+    values = as_floats("margins", _load(margins), axes=("model", "target"))
+    if len(values) % repeats:
+        raise InputError(f"{len(values)} rows of margins are not {repeats} a subset.")
+    subsets = len(values) // repeats
+    if len(rows) == len(values):
+        grouped = rows.reshape(subsets, repeats, -1)
+        if (grouped != grouped[:, :1]).any():
+            raise InputError(
+                f"Rows of masks must be equal in groups of seeds={repeats} that follow "
+                "each other: they are not."
+            )
+        rows = grouped[:, 0]
+    check_length(len(rows), subsets, "The rows of masks", "margins")
+    outputs = values.reshape(subsets, repeats, -1)
+    return Bank(masks=rows, outputs=outputs.astype(np.float32), name=name)
+
+
+def bank_from_indices(outputs: Any, indices: Any, n: int, *, name: str = "") -> Bank:
+    """A bank of lists of training examples, as dattri and quanda keep their subsets.
+
+    dattri's ground truth is the pair `(target_values, indices)`, tensors `[subsets, m]` and
+    `[subsets, subset size]`, where target values are minus the loss, positive is better:
+    pass both. Older versions of dattri did not flip the sign; then pass `-target_values`.
+
+    Args:
+        outputs: `[subsets, m]` or `[subsets, seeds, m]`, model outputs: larger is better.
+        indices: for each subset the training examples it holds, rows of the scores.
+        n: number of training examples.
+        name: what to call the bank.
+
+    Returns:
+        The bank, without hashes.
+    """
+    masks = masks_from_indices(indices, as_integer("n", n, least=1))
+    values = as_outputs("outputs", outputs, "subset").astype(np.float32)
+    return Bank(masks=masks, outputs=values, name=name)
+
+
+def _load(path: str | Path) -> Any:
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as error:
+        raise InputError(
+            f"{path} is no .npy file of numbers ({error}). Files of torch.save have to be "
+            "read by torch.load(path, weights_only=True), which you do, and their tensors "
+            "given to bank_from_indices."
+        ) from error

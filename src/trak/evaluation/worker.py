@@ -1,0 +1,52 @@
+"""A process that trains models of a bank: lines of JSON in, lines of JSON out."""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from trak.evaluation.functions import find
+from trak.evaluation.plan import BankPlan, Job
+from trak.evaluation.work import WorkFolder
+
+IN_WORKER = "TRAK_BANK_WORKER"
+"""Set in the environment of workers, so that none starts workers of its own."""
+
+
+def main() -> None:
+    """Answers the first line, the set-up, and then each job, until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what training prints must not be taken for an answer
+    setup = json.loads(sys.stdin.readline())
+    try:
+        sys.path[:], sys.argv[:] = setup["path"], setup["argv"]
+        torch.set_num_threads(setup["threads"])
+        plan = BankPlan(**setup["plan"])
+        folder, masks = WorkFolder(Path(setup["folder"])), plan.masks()
+        train, evaluate = find(setup["train"]), find(setup["evaluate"])
+    except Exception:  # whatever it is, the parent reports it
+        _answer(answers, traceback.format_exc())
+        return
+    _answer(answers, None)
+    for line in sys.stdin:
+        job = Job(*json.loads(line))
+        try:
+            folder.train(job, masks[job.subset], train, evaluate)
+        except Exception:  # whatever it is
+            _answer(answers, traceback.format_exc())
+        else:
+            _answer(answers, None)
+
+
+def _answer(answers: TextIO, error: str | None) -> None:
+    value: dict[str, Any] = {"error": error}
+    answers.write(json.dumps(value) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    main()

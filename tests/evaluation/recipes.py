@@ -1,0 +1,46 @@
+"""A training that worker processes can import: ridge regression with noise of the seed."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+N, M = 24, 5
+_RNG = np.random.default_rng(0)
+INPUTS, LABELS = _RNG.normal(size=(N, 4)), _RNG.normal(size=N)
+TARGETS = _RNG.normal(size=(M, 4))
+
+
+def train(indices, seed):
+    """Weights, with noise from torch's global generator."""
+    sys.stdout.write(f"training with seed {seed}\n")  # must not confuse anybody
+    x, y = INPUTS[indices], LABELS[indices]
+    weights = np.linalg.solve(x.T @ x + np.eye(4), x.T @ y)
+    return weights + 0.1 * torch.randn(4, dtype=torch.float64).numpy(), seed
+
+
+def evaluate(model):
+    """Outputs, and the number of threads and the seed as two further targets."""
+    weights, seed = model
+    return [*(TARGETS @ weights), torch.get_num_threads(), seed]
+
+
+def fail_once(indices, seed):
+    """Raises in the model of seed 4, unless it is the second time."""
+    marker = Path(os.environ["BANK_MARKER"])
+    if seed == 4 and not marker.exists():
+        marker.touch()
+        raise ValueError("the loss is infinite")
+    return train(indices, seed)
+
+
+def die_once(indices, seed):
+    """Kills the worker in the model of seed 4, unless it is the second time."""
+    marker = Path(os.environ["BANK_MARKER"])
+    if seed == 4 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train(indices, seed)
