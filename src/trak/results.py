@@ -1,16 +1,20 @@
 """What a `TRAKer` reads back: scores, the strongest of them, and what the store holds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
+from trak.errors import InputError
 from trak.pipeline import (
     CheckpointInfo,
     ExperimentInfo,
     Pipeline,
+    group_matrix,
     list_checkpoints,
     list_experiments,
+    method_named,
+    method_pass,
 )
 from trak.savers import AbstractSaver
 from trak.score_computers import TopScores, top_scores
@@ -26,16 +30,81 @@ class Results:
     saver: AbstractSaver
     _pipeline: Pipeline
 
-    def scores(self, exp_name: str) -> NDArray[Any]:
-        """Reads an experiment's finalized scores.
+    def scores(
+        self,
+        exp_name: str,
+        method: str = "trak",
+        *,
+        groups: Sequence[Any] | None = None,
+        model_ids: Iterable[int] | None = None,
+        checkpoint_weights: Iterable[float] | None = None,
+    ) -> NDArray[Any]:
+        """An experiment's scores, by TRAK or by another method over the same rows.
+
+        Positive where adding the training example raises the target's model output. With
+        rows `phi`, targets `psi`, loss weights `q` and `K = Phi^T Phi + lambda I` of a
+        checkpoint; means are over checkpoints:
+
+        - `"trak"`: `mean(phi^T K^-1 psi) mean(q)`, what `finalize_scores` computed.
+        - `"dot"`: `mean(q phi^T psi)`, the product of the training loss's and the target's
+          gradients. `"tracin"`: its sum with `checkpoint_weights`, the learning rates
+          (TracInCP; Pruthi et al. 2020), up to a positive factor a target.
+        - `"cosine"`: `mean(cos(phi, psi))`.
+        - `"relatif"`: `mean(phi^T K^-1 psi / |K^-1 phi|)`; `"l_relatif"`:
+          `mean(phi^T K^-1 psi / sqrt(phi^T K^-1 phi))` (theta- and l-RelatIF; Barshan,
+          Brunet and Dziugaite 2020). They prefer examples that speak for this
+          target over those that speak for everything.
+        - `"unit_norm"`: the cosine in the metric of `K^-1`, as in TrackStar (Chang et al.
+          2024), without its optimizer state.
 
         Args:
             exp_name: the experiment.
+            method: one of the above.
+            groups: for each group the numbers of its targets; one column a group then
+                holds the mean over its targets.
+            model_ids: the checkpoints; for `"trak"`, those that `finalize_scores` took.
+            checkpoint_weights: one number a checkpoint, in the order of their ids; not for
+                `"trak"`.
 
         Returns:
-            `[n, m]`.
+            `[n, m]`, or `[n, groups]`. Only `"trak"` reads a file; others take one pass
+            over the rows, and memory for the result.
+
+        Raises:
+            InputError: if arguments do not go together.
         """
-        return self._pipeline.scores(exp_name)
+        num_targets = self.saver.experiment(exp_name)["num_targets"]
+        averages = group_matrix(groups, num_targets)
+        if method == "trak":
+            if model_ids is not None or checkpoint_weights is not None:
+                raise InputError(
+                    "TRAK's scores are read as finalize_scores wrote them: choose "
+                    "checkpoints there (model_ids=...); they are averaged without weights."
+                )
+            scores = self._pipeline.scores(exp_name)
+            return (
+                scores
+                if averages is None
+                else scores @ averages.numpy().astype(scores.dtype)
+            )
+        chosen = method_named(method)
+        taken = method_pass(self._pipeline, model_ids, exp_name, checkpoint_weights)
+        return taken.scores(exp_name, chosen, averages)
+
+    def self_influence(self, model_ids: Iterable[int] | None = None) -> NDArray[Any]:
+        """What each training example does to its own model output.
+
+        `mean(phi_i^T K^-1 phi_i) mean(q_i)` over checkpoints: the diagonal of TRAK's scores
+        if the training set were the targets. Large for examples that the model could not
+        have known from others, mislabelled ones among them.
+
+        Args:
+            model_ids: the checkpoints; all in the store if None.
+
+        Returns:
+            `[n]`.
+        """
+        return method_pass(self._pipeline, model_ids).self_influence()
 
     def top_k(self, exp_name: str, k: int = 10, *, helpful: bool = True) -> TopScores:
         """The training examples with the strongest scores for every target.
@@ -50,7 +119,15 @@ class Results:
         """
         return top_scores(self.scores(exp_name), k, helpful=helpful)
 
-    def top_scores(self, exp_name: str, k: int = 10, *, helpful: bool = True) -> TopScores:
+    def top_scores(
+        self,
+        exp_name: str,
+        k: int = 10,
+        *,
+        helpful: bool = True,
+        method: str = "trak",
+        groups: Sequence[Any] | None = None,
+    ) -> TopScores:
         """Like `top_k`, but in one pass over the rows and without an `[n, m]` file.
 
         Neither needs `finalize_scores` nor touches what it wrote.
@@ -59,10 +136,26 @@ class Results:
             exp_name: the experiment.
             k: how many a target.
             helpful: the largest scores; if False, the smallest (the most harmful).
+            method: as for `scores`.
+            groups: as for `scores`; not for `"trak"`, whose groups need all scores.
 
         Returns:
             `indices` and `scores`, each `[m, k]`, strongest first.
+
+        Raises:
+            InputError: if arguments do not go together.
         """
+        if method != "trak":
+            num_targets = self.saver.experiment(exp_name)["num_targets"]
+            averages = group_matrix(groups, num_targets)
+            chosen = method_named(method)
+            taken = method_pass(self._pipeline, None, exp_name)
+            return taken.top(exp_name, chosen, averages, k, helpful=helpful)
+        if groups is not None:
+            raise InputError(
+                "For groups of targets by TRAK: top_scores(traker.scores(exp_name, "
+                "groups=...), k) with trak.score_computers.top_scores."
+            )
         found = self.sweep([exp_name], top_k=k, helpful=helpful)
         return next(iter(found.values()))
 

@@ -10,6 +10,7 @@ from trak.pipeline.inventory import (
     list_checkpoints,
     list_experiments,
 )
+from trak.pipeline.methods import group_matrix, method_named, method_pass
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker
 
@@ -23,12 +24,15 @@ __all__ = [
     "check_model",
     "check_parts",
     "describe_run",
+    "group_matrix",
     "list_checkpoints",
     "list_experiments",
     "make_computer",
     "make_pipeline",
     "make_saver",
     "make_scorer",
+    "method_named",
+    "method_pass",
     "storage_dtype",
     "store_metadata",
 ]

@@ -248,7 +248,7 @@ class Pipeline:
             Scores, `[n, m]`.
         """
         sets = [ScoreSet(exp_name)]
-        found = self._write(sets, self._ready(sets, model_ids, allow_skip=allow_skip))
+        found = self._write(sets, self.ready(sets, model_ids, allow_skip=allow_skip))
         return found[0]
 
     def sweep(
@@ -276,7 +276,7 @@ class Pipeline:
             By experiment and ridge: `TopScores`, or scores `[n, m]`.
         """
         sets = score_sets(self.scorer, exp_names, lambda_regs)
-        ready = self._ready(sets, model_ids, allow_skip=allow_skip)
+        ready = self.ready(sets, model_ids, allow_skip=allow_skip)
         if top_k is None:
             found: list[Any] = self._write(sets, ready)
         else:
@@ -306,13 +306,27 @@ class Pipeline:
             self.phase.cursor = 0
         return scores
 
-    def _ready(
+    def ready(
         self,
         sets: list[ScoreSet],
         model_ids: Iterable[int] | None,
         *,
         allow_skip: bool,
     ) -> list[int]:
+        """Chooses the checkpoints that can be scored.
+
+        Args:
+            sets: what is to be scored.
+            model_ids: the checkpoints asked for; all of the store if None.
+            allow_skip: leave out checkpoints that are not ready, with a warning.
+
+        Returns:
+            Their ids.
+
+        Raises:
+            ModelIDException: says what a checkpoint lacks.
+            PhaseError: if none is ready.
+        """
         self.verify()
         self.saver.refresh()
         chosen = chosen_ids(self.saver, model_ids)

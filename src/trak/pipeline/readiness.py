@@ -66,14 +66,9 @@ def not_ready(
         A sentence; None if it can be scored.
     """
     exp_name = wanted.exp_name
-    state = saver.model_ids[model_id]
-    if not state["is_finalized"]:
-        return f"model_id={model_id} is not finalized."
-    if not state["is_featurized"]:
-        return (
-            f"model_id={model_id} is finalized, but rows that it was finalized with are "
-            "gone; featurize them and call finalize_features() again."
-        )
+    problem = _not_finalized(saver, model_id)
+    if problem is not None:
+        return problem
     if not _factor_serves(scorer, saver, wanted, model_id):
         return (
             f"model_id={model_id} was finalized with {saver.load_factor(model_id)[1]}, "
@@ -87,6 +82,44 @@ def not_ready(
         return (
             f"Experiment {exp_name!r} lacks {len(missing)} targets for "
             f"model_id={model_id}: {describe_rows(missing)} were never scored."
+        )
+    return None
+
+
+def finalized_ids(
+    scorer: AbstractScoreComputer, saver: AbstractSaver, model_ids: Iterable[int] | None
+) -> list[int]:
+    """The checkpoints that a call about training examples alone is about.
+
+    Args:
+        scorer: the score computer.
+        saver: the store.
+        model_ids: what the user gave; all of the store if None.
+
+    Returns:
+        Their ids.
+
+    Raises:
+        ModelIDException: if one is unknown, or not finalized with the present ridge.
+    """
+    chosen = chosen_ids(saver, model_ids)
+    for model_id in chosen:
+        problem = _not_finalized(saver, model_id)
+        if problem is None and not is_current(scorer, saver, model_id):
+            problem = f"model_id={model_id} was finalized with another ridge."
+        if problem is not None:
+            raise ModelIDException(f"{problem} Call finalize_features() first.")
+    return chosen
+
+
+def _not_finalized(saver: AbstractSaver, model_id: int) -> str | None:
+    state = saver.model_ids[model_id]
+    if not state["is_finalized"]:
+        return f"model_id={model_id} is not finalized."
+    if not state["is_featurized"]:
+        return (
+            f"model_id={model_id} is finalized, but rows that it was finalized with are "
+            "gone; featurize them and call finalize_features() again."
         )
     return None
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trak.arguments import as_ridge
 from trak.encodings import RowSource, row_encoding
+from trak.errors import InputError
 from trak.score_computers.factor import Form, RidgeFactor, factorize, smaller_form
 from trak.score_computers.gram import dual_gram, primal_gram
 from trak.score_computers.linear import (
@@ -114,6 +115,36 @@ class RidgeScoreComputer(LinearScoreComputer):
             return super().scorer(kept, rows, targets)
         scores = factor.solve(product(rows, targets.to(factor.lower).T))
         return lambda start, stop: scores[start:stop]
+
+    def solved(self, kept: Kept, rows: RowSource, vectors: Tensor) -> Tensor:
+        """`(Phi^T Phi + ridge I)^-1` times vectors.
+
+        In the dual form by `K^-1 x = (x - Phi^T (Phi Phi^T + ridge I)^-1 Phi x) / ridge`
+        (Woodbury), with Phi in memory.
+
+        Args:
+            kept: what `finalize` made.
+            rows: Phi, `[n, k]`.
+            vectors: `[b, k]`.
+
+        Returns:
+            `[b, k]`, float64.
+
+        Raises:
+            InputError: if there is no ridge and fewer rows than columns.
+        """
+        factor = self._factor(kept, self.where(rows))
+        vectors = vectors.to(factor.lower)
+        if factor.form == "primal":
+            return factor.solve(vectors.T).T
+        if factor.ridge == 0:
+            raise InputError(
+                "Phi^T Phi has no inverse: there are fewer training examples than columns "
+                "and lambda_reg is 0. Use a ridge (leave lambda_reg out)."
+            )
+        phi = decoded(rows, torch.float64).to(factor.lower)
+        inside = factor.solve(phi @ vectors.T).T @ phi
+        return (vectors - inside) / factor.ridge
 
     def matches(self, info: dict[str, Any]) -> bool:
         """Whether what the store keeps was made with the present settings.

@@ -1,0 +1,310 @@
+"""Other attribution methods, from the same stored rows as TRAK's scores.
+
+Per checkpoint: rows `phi_i`, loss weights `q_i`, targets `psi`, and the ridge system
+`K = Phi^T Phi + lambda I` that the checkpoint was finalized with.
+"""
+
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trak.encodings import RowSource
+from trak.errors import InputError, NumericalError
+from trak.pipeline.pipeline import Pipeline
+from trak.pipeline.readiness import finalized_ids
+from trak.pipeline.solving import ScoreSet, row_source
+from trak.pipeline.systems import System
+from trak.savers import AbstractSaver
+from trak.score_computers import (
+    AbstractScoreComputer,
+    RidgeScoreComputer,
+    RunningTop,
+    TopScores,
+)
+from trak.score_computers.stream import decoded, rows_per_block, stream
+
+
+class Method(NamedTuple):
+    """How a method weighs the inner product of a row and a target.
+
+    Attributes:
+        solved: whether targets go through the ridge system, `psi -> K^-1 psi`.
+        rows: what a row's products are divided by: `"norm"` (`|phi|`), `"change"`
+            (`|K^-1 phi|`) or `"energy"` (`sqrt(phi^T K^-1 phi)`); or `"loss"`, multiplied
+            by Q.
+        unit_targets: whether targets are divided by the norm that goes with `rows`.
+        summed: whether checkpoints are summed up, not averaged.
+    """
+
+    solved: bool
+    rows: str
+    unit_targets: bool = False
+    summed: bool = False
+
+
+METHODS = {
+    "dot": Method(solved=False, rows="loss"),
+    "tracin": Method(solved=False, rows="loss", summed=True),
+    "cosine": Method(solved=False, rows="norm", unit_targets=True),
+    "relatif": Method(solved=True, rows="change"),
+    "l_relatif": Method(solved=True, rows="energy"),
+    "unit_norm": Method(solved=True, rows="energy", unit_targets=True),
+}
+NAMES = ("trak", *METHODS)
+
+
+def method_named(name: str) -> Method:
+    """Looks a method up.
+
+    Args:
+        name: one of `METHODS`.
+
+    Returns:
+        The method.
+
+    Raises:
+        InputError: lists the names there are.
+    """
+    if name not in METHODS:
+        raise InputError(f"method is one of {sorted(NAMES)}, got {name!r}.")
+    return METHODS[name]
+
+
+def group_matrix(groups: Sequence[Any] | None, num_targets: int) -> Tensor | None:
+    """Averages over groups of targets, as a matrix.
+
+    Args:
+        groups: for each group the numbers of its targets; None leaves targets alone.
+        num_targets: `m`.
+
+    Returns:
+        `[m, groups]`, float64; its columns add up to 1.
+
+    Raises:
+        InputError: if a group is empty, repeats a target, or names one that is not there.
+    """
+    if groups is None:
+        return None
+    matrix = torch.zeros(num_targets, len(groups), dtype=torch.float64)
+    if not len(groups):
+        raise InputError("groups is empty; leave it out for a score of every target.")
+    for column, group in enumerate(groups):
+        members = np.asarray(group)
+        fits = members.ndim == 1 and np.issubdtype(members.dtype, np.integer)
+        distinct = fits and len(members) and len(np.unique(members)) == len(members)
+        if not distinct or members.min() < 0 or members.max() >= num_targets:
+            raise InputError(
+                f"Group {column} must list numbers of targets, each once, from 0 to "
+                f"{num_targets - 1}; got {group!r}."
+            )
+        matrix[torch.as_tensor(members), column] = 1 / len(members)
+    return matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodPass:
+    """One pass over the rows of some checkpoints.
+
+    Attributes:
+        scorer: made the ridge systems.
+        saver: the store.
+        model_ids: the checkpoints.
+        device: where to compute.
+        weights: of the checkpoints; 1 each if None.
+    """
+
+    scorer: AbstractScoreComputer
+    saver: AbstractSaver
+    model_ids: list[int]
+    device: torch.device
+    weights: Sequence[float] | None = None
+
+    def scores(
+        self, exp_name: str, method: Method, groups: Tensor | None
+    ) -> NDArray[np.float32]:
+        """All scores of an experiment.
+
+        Args:
+            exp_name: the experiment.
+            method: the method.
+            groups: as `group_matrix` makes it.
+
+        Returns:
+            `[n, m]`, or `[n, groups]`.
+        """
+        with closing(self.blocks(exp_name, method, groups)) as blocks:
+            parts = [block.to("cpu", torch.float32).numpy() for _, block in blocks]
+        return np.concatenate(parts)
+
+    def top(
+        self,
+        exp_name: str,
+        method: Method,
+        groups: Tensor | None,
+        k: int,
+        *,
+        helpful: bool,
+    ) -> TopScores:
+        """The strongest training examples, in memory that has no `n`.
+
+        Args:
+            exp_name: the experiment.
+            method: the method.
+            groups: as `group_matrix` makes it.
+            k: how many a target.
+            helpful: the largest scores; if False, the smallest.
+
+        Returns:
+            Rows and scores, strongest first.
+        """
+        sign = 1 if helpful else -1
+        top: RunningTop | None = None
+        with closing(self.blocks(exp_name, method, groups)) as blocks:
+            for start, block in blocks:
+                if top is None:
+                    top = RunningTop(block.shape[1], k, block.dtype, block.device)
+                top.add(start, block * sign)
+        assert top is not None  # noqa: S101 - there is at least one training example
+        rows, scores = top.result(negated=not helpful)
+        return TopScores(rows, scores.astype(np.float32))
+
+    def blocks(
+        self, exp_name: str, method: Method, groups: Tensor | None
+    ) -> Generator[tuple[int, Tensor]]:
+        """Scores in stretches of rows.
+
+        Args:
+            exp_name: the experiment.
+            method: the method.
+            groups: as `group_matrix` makes it.
+
+        Yields:
+            First row and finite scores `[rows, m]`, float64.
+
+        Raises:
+            NumericalError: if a score is not finite.
+        """
+        systems = [self._system(i, solved=method.solved) for i in self.model_ids]
+        columns = [self._columns(s, exp_name, method, groups) for s in systems]
+        shares = self._shares(summed=method.summed)
+        for start, parts in self._stretches(systems):
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for system, column, share, rows in zip(
+                systems, columns, shares, parts, strict=True
+            ):
+                total = total + share * system.scale(rows, start, method.rows) * (
+                    rows @ column
+                )
+            if not torch.isfinite(total).all():
+                raise NumericalError(
+                    f"Scores of {exp_name!r} from row {start} on are not finite. Use a "
+                    "larger ridge (lambda_reg), or featurize again if a file is damaged."
+                )
+            yield start, total
+
+    def self_influence(self) -> NDArray[np.float32]:
+        """What each training example does to its own model output, by TRAK.
+
+        `(mean_c phi_i^T K_c^-1 phi_i) * (mean_c q_i)`: the diagonal of the scores with the
+        training set as targets.
+
+        Returns:
+            `[n]`.
+        """
+        systems = [self._system(i, solved=True) for i in self.model_ids]
+        found: list[Tensor] = []
+        for start, parts in self._stretches(systems):
+            pairs = list(zip(systems, parts, strict=True))
+            energy = torch.stack([(s.solve(r) * r).sum(dim=1) for s, r in pairs])
+            q = torch.stack([s.loss_weights(start, len(r))[:, 0] for s, r in pairs])
+            found.append(energy.mean(dim=0) * q.mean(dim=0))
+        return torch.cat(found).to("cpu", torch.float32).numpy()
+
+    def _shares(self, *, summed: bool) -> list[float]:
+        count = len(self.model_ids)
+        weights = (
+            [1.0] * count if self.weights is None else [float(w) for w in self.weights]
+        )
+        if len(weights) != count or not all(np.isfinite(w) and w >= 0 for w in weights):
+            raise InputError(
+                f"checkpoint_weights must be {count} finite numbers of at least 0, one a "
+                f"checkpoint ({self.model_ids}); got {self.weights!r}."
+            )
+        total = sum(weights)
+        if not total:
+            raise InputError("checkpoint_weights are all 0.")
+        return weights if summed else [w / total for w in weights]
+
+    def _system(self, model_id: int, *, solved: bool) -> System:
+        if solved and not isinstance(self.scorer, RidgeScoreComputer):
+            raise InputError(
+                f"This method needs RidgeScoreComputer, not {type(self.scorer).__name__}."
+            )
+        rows = self.saver.train_rows(model_id)
+        source = row_source(rows)
+        if isinstance(source, Tensor):
+            source = source.to(self.device)
+        scorer = self.scorer if isinstance(self.scorer, RidgeScoreComputer) else None
+        kept = self.saver.load_factor(model_id) if solved else None
+        return System(model_id, source, rows.array("out_to_loss"), scorer, kept)
+
+    def _columns(
+        self, system: System, exp_name: str, method: Method, groups: Tensor | None
+    ) -> Tensor:
+        source = row_source(self.saver.target_rows(exp_name, system.model_id))
+        targets = decoded(source, torch.float64).to(self.device)
+        columns = system.solve(targets) if method.solved else targets
+        if method.unit_targets:
+            columns = columns / system.norms(targets, columns, method.rows)
+        columns = columns.T
+        return columns if groups is None else columns @ groups.to(columns)
+
+    def _stretches(self, systems: list[System]) -> Generator[tuple[int, list[Tensor]]]:
+        sources: list[RowSource] = [system.rows for system in systems]
+        size = max(1, rows_per_block(sources[0].shape[1], torch.float64) // len(sources))
+        parts: list[Tensor] = []
+        blocks = stream(sources, torch.float64, self.device, size)
+        for number, start, block in blocks:
+            parts.append(block.clone())  # the stream's buffer is used again
+            if number == len(sources) - 1:
+                yield start, parts
+                parts = []
+
+
+def method_pass(
+    pipeline: Pipeline,
+    model_ids: Iterable[int] | None,
+    exp_name: str | None = None,
+    weights: Iterable[float] | None = None,
+) -> MethodPass:
+    """A pass over the rows of a run's store.
+
+    Args:
+        pipeline: the run.
+        model_ids: the checkpoints; all of the store if None.
+        exp_name: the experiment that they must be ready for; if None, they must be
+            finalized.
+        weights: of the checkpoints, in the order of their ids.
+
+    Returns:
+        The pass.
+    """
+    if exp_name is None:
+        pipeline.verify()
+        pipeline.saver.refresh()
+        ready = finalized_ids(pipeline.scorer, pipeline.saver, model_ids)
+    else:
+        ready = pipeline.ready([ScoreSet(exp_name)], model_ids, allow_skip=False)
+    return MethodPass(
+        scorer=pipeline.scorer,
+        saver=pipeline.saver,
+        model_ids=ready,
+        device=pipeline.maker.device,
+        weights=None if weights is None else list(weights),
+    )
