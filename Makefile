@@ -5,8 +5,9 @@ UPSTREAM := .venv-traker
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
+PEERS := traker dattri kronfluence bergson
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow lint docs bench bench-full bench-peers clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/qnli.py
@@ -28,6 +29,17 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
+# a small size; the figures that are kept are those of bench-full and bench-peers
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks --small
+
+bench-full: $(VENV)/.dev
+	$(BIN)/python -m benchmarks
+
+bench-peers: $(VENV)/.dev $(PEERS:%=.venv-bench-%/.installed)
+	$(BIN)/python -m benchmarks.peers.run
+	$(BIN)/python -m benchmarks.render
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -47,5 +59,12 @@ $(UPSTREAM)/.installed: constraints.txt
 	$(UPSTREAM)/bin/python $(PIP) "traker==0.3.2" numpy
 	touch $@
 
+# the lists are complete, so nothing that they leave out is installed (CUDA, torchvision)
+.venv-bench-%/.installed: benchmarks/peers/requirements/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(PIP) "torch==2.13.0"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(UPSTREAM) site trak_results
+	rm -rf $(VENV) $(UPSTREAM) .venv-bench-* site trak_results

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,6 +33,7 @@ class Row:
         measured: the figure that is held against the bar.
         passed: whether it meets the bar; None where there is none.
         how: how it was measured, in a few words.
+        unit: of `measured`.
     """
 
     what: str
@@ -38,6 +41,7 @@ class Row:
     measured: str
     passed: bool | None
     how: str
+    unit: str = ""
 
 
 def environment() -> dict[str, Any]:
@@ -132,12 +136,19 @@ def write(name: str, rows: list[Row], details: Any, out: Path | None = None) -> 
         "name": name,
         "rows": [asdict(row) for row in rows],
         "environment": environment(),
+        "command": _command(),
         "details": details,
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for row in rows:
         mark = {True: "ok ", False: "NO ", None: "   "}[row.passed]
         print(f"{mark} {row.what}: {row.measured} (bar: {row.bar})", flush=True)
+
+
+def _command() -> str:
+    main = sys.modules["__main__"].__spec__
+    module = main.name if main else Path(sys.argv[0]).name
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 
 def _cpu_name() -> str:

@@ -152,14 +152,17 @@ class LanguageModelOutput(AbstractModelOutput):
             `[b]`.
         """
         logits = torch.func.functional_call(model, (weights, buffers), batch).logits
-        p = logits[:, :-1].float().softmax(-1).gather(2, batch[0][:, 1:, None])
-        return 1 - p.squeeze(2).mean(1)
+        return 1 - _log_p(logits, batch[0]).exp().mean(1)
 
 
 def _language_margin(logits: Tensor, tokens: Tensor) -> Tensor:
-    logits = logits[:, :-1].float()
-    log_p = logits.gather(2, tokens[:, 1:, None]).squeeze(2) - logits.logsumexp(2)
+    log_p = _log_p(logits, tokens)
     return (log_p - torch.log1p(-log_p.exp())).mean(1)
+
+
+def _log_p(logits: Tensor, tokens: Tensor) -> Tensor:
+    logits = logits[:, :-1].float()
+    return logits.gather(2, tokens[:, 1:, None]).squeeze(2) - logits.logsumexp(2)
 
 
 def _bert(shape: tuple[int, int, int], batch_size: int, dtype: torch.dtype) -> Case:
@@ -174,7 +177,13 @@ def _bert(shape: tuple[int, int, int], batch_size: int, dtype: torch.dtype) -> C
 def _gpt2(shape: tuple[int, int, int], batch_size: int, dtype: torch.dtype) -> Case:
     layers, width, heads = shape
     config = GPT2Config(
-        n_layer=layers, n_embd=width, n_head=heads, n_positions=LENGTH, vocab_size=8192
+        n_layer=layers,
+        n_embd=width,
+        n_head=heads,
+        n_positions=LENGTH,
+        vocab_size=8192,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     model = GPT2LMHeadModel(config).to(dtype).eval()
     batch = (torch.randint(0, 8192, (batch_size, LENGTH)),)

@@ -266,7 +266,7 @@ def test_the_shorter_side_is_kept_and_small_matrices_are_hashed_whole():
         "head": (None, None),
         "norm": (None, None),
     }
-    assert FactoredProjector(shapes, 4096, device="cpu").sides["ffn"].ranks == (24, None)
+    assert FactoredProjector(shapes, 16384, device="cpu").sides["ffn"].ranks == (32, None)
     both = FactoredProjector(shapes, 64, device="cpu", rank=(8, 300)).sides
     assert both["ffn"].ranks == (8, None)
     assert both["out"].ranks == (8, 300)

@@ -6,6 +6,7 @@ import torch
 from tests import cases, reference, runs
 
 from trak import TRAKer
+from trak.encodings import encoding_of
 from trak.errors import InputError, NumericalError
 from trak.gradient_computers import IterativeGradientComputer
 from trak.projectors import BasicProjector, NoOpProjector, SparseProjector
@@ -16,6 +17,7 @@ from trak.score_computers import (
     RidgeScoreComputer,
     top_scores,
 )
+from trak.score_computers.factor import factorize
 
 
 def assert_scores(found, expected, tolerance=1e-6):
@@ -171,15 +173,6 @@ def test_fewer_rows_than_columns_without_ridge_gives_the_least_norm_solution(tmp
     assert_scores(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize("ridge", [-1.0, float("nan"), float("inf")])
-def test_impossible_ridges_are_refused(ridge, tmp_path):
-    model, train, _ = runs.data("mlp", 8, 1)
-    traker = runs.make_traker(model, 8, tmp_path, lambda_reg=ridge)
-    runs.featurize(traker, train, model.state_dict())
-    with pytest.raises(InputError, match="ridge"):
-        traker.finalize_features()
-
-
 def test_another_ridge_needs_no_second_pass_over_the_data(tmp_path):
     model, train, targets = runs.data("mlp", 30, 4)
     states = cases.checkpoints("mlp", 1)
@@ -266,3 +259,16 @@ def test_top_scores_equal_a_full_sort(block, helpful, monkeypatch):
     assert top_scores(scores, 500).indices.shape == (6, 100)
     with pytest.raises(InputError, match="k must be"):
         top_scores(scores, 0)
+
+
+@pytest.mark.parametrize("row_dtype", ["float16", "bfloat16", "int8"])
+def test_the_default_ridge_is_never_called_singular(row_dtype):
+    """Many rows, and nearly all of them along a few columns."""
+    n, k = 1_000_000, 512
+    gram = torch.diag(n * torch.logspace(0, -12, k, dtype=torch.float64))
+    ridge = float(gram.trace()) / n
+    eps = encoding_of(row_dtype).eps
+    factor = factorize(gram, form="primal", ridge=ridge, num_rows=n, row_eps=eps)
+    torch.testing.assert_close(factor.gram(), gram, atol=1e-9 * n, rtol=0)
+    with pytest.raises(NumericalError, match="singular"):
+        factorize(gram, form="primal", ridge=ridge * 1e-9, num_rows=n, row_eps=eps)

@@ -8,8 +8,9 @@ import logging
 
 from trak import utils
 from trak.installation import test_install
+from trak.pipeline import CheckpointInfo, ExperimentInfo
 from trak.settings import LIBRARY_VERSION
-from trak.traker import CheckpointInfo, ExperimentInfo, TRAKer
+from trak.traker import TRAKer
 
 __version__ = LIBRARY_VERSION
 VERSION = LIBRARY_VERSION

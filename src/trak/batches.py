@@ -112,6 +112,8 @@ def _tensor(value: Any, where: str, device: torch.device | None) -> Tensor:
                 f"{where} is a {type(value).__name__} and not a tensor. Drop what the "
                 "model does not take (texts, ids) before handing over the batch."
             ) from error
+    if value.requires_grad:
+        value = value.detach()
     if value.is_inference():
         value = value.clone()
     return value if device is None else value.to(device)

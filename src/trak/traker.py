@@ -10,40 +10,28 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trak.gradient_computers import (
-    AbstractGradientComputer,
-    choose_computer,
-    select_parameters,
-)
+from trak.arguments import as_integer, as_ridge
+from trak.gradient_computers import AbstractGradientComputer, select_parameters
 from trak.modelout_functions import resolve_task
 from trak.pipeline import (
-    CheckpointInfo,
-    ExperimentInfo,
-    Pipeline,
-    RowMaker,
-    describe_run,
-    list_checkpoints,
-    list_experiments,
+    as_folder,
+    as_names,
+    check_model,
+    check_parts,
+    make_computer,
+    make_pipeline,
+    make_saver,
     make_scorer,
     storage_dtype,
-    store_metadata,
 )
-from trak.projectors import (
-    AbstractProjector,
-    make_projector,
-    resolve_device,
-)
-from trak.savers import AbstractSaver, MmapSaver
-from trak.score_computers import (
-    AbstractScoreComputer,
-    TopScores,
-    top_scores,
-)
-from trak.settings import RunSettings
+from trak.projectors import AbstractProjector, make_projector, resolve_device
+from trak.results import Results
+from trak.savers import AbstractSaver
+from trak.score_computers import AbstractScoreComputer
 from trak.utils import get_num_params
 
 
-class TRAKer:
+class TRAKer(Results):
     """Which training examples made a model predict this (Park et al. 2023)?
 
     For each checkpoint: `load_checkpoint`, `featurize` every batch of the training set,
@@ -81,6 +69,8 @@ class TRAKer:
             squared row norm of the projected gradients.
         check_examples: refuse a batch whose examples are others than those that were
             seen for the same rows (after a resume, or at another checkpoint).
+        row_dtype: how rows are stored, whatever `use_half_precision` says: `"float32"`,
+            `"float16"`, `"bfloat16"`, `"int8"` (with a scale a row) or `"float64"`.
 
     Raises:
         InputError: if an argument cannot be used.
@@ -108,50 +98,42 @@ class TRAKer:
         lambda_reg: float | None = None,
         *,
         check_examples: bool = True,
+        row_dtype: str | torch.dtype | None = None,
     ) -> None:
         self.logger = logging.getLogger("trak")
         self.logger.setLevel(logging_level)
+        check_model(model)
+        check_parts(gradient_computer, projector, saver)
         self.model = model
         self.task = resolve_task(task)
-        self.train_set_size = train_set_size
+        self.train_set_size = as_integer("train_set_size", train_set_size, least=1)
         self.device = resolve_device(device)
-        chosen = select_parameters(model, grad_wrt)
+        self.lambda_reg = as_ridge(lambda_reg)
+        chosen = select_parameters(model, as_names(grad_wrt))
         self.grad_wrt = None if grad_wrt is None else list(chosen)
-        self.lambda_reg = lambda_reg
         self.num_params = get_num_params(model)
         self.num_params_for_grad = sum(p.numel() for p in chosen.values())
         self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
-        self.dtype = storage_dtype(chosen.values(), use_half_precision)
-        self.proj_seed = projector_seed
-        self._layout = {name: p.numel() for name, p in chosen.items()}
+        self.dtype = storage_dtype(chosen.values(), use_half_precision, row_dtype)
+        self.proj_seed = as_integer("projector_seed", projector_seed)
         self._shapes = {name: tuple(p.shape) for name, p in chosen.items()}
         self.init_projector(projector, proj_dim, proj_max_batch_size)
-        everything = len(chosen) == sum(1 for _ in model.parameters())
-        make_computer: Any = gradient_computer or choose_computer(self.task)
-        self.gradient_computer: AbstractGradientComputer = make_computer(
-            model=model,
-            task=self.task,
-            grad_dim=self.num_params_for_grad,
-            dtype=self.dtype,
-            device=self.device,
-            grad_wrt=None if everything else list(chosen),
-        )
+        self.gradient_computer = make_computer(gradient_computer, self, chosen)
         self.score_computer = make_scorer(
-            score_computer, self.dtype, self.device, logging_level, lambda_reg
+            score_computer, self.dtype, self.device, logging_level, self.lambda_reg
         )
-        self.save_dir = Path(save_dir).resolve()
+        self.save_dir = as_folder(save_dir)
         self.load_from_save_dir = load_from_save_dir
-        make_saver: Any = saver or MmapSaver
+        layout = {name: p.numel() for name, p in chosen.items()}
         self.saver: AbstractSaver = make_saver(
-            save_dir=self.save_dir,
-            metadata=store_metadata(self._settings()),
-            train_set_size=train_set_size,
-            proj_dim=self.proj_dim,
+            saver,
+            self,
+            layout,
             load_from_save_dir=load_from_save_dir,
             logging_level=logging_level,
             use_half_precision=use_half_precision,
         )
-        self._pipeline = self._make_pipeline(check_examples)
+        self._pipeline = make_pipeline(self, layout, examples_are_checked=check_examples)
 
     def init_projector(
         self,
@@ -227,13 +209,7 @@ class TRAKer:
             del_grads: accepted as upstream's name; rows are kept, since scores are
                 computed from them.
         """
-        self.projector.free_memory()
-        self._pipeline.finalize_features(model_ids)
-        if del_grads:
-            self.logger.warning(
-                "del_grads=True deletes nothing: this store keeps the projected "
-                "gradients and no second array of features."
-            )
+        self._pipeline.finalize_features(model_ids, del_grads=del_grads)
 
     def start_scoring_checkpoint(
         self, exp_name: str, checkpoint: Any, model_id: int, num_targets: int
@@ -276,74 +252,3 @@ class TRAKer:
             `.npy` file; changing the array does not change the file.
         """
         return self._pipeline.finalize_scores(exp_name, model_ids, allow_skip=allow_skip)
-
-    def scores(self, exp_name: str) -> NDArray[Any]:
-        """Reads an experiment's finalized scores.
-
-        Args:
-            exp_name: the experiment.
-
-        Returns:
-            `[n, m]`.
-        """
-        return self._pipeline.scores(exp_name)
-
-    def top_k(self, exp_name: str, k: int = 10, *, helpful: bool = True) -> TopScores:
-        """The training examples with the strongest scores for every target.
-
-        Args:
-            exp_name: the experiment.
-            k: how many a target.
-            helpful: the largest scores; if False, the smallest (the most harmful).
-
-        Returns:
-            `indices` and `scores`, each `[m, k]`, strongest first.
-        """
-        return top_scores(self.scores(exp_name), k, helpful=helpful)
-
-    def checkpoints(self) -> list[CheckpointInfo]:
-        """Lists the checkpoints of the store.
-
-        Returns:
-            One entry a checkpoint, by id.
-        """
-        return list_checkpoints(self.saver)
-
-    def experiments(self) -> list[ExperimentInfo]:
-        """Lists the experiments of the store.
-
-        Returns:
-            One entry an experiment, by name.
-        """
-        return list_experiments(self.saver)
-
-    def _settings(self) -> RunSettings:
-        return describe_run(
-            model=self.model,
-            task=self.task,
-            layout=self._layout,
-            projector=self.projector,
-            proj_dim=self.proj_dim,
-            train_set_size=self.train_set_size,
-            dtype=self.dtype,
-        )
-
-    def _make_pipeline(self, check_examples: bool) -> Pipeline:
-        maker = RowMaker(
-            model=self.model,
-            computer=self.gradient_computer,
-            projector=self.projector,
-            layout=self._layout,
-            scale=math.sqrt(self.num_params_for_grad),
-            device=self.device,
-        )
-        return Pipeline(
-            model=self.model,
-            task=self.task,
-            maker=maker,
-            saver=self.saver,
-            scorer=self.score_computer,
-            settings=self._settings,
-            dtype=self.dtype,
-            examples_are_checked=check_examples,
-        )

@@ -79,13 +79,15 @@ class Tape:
             root = output.detach().requires_grad_()
             self._roots.append(root)
             output = root.clone()
-        kept = tuple(self._keep(x) for x in inputs)
+        kept = [self._keep(x) for x in inputs]
         versions = _versions(kept)
 
         def at_output(gradient: Tensor) -> None:
             if _versions(kept) != versions:
                 raise InputChangedError(where)
-            listener(kept, gradient)
+            values = tuple(kept)
+            kept.clear()  # the graph keeps this function until the whole pass is over
+            listener(values, gradient)
 
         output.register_hook(at_output)
         return output
@@ -131,7 +133,7 @@ class Tape:
         return value.clone() if self._keep_copies else value
 
 
-def _versions(values: tuple[Any, ...]) -> list[int]:
+def _versions(values: Sequence[Any]) -> list[int]:
     return [x._version if isinstance(x, Tensor) else 0 for x in values]  # noqa: SLF001
 
 

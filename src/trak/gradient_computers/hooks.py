@@ -245,13 +245,15 @@ class HookGradientComputer(SelectingGradientComputer):
             return function(self.model, batch)
 
     def _exact_rows(self, names: tuple[str, ...], samples: Batch) -> Rows:
-        rows: Rows = {}
+        # sketches of one sample after the other: no more is in memory than one gradient
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
 
         def keep(block: Block) -> None:
-            rows[block.name] = block.dense().gradient
+            found[block.name].append(self._ways.sketch(block))
 
-        self._functionally(names, samples, keep)
-        return rows
+        for j in range(batch_size(samples)):
+            self._functionally(names, select(samples, slice(j, j + 1)), keep)
+        return {name: torch.cat(rows) for name, rows in found.items()}
 
     def _exactly(self, names: tuple[str, ...], batch: Batch, sink: Sink) -> None:
         if not names:

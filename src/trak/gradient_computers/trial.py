@@ -28,7 +28,8 @@ class Trial:
     Args:
         anatomy: the model's parameters.
         outputs: runs the model on the samples, `[b]`.
-        exact: the samples' exact gradients, name to `[b, p]`.
+        exact: sketches of the samples' exact gradients, name to `[b, q]`.
+        sketch: makes the gradients of a block small in the same way.
         keep_copies: copy layer inputs.
         alone: the lengths that one sample gives.
     """
@@ -38,6 +39,7 @@ class Trial:
         anatomy: Anatomy,
         outputs: Callable[[], Tensor],
         exact: Rows,
+        sketch: Callable[[Block], Tensor],
         *,
         keep_copies: bool,
         alone: Shapes | None,
@@ -45,6 +47,7 @@ class Trial:
         self._anatomy = anatomy
         self._outputs = outputs
         self._exact = exact
+        self._sketch = sketch
         self._keep_copies = keep_copies
         self._alone = alone
         # half precision, in which equal gradients differ by more
@@ -148,9 +151,9 @@ class Trial:
         found: Rows = {}
 
         def keep(block: Block) -> None:
-            gradient = block.dense().gradient.detach()
+            rows = self._sketch(block)
             known = found.get(block.name)
-            found[block.name] = gradient if known is None else known + gradient
+            found[block.name] = rows if known is None else known + rows
 
         sweep = Sweep(
             self._anatomy,

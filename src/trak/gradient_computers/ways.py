@@ -10,6 +10,7 @@ from trak.batches import Batch, batch_size, leaves, select
 from trak.gradient_computers.capture import InputChangedError
 from trak.gradient_computers.lengths import Lengths, Shapes
 from trak.gradient_computers.plan import EXACT, UNSEEN, Anatomy, Plan, Way
+from trak.gradient_computers.sketch import Sketcher
 from trak.gradient_computers.sweep import Sweep
 from trak.gradient_computers.trial import Rows, Trial
 
@@ -24,9 +25,10 @@ class Ways:
     Args:
         anatomy: the model's parameters.
         outputs: runs the model on a batch, `[b]`.
-        exact: the exact gradients of named parameters, name to `[b, p]`.
+        exact: sketches of the exact gradients of named parameters, name to `[b, q]`.
 
     Attributes:
+        sketch: makes gradients small before they are compared.
         plans: the plans, by whether the batch has more than one sample.
         keep_copies: whether layer inputs must be copied.
         to_prove: parameters that got their first gradient since.
@@ -41,6 +43,8 @@ class Ways:
         self._anatomy = anatomy
         self._outputs = outputs
         self._exact = exact
+        shapes = {name: tuple(p.shape) for name, p in anatomy.parameters.items()}
+        self.sketch = Sketcher(shapes)
         self.plans: dict[bool, Plan] = {}
         self.keep_copies = False
         self.to_prove: set[str] = set()
@@ -164,6 +168,7 @@ class Ways:
             self._anatomy,
             lambda: self._outputs(samples),
             exact,
+            self.sketch,
             keep_copies=self.keep_copies,
             alone=self.alone(samples, self._anatomy.default_plan()),
         )

@@ -76,13 +76,15 @@ def output_function(task: Any) -> Callable[..., Tensor]:
         task: an instance.
 
     Returns:
-        A function of (model, weights, buffers, *sample).
+        A function of (model, weights, buffers, *sample) that returns a tensor or raises
+        `InputTypeError`.
     """
     raw = inspect.getattr_static(task, "get_output")
     if not inspect.isfunction(raw) or "get_output" in vars(task):
-        return task.get_output
+        return _returns_tensor(task, "get_output", task.get_output)
     first = next(iter(inspect.signature(raw).parameters), "self")
-    return raw if first == "model" else task.get_output
+    function = raw if first == "model" else task.get_output
+    return _returns_tensor(task, "get_output", function)
 
 
 def batch_output_function(task: Any) -> Callable[[Any, Any], Tensor] | None:
@@ -101,7 +103,22 @@ def batch_output_function(task: Any) -> Callable[[Any, Any], Tensor] | None:
     single = [j for j, names in enumerate(order) if "get_output" in names]
     if not batched or (single and single[0] < batched[0]):
         return None
-    return task.get_batch_output
+    return _returns_tensor(task, "get_batch_output", task.get_batch_output)
+
+
+def _returns_tensor(
+    task: Any, name: str, function: Callable[..., Any]
+) -> Callable[..., Tensor]:
+    def checked(*args: Any) -> Tensor:
+        output = function(*args)
+        if not isinstance(output, Tensor):
+            raise InputTypeError(
+                f"{name} of {type(task).__name__} must return a tensor computed from the "
+                f"model's output, got {type(output).__name__}."
+            )
+        return output
+
+    return checked
 
 
 def resolve_task(task: Any, by_name: dict[str, type]) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trak.arguments import as_integer, as_number
 from trak.digests import state_digest
 from trak.errors import InputError, PhaseError
 from trak.modelout_functions.abstract import AbstractModelOutput
@@ -40,9 +41,15 @@ class CLIPModelOutput(AbstractModelOutput):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.sim_batch_size = simulated_batch_size
-        self.seed = seed
+        self.temperature = (
+            None
+            if temperature is None
+            else as_number("temperature", temperature, zero=False)
+        )
+        self.sim_batch_size = as_integer(
+            "simulated_batch_size", simulated_batch_size, least=1
+        )
+        self.seed = as_integer("seed", seed)
         self.num_computed_embeddings = 0
         self.image_embeddings: Tensor | None = None
         self.text_embeddings: Tensor | None = None

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trak.arguments import as_number
 from trak.errors import InputError
 from trak.modelout_functions.abstract import AbstractModelOutput
 from trak.modelout_functions.margin import (
@@ -44,7 +45,7 @@ class ImageClassificationModelOutput(AbstractModelOutput):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        self.loss_temperature = temperature
+        self.loss_temperature = as_number("temperature", temperature, zero=False)
 
     @staticmethod
     def get_output(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -52,6 +52,8 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         `[b]`.
     """
+    if not labels.is_floating_point():
+        labels = labels.long()  # gather needs it, and 2 * labels - 1 a sign
     if logits.shape[-1] == 1:
         return logits[..., 0] * (2 * labels - 1)
     classes = torch.arange(logits.shape[-1], device=logits.device)
@@ -97,6 +99,7 @@ def check_labels(logits: Tensor, labels: Tensor) -> None:
             "Expected logits [b, classes] and labels [b], got "
             f"{tuple(logits.shape)} and {tuple(labels.shape)}."
         )
+    labels = labels.long()
     num_classes = max(logits.shape[-1], 2)
     wrong = ((labels < 0) | (labels >= num_classes)).nonzero().flatten()
     if wrong.numel():

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trak.arguments import as_number
 from trak.errors import InputError
 from trak.modelout_functions.abstract import AbstractModelOutput
 from trak.modelout_functions.margin import (
@@ -50,7 +51,7 @@ class TextClassificationModelOutput(AbstractModelOutput):
 
     def __init__(self, temperature: float = 1.0, trim_padding: bool = True) -> None:
         super().__init__()
-        self.loss_temperature = temperature
+        self.loss_temperature = as_number("temperature", temperature, zero=False)
         self._trim_padding = trim_padding  # not a setting: rows are the same
 
     @staticmethod

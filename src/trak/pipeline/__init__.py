@@ -1,5 +1,7 @@
 """Wires gradient computer, projector, store and scoring together."""
 
+from trak.pipeline.assembly import make_computer, make_pipeline, make_saver
+from trak.pipeline.checks import as_folder, as_names, check_model, check_parts
 from trak.pipeline.choices import make_scorer, storage_dtype
 from trak.pipeline.describe import describe_run, store_metadata
 from trak.pipeline.inventory import (
@@ -16,9 +18,16 @@ __all__ = [
     "ExperimentInfo",
     "Pipeline",
     "RowMaker",
+    "as_folder",
+    "as_names",
+    "check_model",
+    "check_parts",
     "describe_run",
     "list_checkpoints",
     "list_experiments",
+    "make_computer",
+    "make_pipeline",
+    "make_saver",
     "make_scorer",
     "storage_dtype",
     "store_metadata",

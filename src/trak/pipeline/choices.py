@@ -6,25 +6,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trak.errors import InputError
+from trak.encodings import encoding_of
+from trak.errors import InputError, InputTypeError
+from trak.pipeline.checks import describe
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
 
 
-def storage_dtype(parameters: Iterable[Tensor], use_half_precision: bool) -> torch.dtype:
+def storage_dtype(
+    parameters: Iterable[Tensor],
+    use_half_precision: bool,
+    row_dtype: str | torch.dtype | None = None,
+) -> torch.dtype:
     """The dtype in which rows are stored.
 
     Args:
         parameters: the selected parameters.
         use_half_precision: the user's wish.
+        row_dtype: the user's explicit wish: a name in `trak.encodings.ENCODINGS`, or the
+            dtype of that name.
 
     Returns:
-        float16 if wished for; else float64 for float64 models, and float32 for others.
+        `row_dtype` if given. Else float16 if half precision is wished for, float64 for
+        float64 models, and float32 for others.
     """
+    if row_dtype is not None:
+        return encoding_of(row_dtype).raw
     if use_half_precision:
         return torch.float16
     if any(p.dtype is torch.float64 for p in parameters):
         return torch.float64
     return torch.float32
+
+
+def float_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of numbers that are no longer, or not yet, rows of the store.
+
+    Args:
+        dtype: dtype of the stored rows.
+
+    Returns:
+        The same; float32 for int8.
+    """
+    return dtype if dtype.is_floating_point else torch.float32
 
 
 def make_scorer(
@@ -49,6 +72,7 @@ def make_scorer(
 
     Raises:
         InputError: if an instance and a ridge are given.
+        InputTypeError: if it is no score computer.
     """
     if isinstance(scorer, AbstractScoreComputer):
         if lambda_reg is not None:
@@ -57,9 +81,22 @@ def make_scorer(
                 "out, or pass the class."
             )
         return scorer
-    cls: Any = scorer or RidgeScoreComputer
+    cls: Any = RidgeScoreComputer if scorer is None else scorer
+    if not _is_score_computer(cls):
+        raise InputTypeError(
+            "score_computer must be a class derived from "
+            "trak.score_computers.AbstractScoreComputer, an instance of one, or None, got "
+            f"{describe(cls)}."
+        )
     if not issubclass(cls, RidgeScoreComputer) and lambda_reg is None:
         lambda_reg = 0.0
     return cls(
-        dtype=dtype, device=device, logging_level=logging_level, lambda_reg=lambda_reg
+        dtype=float_dtype(dtype),
+        device=device,
+        logging_level=logging_level,
+        lambda_reg=lambda_reg,
     )
+
+
+def _is_score_computer(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, AbstractScoreComputer)

@@ -1,5 +1,6 @@
 """A run in words: its settings, the store's metadata, ids and rows in messages."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trak.errors import InputError
+from trak.arguments import as_integer
+from trak.errors import InputError, InputTypeError
 from trak.modelout_functions import describe_task
 from trak.projectors import AbstractProjector, BlockProjector
 from trak.settings import RunSettings
@@ -34,25 +36,40 @@ def store_metadata(settings: RunSettings) -> dict[str, Any]:
 
 
 def as_model_id(model_id: Any) -> int:
-    """Accepts Python and NumPy integers as checkpoint ids.
+    """Accepts integers of any library as checkpoint ids.
 
     Args:
         model_id: what the user gave.
 
     Returns:
         A Python integer.
+    """
+    return as_integer("model_id", model_id, least=0)
+
+
+def as_model_ids(model_ids: Any) -> list[int]:
+    """Accepts an iterable of checkpoint ids.
+
+    Args:
+        model_ids: what the user gave.
+
+    Returns:
+        Python integers.
 
     Raises:
-        InputError: if it is no integer, or negative.
+        InputTypeError: if it is no iterable.
+        InputError: if an id is there twice, since a mean would count it twice.
     """
-    if isinstance(model_id, bool) or not isinstance(model_id, int | np.integer):
+    if isinstance(model_ids, str) or not isinstance(model_ids, Iterable):
+        raise InputTypeError(f"model_ids must be a list such as [0, 1], got {model_ids!r}.")
+    found = [as_model_id(i) for i in model_ids]
+    twice = sorted(i for i, count in Counter(found).items() if count > 1)
+    if twice:
         raise InputError(
-            f"model_id must be an integer, got {model_id!r}. Number the checkpoints "
-            "0, 1, 2, ..."
+            f"model_ids lists {twice} more than once. Each checkpoint counts once in the "
+            "mean: list it once."
         )
-    if model_id < 0:
-        raise InputError(f"model_id must be at least 0, got {model_id}.")
-    return int(model_id)
+    return found
 
 
 def describe_rows(rows: NDArray[np.int64], limit: int = 8) -> str:

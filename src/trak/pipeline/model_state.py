@@ -4,9 +4,10 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from trak.digests import state_digest
+from trak.digests import checksum, state_digest
 from trak.errors import InputError, InputTypeError, PhaseError
 
 
@@ -22,7 +23,7 @@ def validate_state(model: nn.Module, checkpoint: Any) -> str:
 
     Raises:
         InputTypeError: if it is no state dict.
-        InputError: lists missing, unexpected and wrongly shaped entries.
+        InputError: lists missing, unexpected and unusable entries.
     """
     if not isinstance(checkpoint, Mapping):
         raise InputTypeError(
@@ -32,13 +33,9 @@ def validate_state(model: nn.Module, checkpoint: Any) -> str:
     own = model.state_dict()
     problems = [f"missing: {name}" for name in own if name not in checkpoint]
     problems += [f"not in the model: {name}" for name in checkpoint if name not in own]
-    problems += [
-        f"{name}: shape {tuple(value.shape)}, the model has {tuple(own[name].shape)}"
-        for name, value in checkpoint.items()
-        if isinstance(value, Tensor)
-        and isinstance(own.get(name), Tensor)
-        and value.shape != own[name].shape
-    ]
+    for name, value in checkpoint.items():
+        problem = _misfit(value, own[name]) if name in own else None
+        problems += [f"{name}: {problem}"] if problem else []
     if problems:
         shown = "\n".join(f"  - {line}" for line in problems[:10])
         raise InputError(
@@ -48,8 +45,21 @@ def validate_state(model: nn.Module, checkpoint: Any) -> str:
     return state_digest(checkpoint, like=own)
 
 
+def _misfit(value: Any, own: Any) -> str | None:
+    if not isinstance(own, Tensor):
+        return None
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}, the model has a tensor"
+    if value.shape != own.shape:
+        return f"shape {tuple(value.shape)}, the model has {tuple(own.shape)}"
+    return "on the meta device, so that it holds no numbers" if value.is_meta else None
+
+
 class WeightWatch:
-    """Remembers the weights' version counters to notice in-place changes.
+    """Remembers the weights to notice when they change.
+
+    Other tensors in their place, in-place changes by torch's version counters, and, since
+    fused optimizers and `parameter.data` go round these, a checksum of the numbers.
 
     Args:
         model: the model, just loaded.
@@ -57,24 +67,38 @@ class WeightWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._versions = self._read()
+        self._tensors = _tensors(model)
+        self._versions = [_version(t) for t in self._tensors]
+        self._checksum = checksum(self._tensors)
 
     def check(self) -> None:
         """Refuses to go on with other weights than those that were loaded.
 
         Raises:
-            PhaseError: if a parameter or buffer was changed in place.
+            PhaseError: if a parameter or buffer was changed or replaced.
         """
-        if self._read() != self._versions:
+        found = _tensors(self._model)
+        same = len(found) == len(self._tensors) and all(
+            tensor is known and _version(tensor) == version
+            for tensor, known, version in zip(
+                found, self._tensors, self._versions, strict=True
+            )
+        )
+        if not same or not torch.equal(checksum(found), self._checksum):
             raise PhaseError(
                 "The model's weights changed after they were loaded (a training step, "
                 "or load_state_dict?), so their gradients do not belong to this "
                 "checkpoint. Call load_checkpoint or start_scoring_checkpoint again."
             )
 
-    def _read(self) -> list[tuple[int, int]]:
-        tensors = (*self._model.parameters(), *self._model.buffers())
-        return [(id(t), t._version) for t in tensors]  # noqa: SLF001
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _version(tensor: Tensor) -> int:
+    # inference tensors, which a buffer may be, count no versions
+    return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,12 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from trak.arguments import as_integer
 from trak.batches import batch_size, normalize
-from trak.errors import InputError, ModelIDException, PhaseError
-from trak.pipeline.describe import as_model_id, describe_rows, store_metadata
+from trak.errors import ModelIDException, PhaseError
+from trak.pipeline.describe import (
+    as_model_id,
+    describe_rows,
+    store_metadata,
+)
 from trak.pipeline.model_state import WeightWatch, evaluation_mode, validate_state
 from trak.pipeline.order import refuse_shuffled_loader
 from trak.pipeline.project import RowMaker
+from trak.pipeline.readiness import chosen_ids, is_current, not_ready
 from trak.pipeline.rows import (
     check_examples,
     hash_examples,
@@ -24,9 +31,11 @@ from trak.pipeline.rows import (
     row_numbers,
     to_store,
 )
-from trak.pipeline.scoring import finalize_rows, score_blocks
+from trak.pipeline.scoring import ScorePass, finalize_rows
+from trak.pipeline.solving import ScoreSet, ridge_name, row_source, score_sets
 from trak.savers import AbstractSaver, Rows
 from trak.score_computers import AbstractScoreComputer, LinearScoreComputer
+from trak.score_computers.stream import decoded
 from trak.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -120,12 +129,10 @@ class Pipeline:
             num_targets: how many targets the experiment has.
 
         Raises:
-            InputError: if `num_targets` is not positive.
             ModelIDException: if the checkpoint was not featurized.
         """
         model_id = as_model_id(model_id)
-        if not isinstance(num_targets, int | np.integer) or num_targets < 1:
-            raise InputError(f"num_targets must be at least 1, got {num_targets!r}.")
+        num_targets = as_integer("num_targets", num_targets, least=1)
         self.verify()
         digest = validate_state(self.model, checkpoint)
         if self.saver.checkpoint_digest(model_id) is None:
@@ -134,7 +141,7 @@ class Pipeline:
                 "and finalize it before scoring."
             )
         self.saver.register_model_id(model_id, digest)
-        self.saver.init_experiment(exp_name, int(num_targets), model_id)
+        self.saver.init_experiment(exp_name, num_targets, model_id)
         self._load_weights(checkpoint)
         self.phase = Phase("score", model_id, exp_name, WeightWatch(self.model))
 
@@ -182,18 +189,22 @@ class Pipeline:
         ]
         self._store(phase, rows, others, batch, inds, num_samples)
 
-    def finalize_features(self, model_ids: Iterable[int] | None) -> None:
+    def finalize_features(
+        self, model_ids: Iterable[int] | None, *, del_grads: bool
+    ) -> None:
         """Factors the Gram matrix of every checkpoint that needs it.
 
         Args:
             model_ids: the checkpoints; all of the store if None.
+            del_grads: the user's wish to delete the rows, which is not granted.
 
         Raises:
             ModelIDException: if one is unknown or rows are missing.
         """
+        self.maker.projector.free_memory()
         self.verify()
         self.saver.refresh()
-        for model_id in self._chosen(model_ids):
+        for model_id in chosen_ids(self.saver, model_ids):
             rows = self.saver.train_rows(model_id)
             missing = np.flatnonzero(~rows.refresh())
             if len(missing):
@@ -203,15 +214,20 @@ class Pipeline:
                     f"({describe_rows(missing)}). Featurize them, or check that "
                     "train_set_size is the size of the training set."
                 )
-            if self.saver.model_ids[model_id]["is_finalized"] and self._is_current(
-                model_id
+            if self.saver.model_ids[model_id]["is_finalized"] and is_current(
+                self.scorer, self.saver, model_id
             ):
                 logger.info("model_id=%s is finalized already.", model_id)
                 continue
-            phi = torch.from_numpy(rows.array("grads"))
+            phi = row_source(rows)
             matrix, info = finalize_rows(self.scorer, phi, self.maker.device)
             self.saver.save_factor(model_id, matrix, info)
             self._features = None
+        if del_grads:
+            logger.warning(
+                "del_grads=True deletes nothing: this store keeps the projected "
+                "gradients and no second array of features."
+            )
         if self.phase is not None:
             self.phase.cursor = 0
 
@@ -227,33 +243,96 @@ class Pipeline:
 
         Returns:
             Scores, `[n, m]`.
-
-        Raises:
-            ModelIDException: if a checkpoint is not ready.
-            PhaseError: if none is.
         """
+        sets = [ScoreSet(exp_name)]
+        found = self._write(sets, self._ready(sets, model_ids, allow_skip=allow_skip))
+        return found[0]
+
+    def sweep(
+        self,
+        exp_names: Iterable[str],
+        lambda_regs: Iterable[float | None] | None,
+        model_ids: Iterable[int] | None,
+        *,
+        top_k: int | None,
+        helpful: bool,
+        allow_skip: bool,
+    ) -> dict[tuple[str, float | None], Any]:
+        """Computes the scores of several experiments and ridges in one pass.
+
+        Args:
+            exp_names: the experiments.
+            lambda_regs: the ridges; the run's own if None.
+            model_ids: the checkpoints to average over; all of the store if None.
+            top_k: how many training examples to keep for each target; if None, all scores
+                are written.
+            helpful: keep the largest scores; if False, the smallest.
+            allow_skip: leave out checkpoints that are not ready, with a warning.
+
+        Returns:
+            By experiment and ridge: `TopScores`, or scores `[n, m]`.
+        """
+        sets = score_sets(self.scorer, exp_names, lambda_regs)
+        ready = self._ready(sets, model_ids, allow_skip=allow_skip)
+        if top_k is None:
+            found: list[Any] = self._write(sets, ready)
+        else:
+            found = self._pass(sets, ready).top(top_k, helpful=helpful)
+        keys = [(each.exp_name, each.lambda_reg) for each in sets]
+        return dict(zip(keys, found, strict=True))
+
+    def _pass(self, sets: list[ScoreSet], ready: list[int]) -> ScorePass:
+        return ScorePass(
+            scorer=self.scorer,
+            saver=self.saver,
+            sets=sets,
+            model_ids=ready,
+            device=self.maker.device,
+        )
+
+    def _write(self, sets: list[ScoreSet], ready: list[int]) -> list[NDArray[Any]]:
+        info = {
+            "model_ids": ready,
+            "computer": type(self.scorer).__name__,
+            "factors": self._factors(ready),
+        }
+        names = [(each.exp_name, ridge_name(each)) for each in sets]
+        with closing(self._pass(sets, ready).arrays()) as blocks:
+            scores = self.saver.save_score_sets(names, blocks, info)
+        if self.phase is not None:
+            self.phase.cursor = 0
+        return scores
+
+    def _ready(
+        self,
+        sets: list[ScoreSet],
+        model_ids: Iterable[int] | None,
+        *,
+        allow_skip: bool,
+    ) -> list[int]:
         self.verify()
         self.saver.refresh()
+        chosen = chosen_ids(self.saver, model_ids)
+        for each in sets:
+            self.saver.experiment(each.exp_name)  # raises if there is none
         ready: list[int] = []
-        for model_id in self._chosen(model_ids):
-            problem = self._not_ready(exp_name, model_id)
+        for model_id in chosen:
+            problems = (not_ready(self.scorer, self.saver, each, model_id) for each in sets)
+            problem = next((text for text in problems if text is not None), None)
             if problem is None:
                 ready.append(model_id)
             elif allow_skip:
-                logger.warning("Left out of %r: %s", exp_name, problem)
+                names = sorted({each.exp_name for each in sets})
+                logger.warning("Left out of %s: %s", names, problem)
             else:
                 raise ModelIDException(
                     f"{problem} To average over the other checkpoints only, name them "
                     "in model_ids, or pass allow_skip=True."
                 )
         if not ready:
-            raise PhaseError(f"No checkpoint is ready to score {exp_name!r}.")
-        blocks = score_blocks(self.scorer, self.saver, exp_name, ready, self.maker.device)
-        info = {"model_ids": ready, "factors": self._factors(ready)}
-        scores = self.saver.save_scores(exp_name, blocks, info)
-        if self.phase is not None:
-            self.phase.cursor = 0
-        return scores
+            names = sorted({each.exp_name for each in sets})
+            raise PhaseError(f"No checkpoint is ready to score {names}.")
+        return ready
 
     def scores(self, exp_name: str) -> NDArray[Any]:
         """Reads an experiment's scores, if they are still what the store would give.
@@ -292,12 +371,12 @@ class Pipeline:
             `[n, k]` in the store's dtype (float32 where that is float16).
         """
         if self._features is None or self._features[0] != model_id:
-            rows = torch.from_numpy(self.saver.train_rows(model_id).array("grads"))
+            rows = row_source(self.saver.train_rows(model_id))
             matrix, info = self.saver.load_factor(model_id)
             if isinstance(self.scorer, LinearScoreComputer):
                 features = self.scorer.features((matrix, info), rows)
             else:
-                phi = rows.to(self.maker.device, torch.float32)
+                phi = decoded(rows, torch.float32).to(self.maker.device)
                 features = self.scorer.get_x_xtx_inv(phi, torch.as_tensor(matrix).to(phi))
             dtype = torch.promote_types(self.dtype, torch.float32)
             self._features = (model_id, features.to(dtype).cpu().numpy())
@@ -370,42 +449,3 @@ class Pipeline:
             state = "nothing is loaded" if phase is None else f"{phase.kind} is under way"
             raise PhaseError(f"Call {method} before {kind}; at present {state}.")
         return phase
-
-    def _chosen(self, model_ids: Iterable[int] | None) -> list[int]:
-        known = self.saver.model_ids
-        chosen = sorted(known) if model_ids is None else [as_model_id(i) for i in model_ids]
-        unknown = [model_id for model_id in chosen if model_id not in known]
-        if unknown or not chosen:
-            raise ModelIDException(
-                f"Checkpoints {unknown or 'to work on'} are not in "
-                f"{self.saver.save_dir}, which holds {sorted(known)}. Register them with "
-                "load_checkpoint first."
-            )
-        return chosen
-
-    def _is_current(self, model_id: int) -> bool:
-        if not isinstance(self.scorer, LinearScoreComputer):
-            return False
-        return self.scorer.matches(self.saver.load_factor(model_id)[1])
-
-    def _not_ready(self, exp_name: str, model_id: int) -> str | None:
-        if not self.saver.model_ids[model_id]["is_finalized"]:
-            return f"model_id={model_id} is not finalized."
-        if isinstance(self.scorer, LinearScoreComputer) and not self._is_current(model_id):
-            return (
-                f"model_id={model_id} was finalized with "
-                f"{self.saver.load_factor(model_id)[1]}, another ridge or score computer "
-                "than this run's; call finalize_features() again (no gradient is "
-                "recomputed)."
-            )
-        if exp_name not in self.saver.experiments:
-            self.saver.load_scores(exp_name)  # raises the error that names what there is
-        if not self.saver.has_targets(exp_name, model_id):
-            return f"Experiment {exp_name!r} has no targets for model_id={model_id}."
-        missing = np.flatnonzero(~self.saver.target_rows(exp_name, model_id).refresh())
-        if len(missing):
-            return (
-                f"Experiment {exp_name!r} lacks {len(missing)} targets for "
-                f"model_id={model_id}: {describe_rows(missing)} were never scored."
-            )
-        return None

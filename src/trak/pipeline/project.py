@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trak.batches import Batch, batch_size, select
 from trak.blocks import Block
-from trak.errors import InputError, NumericalError
+from trak.errors import InputError, InputTypeError, NumericalError
 from trak.gradient_computers import AbstractGradientComputer
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.pipeline.lengths import Trimmer
@@ -125,7 +126,12 @@ class RowMaker:
             )
 
     def _loss_weights(self, batch: Batch, numbers: list[int]) -> Tensor:
-        weights = self.computer.compute_loss_grad(batch)
+        weights: Any = self.computer.compute_loss_grad(batch)
+        if not isinstance(weights, Tensor):
+            raise InputTypeError(
+                "get_out_to_loss_grad must return a tensor with one number a sample, got "
+                f"{type(weights).__name__}."
+            )
         if weights.numel() != batch_size(batch):
             raise InputError(
                 "get_out_to_loss_grad must return one number a sample, "

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from trak.batches import Batch, batch_size, select
 from trak.digests import example_digests
+from trak.encodings import encoding_of
 from trak.errors import InputError, InputTypeError, NumericalError, StoreMismatchError
 from trak.savers import Rows
 
 RowNumbers = NDArray[np.int64]
+
+_WIDER = 'Use use_half_precision=False or row_dtype="float32" with a new save_dir.'
 
 _UNDERFLOW = 0.05  # of a row's norm lost to rounding; float16's normal range loses 0.0005
 
@@ -119,32 +122,36 @@ def to_store(rows: Tensor, dtype: torch.dtype, numbers: RowNumbers) -> NDArray[A
         numbers: the rows' numbers, for messages.
 
     Returns:
-        `[b, k]`.
+        `[b, k]`, in the dtype; float32 for bfloat16, which NumPy lacks, and for int8.
 
     Raises:
         NumericalError: names the first row beyond the dtype's range or below it.
     """
-    rounded = rows.to(dtype)
-    size = torch.linalg.vector_norm(rows, dim=1)
-    lost = torch.linalg.vector_norm(rounded.to(rows.dtype) - rows, dim=1)
-    small = lost > _UNDERFLOW * size
-    if small.any() and torch.isfinite(rounded).all():
-        bad = int(small.nonzero()[0])
-        raise NumericalError(
-            f"The projected gradient of sample {numbers[bad]} is so small "
-            f"({float(rows[bad].abs().max()):.3g} at most) that {dtype} loses it to "
-            "rounding. Nothing of this batch was stored. Use use_half_precision=False "
-            "with a new save_dir."
-        )
+    encoding = encoding_of(dtype)
+    rounded = encoding.decode(*encoding.encode(rows))
+    largest = rows.abs().amax(dim=1)
     finite = torch.isfinite(rounded).all(dim=1)
     if not finite.all():
         bad = int((~finite).nonzero()[0])
         raise NumericalError(
             f"The projected gradient of sample {numbers[bad]} reaches "
-            f"{float(rows[bad].abs().max()):.3g}, beyond {dtype}. Nothing of this batch "
-            "was stored. Use use_half_precision=False with a new save_dir."
+            f"{float(largest[bad]):.3g}, beyond {dtype}. Nothing of this batch "
+            f"was stored. {_WIDER}"
         )
-    return rounded.cpu().numpy()
+    size = torch.linalg.vector_norm(rows, dim=1)
+    lost = torch.linalg.vector_norm(rounded.to(rows.dtype) - rows, dim=1)
+    small = lost > _UNDERFLOW * size
+    if small.any():
+        bad = int(small.nonzero()[0])
+        why = f"so small ({float(largest[bad]):.3g} at most)"
+        if encoding.scaled:
+            ratio = float(largest[bad] / size[bad]) * rows.shape[1] ** 0.5
+            why = f"so uneven (its largest entry is {ratio:.3g} times its mean one)"
+        raise NumericalError(
+            f"The projected gradient of sample {numbers[bad]} is {why} that {dtype} "
+            f"loses it to rounding. Nothing of this batch was stored. {_WIDER}"
+        )
+    return rounded.to(dtype if encoding.plain else torch.float32).cpu().numpy()
 
 
 def narrow(batch: Batch, positions: NDArray[np.int64]) -> Batch:
@@ -178,11 +185,19 @@ def hash_examples(batch: Batch, *, enabled: bool) -> NDArray[np.int64]:
 
 
 def _as_integers(inds: Any) -> RowNumbers:
+    if isinstance(inds, set | frozenset):
+        raise InputTypeError(
+            "inds is a set, which has no order: which number belongs to which sample is "
+            "not known. Pass a list, array or tensor."
+        )
     if isinstance(inds, Tensor):
         inds = inds.detach().cpu().numpy()
     elif not isinstance(inds, Mapping) and isinstance(inds, Iterable):
         inds = [int(i) if isinstance(i, Tensor) else i for i in inds]
-    numbers = np.asarray(inds).reshape(-1)
+    try:
+        numbers = np.asarray(inds).reshape(-1)
+    except ValueError as error:
+        raise InputTypeError(f"inds must be one list of integers ({error}).") from error
     if numbers.size == 0:
         return np.empty(0, dtype=np.int64)
     if numbers.dtype == np.bool_ or not np.issubdtype(numbers.dtype, np.integer):

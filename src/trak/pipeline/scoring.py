@@ -1,21 +1,45 @@
-"""Rows to scores: what is kept of a checkpoint, and the mean over checkpoints."""
+"""One pass over the rows: what is kept of a checkpoint, and any sets of scores."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trak.encodings import EncodedRows, RowSource, row_encoding
 from trak.errors import NumericalError
+from trak.pipeline.solving import ScoreSet, row_source, solve
 from trak.savers import AbstractSaver
-from trak.score_computers import AbstractScoreComputer, LinearScoreComputer
+from trak.score_computers import (
+    AbstractScoreComputer,
+    LinearScoreComputer,
+    RunningTop,
+    TopScores,
+)
+from trak.score_computers.linear import BlockScorer
+from trak.score_computers.stream import (
+    Multiplier,
+    decoded,
+    products_dtype,
+    refuse_nonfinite,
+    rows_per_block,
+    stream,
+)
 
-_BLOCK_ROWS = 4096
+_SOLVED_ROWS = 4096
+_SCORE_BYTES = 32 << 20
+_BUFFERS = 3  # one is made, one waits, one is being written
+_SAFE = (1e-24, 1e24)  # weights whose products with rows and Q float32 can hold
+
+Scored = Generator[tuple[int, Tensor]]
 
 
 def finalize_rows(
-    scorer: AbstractScoreComputer, rows: Tensor, device: torch.device
+    scorer: AbstractScoreComputer, rows: RowSource, device: torch.device
 ) -> tuple[NDArray[np.float64], dict[str, object]]:
     """Makes the square matrix that the store keeps of a checkpoint.
 
@@ -30,73 +54,175 @@ def finalize_rows(
     """
     if isinstance(scorer, LinearScoreComputer):
         return scorer.finalize(_on(rows, device))
-    gram = scorer.get_xtx(rows.to(device, torch.float32))
+    gram = scorer.get_xtx(decoded(rows, torch.float32).to(device))
     matrix = gram.detach().to(torch.float64).cpu().numpy()
     return matrix, {"computer": type(scorer).__name__}
 
 
-def score_blocks(
-    scorer: AbstractScoreComputer,
-    saver: AbstractSaver,
-    exp_name: str,
-    model_ids: list[int],
-    device: torch.device,
-) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Scores in stretches of rows, averaged over checkpoints.
+@dataclass(frozen=True, kw_only=True)
+class ScorePass:
+    """One pass over the rows of some checkpoints, for any number of sets of scores.
 
-    `(mean_c Phi_c K_c^-1 phi_c^T) * (mean_c Q_c)`: Park et al. 2023, Sec. 3.2, Step 4,
-    with the averages taken apart as upstream does.
-
-    Args:
+    Attributes:
         scorer: the score computer.
         saver: the store.
-        exp_name: the experiment.
-        model_ids: the checkpoints.
+        sets: what to compute; their columns stand side by side.
+        model_ids: the checkpoints to average over.
         device: where to compute.
-
-    Yields:
-        First row and scores `[rows, m]`.
-
-    Raises:
-        NumericalError: if a score is not finite.
     """
-    scorers = [_scorer(scorer, saver, exp_name, i, device) for i in model_ids]
-    weights = [saver.train_rows(i).array("out_to_loss") for i in model_ids]
-    num_rows = len(weights[0])
-    for start in range(0, num_rows, _BLOCK_ROWS):
-        stop = min(start + _BLOCK_ROWS, num_rows)
-        scores = torch.stack([score(start, stop) for score in scorers]).mean(dim=0)
-        q = np.mean([w[start:stop] for w in weights], axis=0, dtype=np.float64)
-        block = scores.cpu().numpy() * q
-        if not np.isfinite(block).all():
-            row, target = np.argwhere(~np.isfinite(block))[0]
-            raise NumericalError(
-                f"The score of training example {start + row} for target {target} is "
-                f"not finite (checkpoints {model_ids}). Use a larger ridge "
-                "(lambda_reg), or leave it out."
-            )
-        yield start, block
+
+    scorer: AbstractScoreComputer
+    saver: AbstractSaver
+    sets: list[ScoreSet]
+    model_ids: list[int]
+    device: torch.device
+
+    def columns(self) -> list[slice]:
+        """Where each set's columns are.
+
+        Returns:
+            One slice a set.
+        """
+        counts = [self.saver.experiment(s.exp_name)["num_targets"] for s in self.sets]
+        ends = np.cumsum(counts).tolist()
+        return [slice(e - c, e) for c, e in zip(counts, ends, strict=True)]
+
+    def top(self, k: int, *, helpful: bool) -> list[TopScores]:
+        """The strongest training examples of every target, in memory that has no `n`.
+
+        Args:
+            k: how many a target.
+            helpful: the largest scores; if False, the smallest.
+
+        Returns:
+            One result a set.
+        """
+        columns = self.columns()
+        top: RunningTop | None = None
+        with closing(self.blocks(1 if helpful else -1)) as blocks:
+            for start, block in blocks:
+                if top is None:
+                    top = RunningTop(columns[-1].stop, k, block.dtype, block.device)
+                top.add(start, block)
+        assert top is not None  # noqa: S101 - there is at least one training example
+        rows, scores = top.result(negated=not helpful)
+        scores = scores.astype(self._stored(), copy=False)
+        return [TopScores(rows[part], scores[part]) for part in columns]
+
+    def arrays(self) -> Generator[tuple[int, NDArray[np.floating]]]:
+        """Scores of all sets, as a saver takes them.
+
+        Yields:
+            First row and scores `[rows, m]`, to be used before two more are asked for.
+        """
+        with closing(self.blocks()) as blocks:
+            for start, block in blocks:
+                yield start, block.cpu().numpy()
+
+    def blocks(self, sign: int = 1) -> Scored:
+        """Scores in stretches of rows, averaged over checkpoints.
+
+        `(mean_c Phi_c K_c^-1 phi_c^T) * (mean_c Q_c)`: Park et al. 2023, Sec. 3.2, Step
+        4, with the averages taken apart as upstream does.
+
+        Args:
+            sign: -1 turns the scores' signs.
+
+        Yields:
+            First row and finite scores `[rows, m]`, to be used before two more are asked
+            for.
+        """
+        sources = [
+            _on(row_source(self.saver.train_rows(i)), self.device) for i in self.model_ids
+        ]
+        solved = [
+            solve(self.scorer, self.saver, self.sets, model_id, rows)
+            for model_id, rows in zip(self.model_ids, sources, strict=True)
+        ]
+        weights = [w for w in solved if isinstance(w, Tensor)]
+        if len(weights) == len(solved):
+            scale = sign / len(weights)
+            found = self._multiplied(sources, [w * scale for w in weights])
+        else:
+            found = self._looked_up([s for s in solved if not isinstance(s, Tensor)], sign)
+        for start, block in found:
+            # a sum is quick, and finite unless a term is not, or it overflows
+            if not torch.isfinite(block.sum()) and not torch.isfinite(block).all():
+                self._refuse(sources, start, block)
+            yield start, block
+
+    def _multiplied(self, sources: list[RowSource], weights: list[Tensor]) -> Scored:
+        dtype = _products(sources, weights)
+        weights = [w.to(dtype) for w in weights]
+        width, columns = weights[0].shape
+        fitting = max(64, _SCORE_BYTES // (columns * dtype.itemsize))
+        rows = min(rows_per_block(width, dtype), fitting)
+        shape = (min(rows, sources[0].shape[0]), columns)
+        outs = [
+            torch.empty(shape, dtype=dtype, device=self.device) for _ in range(_BUFFERS)
+        ]
+        last = len(sources) - 1
+        for source, start, block in stream(sources, dtype, self.device, rows, self._q()):
+            out = outs[start // rows % _BUFFERS][: len(block)]
+            # with beta=0 the product replaces whatever the buffer held
+            out.addmm_(block, weights[source], beta=0 if source == 0 else 1)
+            if source == last:
+                yield start, out
+
+    def _looked_up(self, scorers: list[list[BlockScorer]], sign: int) -> Scored:
+        q = self._q()
+        num_rows = len(self.saver.train_rows(self.model_ids[0]).done)
+        for start in range(0, num_rows, _SOLVED_ROWS):
+            stop = min(start + _SOLVED_ROWS, num_rows)
+            parts = [
+                torch.cat([score(start, stop) for score in part], dim=1) for part in scorers
+            ]
+            mean = torch.stack(parts).mean(dim=0)
+            yield start, mean * (sign * q(start, stop)).to(mean)
+
+    def _stored(self) -> type[np.floating]:
+        # as in score files: float64 for float64 models only
+        rows = row_source(self.saver.train_rows(self.model_ids[0]))
+        return np.float64 if row_encoding(rows).name == "float64" else np.float32
+
+    def _q(self) -> Multiplier:
+        weights = [self.saver.train_rows(i).array("out_to_loss") for i in self.model_ids]
+
+        @lru_cache(maxsize=1)  # every checkpoint of a stretch asks for it
+        def mean(start: int, stop: int) -> Tensor:
+            parts = [w[start:stop] for w in weights]
+            q = np.mean(parts, axis=0, dtype=np.float64)
+            return torch.from_numpy(q).to(self.device)
+
+        return mean
+
+    def _refuse(self, sources: list[RowSource], start: int, block: Tensor) -> None:
+        for rows in sources:
+            refuse_nonfinite(rows, rows_per_block(rows.shape[1], torch.float64))
+        row, column = (int(i) for i in (~torch.isfinite(block)).nonzero()[0])
+        for part, (name, *_) in zip(self.columns(), self.sets, strict=True):
+            if part.start <= column < part.stop:
+                raise NumericalError(
+                    f"The score of training example {start + row} for target "
+                    f"{column - part.start} of {name!r} is not finite (checkpoints "
+                    f"{self.model_ids}). Use a larger ridge (lambda_reg), or leave it out."
+                )
 
 
-def _scorer(
-    scorer: AbstractScoreComputer,
-    saver: AbstractSaver,
-    exp_name: str,
-    model_id: int,
-    device: torch.device,
-) -> Callable[[int, int], Tensor]:
-    rows = torch.from_numpy(saver.train_rows(model_id).array("grads"))
-    targets = torch.from_numpy(saver.target_rows(exp_name, model_id).array("grads"))
-    kept = saver.load_factor(model_id)
-    if isinstance(scorer, LinearScoreComputer):
-        return scorer.scorer(kept, _on(rows, device), targets.to(device))
-    phi = rows.to(device, torch.float32)
-    features = scorer.get_x_xtx_inv(phi, torch.as_tensor(kept[0]).to(phi))
-    scores = torch.zeros(len(rows), len(targets))
-    scorer.get_scores(features, targets.to(features), accumulator=scores)
-    return lambda start, stop: scores[start:stop].to(torch.float64)
+def _products(sources: list[RowSource], weights: list[Tensor]) -> torch.dtype:
+    # float32 where the rows are no better than that, unless it could lose the weights
+    if any(products_dtype(rows) is not torch.float32 for rows in sources):
+        return torch.float64
+    low, high = _SAFE
+    for each in weights:
+        largest = each.abs().amax(dim=0)
+        if not ((largest == 0) | ((largest > low) & (largest < high))).all():
+            return torch.float64
+    return torch.float32
 
 
-def _on(rows: Tensor, device: torch.device) -> Tensor:
-    # file-backed rows stay where they are on a CPU
-    return rows if device.type == "cpu" else rows.to(device)
+def _on(rows: RowSource, device: torch.device) -> RowSource:
+    # rows in a file travel block by block
+    if isinstance(rows, EncodedRows) or device.type == "cpu":
+        return rows
+    return rows.to(device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trak.arguments import as_integer
 from trak.blocks import Block, DenseBlock, Sink
 from trak.errors import InputError
 from trak.utils import vectorize
@@ -35,15 +36,26 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         The device.
 
     Raises:
-        InputError: if CUDA was asked for and is not there.
+        InputError: if there is no such device, or it was asked for and is not there.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(
+            f"device must be one of torch's, such as 'cpu', 'cuda' or 'cuda:1', got "
+            f"{device!r}. Leave it out for CUDA where present, else the CPU."
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "device='cuda' was asked for, but this machine has no CUDA device that "
             "torch can see. Use device='cpu', or leave device out."
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device='{device}' was asked for, but torch sees {torch.cuda.device_count()} "
+            "CUDA devices, numbered from 0."
         )
     return device
 
@@ -72,7 +84,7 @@ class AbstractProjector(ABC):
     ) -> None:
         self.grad_dim = grad_dim
         self.proj_dim = proj_dim
-        self.seed = seed
+        self.seed = as_integer("seed", seed)
         self.proj_type = proj_type
         self.device = resolve_device(device)
 
@@ -116,8 +128,7 @@ class BlockProjector(AbstractProjector):
         device: str | torch.device | None,
         layout: Mapping[str, int] | None = None,
     ) -> None:
-        if proj_dim < 1:
-            raise InputError(f"proj_dim must be at least 1, got {proj_dim}.")
+        proj_dim = as_integer("proj_dim", proj_dim, least=1)
         if layout is not None and sum(layout.values()) != grad_dim:
             total = sum(layout.values())
             raise InputError(f"The layout holds {total} scalars, grad_dim {grad_dim}.")

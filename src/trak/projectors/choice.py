@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from trak.arguments import as_integer
 from trak.errors import InputError
 from trak.projectors.abstract import BlockProjector, ProjectionType
 from trak.projectors.dense import BasicProjector
@@ -51,8 +52,7 @@ def make_projector(
     Raises:
         InputError: if `proj_dim` is not a positive integer or the name is not known.
     """
-    if isinstance(proj_dim, bool) or not isinstance(proj_dim, int) or proj_dim < 1:
-        raise InputError(f"proj_dim must be an integer of at least 1, got {proj_dim!r}.")
+    proj_dim = as_integer("proj_dim", proj_dim, least=1)
     full = {n: (s,) if isinstance(s, int) else tuple(s) for n, s in shapes.items()}
     layout = {name: math.prod(shape) for name, shape in full.items()}
     size = f"{sum(layout.values()):,} parameters to {proj_dim:,} numbers"

@@ -71,7 +71,7 @@ class FactoredProjector(BlockProjector):
     averages out over layers.
 
     By default the shorter side of each layer is kept whole and the longer one compressed
-    to `r = max(16, sqrt(k) / 3)` (more where the shorter side has less than 2048 / r
+    to `r = max(16, sqrt(k) / 4)` (more where the shorter side has less than 2048 / r
     entries). This has the variance of compressing both sides to `2 r` at half the cost,
     since the sum over positions does the multiplication by the kept side anyway. Vectors
     (biases, normalisation layers) and small matrices are hashed as they are.
@@ -289,8 +289,8 @@ class FactoredProjector(BlockProjector):
 
 
 def _default_rank(proj_dim: int) -> int:
-    third_of_root = math.ceil(math.sqrt(proj_dim) / 3)
-    return max(_SMALLEST_RANK, -(-third_of_root // 8) * 8)
+    quarter_of_root = math.ceil(math.sqrt(proj_dim) / 4)
+    return max(_SMALLEST_RANK, -(-quarter_of_root // 8) * 8)
 
 
 def _checked(rank: Any) -> int | tuple[int, int]:

@@ -1,12 +1,14 @@
 """What the pipeline asks of a store."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from trak.errors import PhaseError
 
 
 class Rows(Protocol):
@@ -26,7 +28,11 @@ class Rows(Protocol):
         ...
 
     def array(self, name: str) -> NDArray[Any]:
-        """One array, `[rows, columns]`."""
+        """One array, `[rows, columns]`.
+
+        A store that can also stream its rows of `grads` has a method `encoded` that
+        returns `trak.encodings.EncodedRows`; without it they are taken from here.
+        """
         ...
 
 
@@ -200,6 +206,37 @@ class AbstractSaver(ABC):
         Returns:
             The scores, `[n, m]`.
         """
+
+    def save_score_sets(
+        self,
+        sets: Sequence[tuple[str, str | None]],
+        blocks: Iterable[tuple[int, NDArray[Any]]],
+        info: Mapping[str, Any],
+    ) -> list[NDArray[Any]]:
+        """Writes several sets of scores in one pass; a saver need not be able to.
+
+        Args:
+            sets: experiments, and for each the name of a further ridge, or None for the
+                ridge of the run.
+            blocks: first row and scores `[rows, m]` of consecutive stretches, with the
+                sets' columns side by side. A block may be overwritten when two more have
+                been given out.
+            info: what the scores were made from.
+
+        Returns:
+            The scores of each set, `[n, m]`.
+
+        Raises:
+            PhaseError: if there are several.
+        """
+        if len(sets) == 1 and sets[0][1] is None:
+            copies = ((start, block.copy()) for start, block in blocks)
+            return [self.save_scores(sets[0][0], copies, info)]
+        raise PhaseError(
+            f"{type(self).__name__} writes one experiment at one ridge at a time; "
+            f"{list(sets)} were asked for. Call finalize_scores for each, pass top_k, or "
+            "use MmapSaver."
+        )
 
     @abstractmethod
     def load_scores(self, exp_name: str) -> NDArray[Any]:

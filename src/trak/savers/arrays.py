@@ -27,6 +27,9 @@ class RowFile:
         shape: rows and columns.
         dtype: the rows' dtype.
 
+    Attributes:
+        offset: where the data begin, in bytes.
+
     Raises:
         StoreCorruptedError: if the file is there with another shape, dtype or length.
     """
@@ -37,26 +40,44 @@ class RowFile:
         self.dtype = np.dtype(dtype)
         if not path.exists():
             self._create()
-        self._offset = self._check()
+        self.offset = self._check()
 
-    def write(self, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
+    def write(
+        self, rows: NDArray[np.int64], values: NDArray[Any], *, sync: bool = True
+    ) -> None:
         """Writes rows and waits until they are on disk.
 
         Args:
             rows: row numbers, `[b]`.
             values: `[b, columns]`.
+            sync: False does not wait; call `sync` at the end.
         """
         values = np.ascontiguousarray(values, dtype=self.dtype)
         row_bytes = self.shape[1] * self.dtype.itemsize
         descriptor = os.open(self.path, os.O_WRONLY)
         try:
             for first, last in runs(rows):
-                data = memoryview(values[first:last].tobytes())
-                offset = self._offset + int(rows[first]) * row_bytes
+                data = memoryview(values[first:last].reshape(-1).view(np.uint8).data)
+                offset = self.offset + int(rows[first]) * row_bytes
                 while data:
                     written = os.pwrite(descriptor, data, offset)
                     data, offset = data[written:], offset + written
+            if sync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def sync(self, *, forget: bool = False) -> None:
+        """Waits until everything written is on disk.
+
+        Args:
+            forget: let go of the pages in the system's cache.
+        """
+        descriptor = os.open(self.path, os.O_WRONLY)
+        try:
             os.fsync(descriptor)
+            if forget and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 
@@ -67,7 +88,7 @@ class RowFile:
             `[rows, columns]`, backed by the file.
         """
         return np.memmap(
-            self.path, self.dtype, mode="c", offset=self._offset, shape=self.shape
+            self.path, self.dtype, mode="c", offset=self.offset, shape=self.shape
         )
 
     def _header(self) -> bytes:

@@ -72,11 +72,18 @@ class Journal:
         """Reads what was appended since, by this or another process.
 
         Raises:
-            StoreCorruptedError: if a line that is not the last is damaged.
+            StoreCorruptedError: if a line that is not the last is damaged, or the file
+                is gone.
         """
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError as error:
+            raise StoreCorruptedError(
+                f"{self.path} is gone: its folder was moved or removed during the run. "
+                "Make a new TRAKer."
+            ) from error
         lines = data.split(b"\n")
         for number, line in enumerate(lines[:-1]):
             payload = _parse(line)

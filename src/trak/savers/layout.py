@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from trak.encodings import RowEncoding
 from trak.errors import InputError, StoreMismatchError
 from trak.savers.rows import RowGroup
 
@@ -17,16 +18,18 @@ class StoreLayout:
         save_dir: the store's folder.
         num_rows: number of training examples, `n`.
         width: projection dimension, `k`.
-        dtype: dtype of projected gradients.
+        encoding: how projected gradients are written.
     """
 
-    def __init__(self, save_dir: Path, num_rows: int, width: int, dtype: Any) -> None:
+    def __init__(
+        self, save_dir: Path, num_rows: int, width: int, encoding: RowEncoding
+    ) -> None:
         self.save_dir = save_dir
         self.num_rows = num_rows
         self.width = width
-        self.dtype = np.dtype(dtype)
+        self.encoding = encoding
         # Q lies in (0, 1] and reaches below float16's range for confident models
-        wide = np.float64 if self.dtype == np.float64 else np.float32
+        wide = np.float64 if encoding.name == "float64" else np.float32
         self.q_dtype = self.score_dtype = np.dtype(wide)
 
     def checkpoint(self, model_id: int) -> Path:
@@ -40,7 +43,7 @@ class StoreLayout:
         """
         return self.save_dir / str(model_id)
 
-    def experiment(self, exp_name: str) -> Path:
+    def experiment(self, exp_name: Any) -> Path:
         """An experiment's record.
 
         Args:
@@ -52,10 +55,12 @@ class StoreLayout:
         Raises:
             InputError: if the name cannot be a file name.
         """
-        if not re.fullmatch(r"[\w\-+=@,()\[\] ][\w\-+=@,.()\[\] ]*", exp_name):
+        if not isinstance(exp_name, str) or not re.fullmatch(
+            r"[\w\-+=@,()\[\] ][\w\-+=@,.()\[\] ]*", exp_name
+        ):
             raise InputError(
-                "exp_name becomes a file name: use letters, digits, '_', '-' and '.', and "
-                f"no leading '.'; got {exp_name!r}."
+                "exp_name becomes a file name: use a string of letters, digits, '_', '-' "
+                f"and '.', without leading '.'; got {exp_name!r}."
             )
         return self.save_dir / "experiments" / f"{exp_name}.json"
 
@@ -66,16 +71,18 @@ class StoreLayout:
             model_id: the checkpoint.
 
         Returns:
-            `grads` `[n, k]`, `out_to_loss` `[n, 1]` and `examples` `[n, 1]`.
+            `grads` `[n, k]`, `out_to_loss` `[n, 1]` and `examples` `[n, 1]`; and, if
+            rows have scales, `scales` `[n, 1]`.
         """
         folder = self.checkpoint(model_id)
         self._refuse_other_writers(folder)
         arrays = {
-            "grads": (folder / "grads.mmap", self.width, self.dtype),
+            **self._grads(folder, ""),
             "out_to_loss": (folder / "out_to_loss.mmap", 1, self.q_dtype),
             "examples": (folder / "examples.mmap", 1, np.int64),
         }
-        return RowGroup(folder / "grads.journal", self.num_rows, arrays)
+        journal = folder / "grads.journal"
+        return RowGroup(journal, self.num_rows, arrays, self.encoding)
 
     def target_journal(self, exp_name: str, model_id: int) -> Path:
         """The journal of an experiment's targets.
@@ -98,16 +105,25 @@ class StoreLayout:
             num_targets: how many targets it has, `m`.
 
         Returns:
-            `grads` `[m, k]` and `examples` `[m, 1]`.
+            `grads` `[m, k]` and `examples` `[m, 1]`; and, if rows have scales, `scales`
+            `[m, 1]`.
         """
         folder = self.checkpoint(model_id)
         self._refuse_other_writers(folder)
         arrays = {
-            "grads": (folder / f"{exp_name}_grads.mmap", self.width, self.dtype),
+            **self._grads(folder, f"{exp_name}_"),
             "examples": (folder / f"{exp_name}_examples.mmap", 1, np.int64),
         }
         journal = self.target_journal(exp_name, model_id)
-        return RowGroup(journal, num_targets, arrays)
+        return RowGroup(journal, num_targets, arrays, self.encoding)
+
+    def _grads(self, folder: Path, prefix: str) -> dict[str, tuple[Path, int, Any]]:
+        arrays: dict[str, tuple[Path, int, Any]] = {
+            "grads": (folder / f"{prefix}grads.mmap", self.width, self.encoding.file)
+        }
+        if self.encoding.scaled:
+            arrays["scales"] = (folder / f"{prefix}scales.mmap", 1, np.dtype("<f4"))
+        return arrays
 
     def _refuse_other_writers(self, folder: Path) -> None:
         others = sorted(

@@ -1,13 +1,14 @@
 """The store: one folder, readable with NumPy and a text editor. See FORMAT.md."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trak.encodings import encoding_of
 from trak.errors import (
     ModelIDException,
     PhaseError,
@@ -24,12 +25,13 @@ from trak.savers.filesystem import (
 )
 from trak.savers.layout import StoreLayout
 from trak.savers.rows import RowGroup
+from trak.savers.score_files import ScoreFiles
 from trak.savers.view import CurrentStore
 from trak.settings import differences
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # what FORMAT.md calls the lowest version that describes a store
 
 
 class MmapSaver(AbstractSaver):
@@ -41,9 +43,10 @@ class MmapSaver(AbstractSaver):
             same.
         train_set_size: number of training examples, `n`.
         proj_dim: projection dimension, `k`.
-        load_from_save_dir: list the checkpoints and experiments that are there already.
-            If False, only those this object registers are listed; what is on disk is
-            checked, continued and never overwritten all the same.
+        load_from_save_dir: list all checkpoints and experiments that are there, also
+            those that other processes add later. If False, only those this object
+            registers are listed; what is on disk is checked, continued and never
+            overwritten all the same.
         logging_level: accepted as upstream's name.
         use_half_precision: store float16 rows where `metadata` does not name a
             precision.
@@ -68,8 +71,10 @@ class MmapSaver(AbstractSaver):
         self.proj_dim = proj_dim
         self.load_from_save_dir = load_from_save_dir
         default = "float16" if use_half_precision else "float32"
-        dtype = np.dtype(self.metadata.get("precision", default))
-        self._layout = StoreLayout(self.save_dir, train_set_size, proj_dim, dtype)
+        encoding = encoding_of(self.metadata.get("precision", default))
+        self.format = 1 if encoding.plain else FORMAT_VERSION
+        self._layout = StoreLayout(self.save_dir, train_set_size, proj_dim, encoding)
+        self._scores = ScoreFiles(self._layout)
         self.model_ids: dict[int, dict[str, int]] = {}
         self.experiments: dict[str, dict[str, Any]] = {}
         self.current_store = CurrentStore(self)
@@ -80,16 +85,11 @@ class MmapSaver(AbstractSaver):
     def _open(self) -> None:
         for name in ("", "scores", "experiments"):
             (self.save_dir / name).mkdir(parents=True, exist_ok=True)
-        content = {"format": FORMAT_VERSION, **self.metadata}
+        self._refuse_rows_of_unknown_settings()
+        content = {"format": self.format, **self.metadata}
         if create_json(self.save_dir / "metadata.json", content):
             logger.info("Created a store in %s.", self.save_dir)
         self.verify(self.metadata)
-        if self.load_from_save_dir:
-            folders = self.save_dir.glob("*/checkpoint.json")
-            names = [path.parent.name for path in folders]
-            self.model_ids = {int(name): {} for name in names if name.isdecimal()}
-            records = (self.save_dir / "experiments").glob("*.json")
-            self.experiments = {path.stem: {} for path in records}
         self.refresh()
         finalized = [i for i, v in sorted(self.model_ids.items()) if v["is_finalized"]]
         logger.info(
@@ -99,6 +99,20 @@ class MmapSaver(AbstractSaver):
             finalized,
             sorted(self.experiments),
         )
+
+    def _refuse_rows_of_unknown_settings(self) -> None:
+        known = self._checkpoints_on_disk()  # before metadata.json, which is written first
+        path = self.save_dir / "metadata.json"
+        if known and not path.exists():
+            raise StoreCorruptedError(
+                f"{path} is gone, so nobody knows with which settings the rows of "
+                f"checkpoints {known} beside it were made. Restore it, remove the "
+                "checkpoints' folders, or use another save_dir."
+            )
+
+    def _checkpoints_on_disk(self) -> list[int]:
+        names = [path.parent.name for path in self.save_dir.glob("*/checkpoint.json")]
+        return sorted(int(n) for n in names if n.isdecimal() and n == str(int(n)))
 
     def verify(self, metadata: Mapping[str, Any]) -> None:
         """Refuses to go on if the store was written with other settings.
@@ -114,7 +128,7 @@ class MmapSaver(AbstractSaver):
             raise StoreMismatchError(
                 f"{path} is gone: the store was moved or removed during the run."
             )
-        lines = differences({"format": FORMAT_VERSION, **metadata}, read_json(path))
+        lines = differences({"format": self.format, **metadata}, read_json(path))
         if lines:
             shown = "\n".join(f"  - {line}" for line in lines[:12])
             more = f"\n  ... and {len(lines) - 12} more" if len(lines) > 12 else ""
@@ -127,9 +141,16 @@ class MmapSaver(AbstractSaver):
     def refresh(self, model_id: int | None = None) -> None:
         """Brings `model_ids` and `experiments` up to date with the disk.
 
+        What other processes added since is listed too, with `load_from_save_dir`.
+
         Args:
             model_id: look at this checkpoint only.
         """
+        if model_id is None and self.load_from_save_dir:
+            for each in self._checkpoints_on_disk():
+                self.model_ids.setdefault(each, {})
+            for path in (self.save_dir / "experiments").glob("*.json"):
+                self.experiments.setdefault(path.stem, {})
         if model_id is None:
             self._refresh_experiments()
         for each in self.model_ids if model_id is None else [model_id]:
@@ -167,9 +188,17 @@ class MmapSaver(AbstractSaver):
 
         Raises:
             StoreMismatchError: if the id belongs to other weights.
+            StoreCorruptedError: if there are rows of the id, of unknown weights.
         """
         folder = self._layout.checkpoint(model_id)
+        has_rows = (folder / "grads.journal").exists()  # first: it is made after the digest
         if self.checkpoint_digest(model_id) is None:
+            if has_rows:
+                raise StoreCorruptedError(
+                    f"{folder / 'checkpoint.json'} is gone, so nobody knows of which "
+                    "weights the rows beside it are. Restore it, or remove the folder and "
+                    "featurize again."
+                )
             folder.mkdir(exist_ok=True)
             sync_directory(self.save_dir)
             create_json(folder / "checkpoint.json", {"digest": digest})
@@ -245,6 +274,7 @@ class MmapSaver(AbstractSaver):
 
         Raises:
             ModelIDException: if the checkpoint is not finalized.
+            StoreCorruptedError: if the matrix is gone.
         """
         folder = self._layout.checkpoint(model_id)
         if not (folder / "factor.json").exists():
@@ -254,6 +284,11 @@ class MmapSaver(AbstractSaver):
             )
         info = read_json(folder / "factor.json")
         path = folder / "factor.npy"
+        if not path.exists():
+            raise StoreCorruptedError(
+                f"{path} is gone. Remove {folder / 'factor.json'} and call "
+                "finalize_features() again; no gradient is recomputed."
+            )
         file = RowFile(path, tuple(info["shape"]), np.float64)
         return file.read(), info
 
@@ -372,44 +407,45 @@ class MmapSaver(AbstractSaver):
         Returns:
             The scores, `[n, m]`.
         """
-        record = self.experiment(exp_name)
-        path = self.save_dir / record["scores_path"]
-        shape = (self.train_set_size, record["num_targets"])
-        record_path = self._layout.experiment(exp_name)
-        with new_array(path, shape, self._layout.score_dtype) as file:
-            for start, block in blocks:
-                file.write(np.arange(start, start + len(block)), block)
-            # the old record must not vouch for the new file, nor the new for the old
-            replace_json(record_path, {**record, "scores_finalized": 0})
-        replace_json(record_path, {**record, **info, "scores_finalized": 1})
-        self.experiments.setdefault(exp_name, {})
-        self.refresh()
-        return self.load_scores(exp_name)
+        return self.save_score_sets([(exp_name, None)], blocks, info)[0]
 
-    def load_scores(self, exp_name: str) -> NDArray[Any]:
+    def save_score_sets(
+        self,
+        sets: Sequence[tuple[str, str | None]],
+        blocks: Iterable[tuple[int, NDArray[Any]]],
+        info: Mapping[str, Any],
+    ) -> list[NDArray[Any]]:
+        """Writes several sets of scores in one pass, replacing earlier ones at the end.
+
+        Args:
+            sets: experiments, and for each the name of a further ridge, or None for the
+                ridge of the run.
+            blocks: first row and scores `[rows, m]` of consecutive stretches, with the
+                sets' columns side by side.
+            info: what the scores were made from.
+
+        Returns:
+            The scores of each set, `[n, m]`.
+        """
+        self._scores.write(
+            [(name, ridge, self.experiment(name)) for name, ridge in sets], blocks, info
+        )
+        for name, _ in sets:
+            self.experiments.setdefault(name, {})
+        self.refresh()
+        return [self.load_scores(name, ridge) for name, ridge in sets]
+
+    def load_scores(self, exp_name: str, ridge: str | None = None) -> NDArray[Any]:
         """An experiment's scores.
 
         Args:
             exp_name: the experiment.
+            ridge: the name of a further ridge, or None for the ridge of the run.
 
         Returns:
             `[n, m]`, backed by the file; what a caller changes stays in memory.
-
-        Raises:
-            PhaseError: if they were not finalized.
-            StoreCorruptedError: if their file is gone.
         """
-        record = self.experiment(exp_name)
-        if not record["scores_finalized"]:
-            raise PhaseError(
-                f"Experiment {exp_name!r} has no scores yet. Call "
-                f"finalize_scores(exp_name={exp_name!r}) first."
-            )
-        path = self.save_dir / record["scores_path"]
-        if not path.exists():
-            raise StoreCorruptedError(f"{path} is gone; call finalize_scores again.")
-        shape = (self.train_set_size, record["num_targets"])
-        return RowFile(path, shape, self._layout.score_dtype).read()
+        return self._scores.read(exp_name, ridge, self.experiment(exp_name))
 
     def load_current_store(
         self,

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from trak.encodings import EncodedRows, RowEncoding, encoding_of
+from trak.errors import StoreCorruptedError
 from trak.savers.arrays import RowFile
 from trak.savers.journal import Journal
 
@@ -21,6 +24,11 @@ class RowGroup:
         journal: path of the journal.
         num_rows: number of rows there will be.
         arrays: name to (path, columns, dtype).
+        encoding: how rows of `grads` become bytes; plainly, in their dtype, if None.
+            One with scales keeps them in the array `scales`.
+
+    Raises:
+        StoreCorruptedError: if the journal is there and the file of an array is not.
     """
 
     def __init__(
@@ -28,12 +36,16 @@ class RowGroup:
         journal: Path,
         num_rows: int,
         arrays: Mapping[str, tuple[Path, int, Any]],
+        encoding: RowEncoding | None = None,
     ) -> None:
+        if journal.exists():  # which it does only after all of the arrays do
+            _refuse_lost(journal, [path for path, _, _ in arrays.values()])
         journal.parent.mkdir(parents=True, exist_ok=True)
         self._files = {
             name: RowFile(path, (num_rows, columns), dtype)
             for name, (path, columns, dtype) in arrays.items()
         }
+        self._encoding = encoding
         self._journal = Journal(journal, num_rows)
 
     @property
@@ -55,19 +67,55 @@ class RowGroup:
 
         Args:
             rows: row numbers, `[b]`.
-            values: name to rows, `[b, columns]`, for every array.
+            values: name to rows, `[b, columns]`, for every array; `grads` as floats,
+                whatever their encoding, and without `scales`.
         """
+        if self._encoding is not None and not self._encoding.plain:
+            values = {**values, **_encoded(values["grads"], self._encoding)}
         for name, file in self._files.items():
             file.write(rows, values[name])
         self._journal.append(rows)
 
     def array(self, name: str) -> NDArray[Any]:
-        """Maps one array; what a caller changes stays in memory.
+        """One array; what a caller changes stays in memory.
 
         Args:
             name: the array.
 
         Returns:
-            `[rows, columns]`.
+            `[rows, columns]`, backed by the file; rows that are not plain floats there
+            are decoded into memory, float32.
         """
+        if name == "grads" and self._encoding is not None and not self._encoding.plain:
+            return self.encoded().tensor(torch.float32).numpy()
         return self._files[name].read()
+
+    def encoded(self) -> EncodedRows:
+        """The rows of `grads`, unread, for those who stream them.
+
+        Returns:
+            Where they are and what the bytes mean.
+        """
+        file = self._files["grads"]
+        encoding = self._encoding or encoding_of(file.dtype)
+        scales = self._files["scales"].read() if encoding.scaled else None
+        return EncodedRows(file.path, file.offset, file.shape, encoding, scales)
+
+
+def _encoded(rows: NDArray[Any], encoding: RowEncoding) -> dict[str, NDArray[Any]]:
+    raw, scales = encoding.encode(torch.from_numpy(rows))
+    if encoding.raw is torch.bfloat16:
+        raw = raw.view(torch.int16)  # NumPy has no bfloat16: its bits
+    values = {"grads": raw.numpy().view(encoding.file)}
+    if scales is not None:
+        values["scales"] = scales.numpy()
+    return values
+
+
+def _refuse_lost(journal: Path, paths: list[Path]) -> None:
+    lost = [path for path in paths if not path.exists()]
+    if lost:
+        raise StoreCorruptedError(
+            f"{lost[0]} is gone, but {journal} says which of its rows exist. Restore the "
+            "file, or remove the journal and pass all of these examples again."
+        )

@@ -8,6 +8,7 @@ from trak.score_computers.abstract import AbstractScoreComputer
 from trak.score_computers.basic import BasicScoreComputer, BasicSingleBlockScoreComputer
 from trak.score_computers.linear import LinearScoreComputer
 from trak.score_computers.ridge import RidgeScoreComputer
+from trak.score_computers.running import RunningTop
 from trak.score_computers.topk import TopScores, top_scores
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "BasicSingleBlockScoreComputer",
     "LinearScoreComputer",
     "RidgeScoreComputer",
+    "RunningTop",
     "TopScores",
     "top_scores",
 ]

@@ -1,20 +1,20 @@
 """Upstream's scoring, for parity: an absolute ridge, and a rescaled inverse."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trak.arguments import as_ridge
+from trak.encodings import RowSource, row_encoding
 from trak.errors import InputError
 from trak.score_computers.abstract import AbstractScoreComputer
 from trak.score_computers.factor import factorize
-from trak.score_computers.linear import (
-    BlockScorer,
-    Kept,
-    LinearScoreComputer,
-    row_scorer,
-)
+from trak.score_computers.gram import primal_gram
+from trak.score_computers.linear import Kept, LinearScoreComputer
+from trak.score_computers.stream import decoded
 from trak.utils import get_matrix_mult
 
 
@@ -43,9 +43,9 @@ class BasicScoreComputer(LinearScoreComputer):
     ) -> None:
         super().__init__(dtype, device)
         self.CUDA_MAX_DIM_SIZE = CUDA_MAX_DIM_SIZE
-        self.lambda_reg = 0.0 if lambda_reg is None else lambda_reg
+        self.lambda_reg = as_ridge(lambda_reg) or 0.0
 
-    def finalize(self, rows: Tensor) -> Kept:
+    def finalize(self, rows: RowSource) -> Kept:
         """Computes the rescaled inverse.
 
         Args:
@@ -54,10 +54,28 @@ class BasicScoreComputer(LinearScoreComputer):
         Returns:
             The rescaled inverse `[k, k]` and its description.
         """
-        inverse = self._inverse(self.get_xtx(rows), rows)
-        return inverse.cpu().numpy(), self._request()
+        return self._inverted(self._gram(rows), rows, self.lambda_reg)
 
-    def scorer(self, kept: Kept, rows: Tensor, targets: Tensor) -> BlockScorer:
+    def at_ridges(
+        self,
+        kept: Kept,  # noqa: ARG002
+        rows: RowSource,
+        lambda_regs: Sequence[float | None],
+    ) -> list[Kept]:
+        """Inverts with other ridges, in one pass over the rows for all of them.
+
+        Args:
+            kept: not used: the scale of the Gram matrix is lost in it.
+            rows: Phi, `[n, k]`.
+            lambda_regs: ridges; None stands for 0.
+
+        Returns:
+            One rescaled inverse and description a ridge.
+        """
+        gram = self._gram(rows)
+        return [self._inverted(gram, rows, reg or 0.0) for reg in lambda_regs]
+
+    def weights(self, kept: Kept, rows: RowSource, targets: Tensor) -> Tensor | None:
         """Applies the inverse to the targets.
 
         Args:
@@ -66,10 +84,10 @@ class BasicScoreComputer(LinearScoreComputer):
             targets: projected gradients of the targets, `[m, k]`.
 
         Returns:
-            A function of first and end row that gives scores `[rows, m]`, float64.
+            `[k, m]`, float64.
         """
-        inverse = torch.as_tensor(kept[0]).to(rows.device)
-        return row_scorer(rows, inverse @ targets.to(torch.float64).T)
+        inverse = torch.as_tensor(kept[0]).to(self.where(rows))
+        return inverse @ targets.to(inverse).T
 
     def matches(self, info: dict[str, Any]) -> bool:
         """Whether what the store keeps was made with the present settings.
@@ -83,7 +101,7 @@ class BasicScoreComputer(LinearScoreComputer):
         request = self._request()
         return {name: info.get(name) for name in request} == request
 
-    def features(self, kept: Kept, rows: Tensor) -> Tensor:
+    def features(self, kept: Kept, rows: RowSource) -> Tensor:
         """`Phi M / mean|M|`.
 
         Args:
@@ -93,7 +111,8 @@ class BasicScoreComputer(LinearScoreComputer):
         Returns:
             `[n, k]`, float64.
         """
-        return rows.to(torch.float64) @ torch.as_tensor(kept[0]).to(rows.device)
+        inverse = torch.as_tensor(kept[0]).to(self.where(rows))
+        return decoded(rows, torch.float64).to(inverse.device) @ inverse
 
     def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
         """`Phi M / mean|M|` for a given Gram matrix.
@@ -105,15 +124,23 @@ class BasicScoreComputer(LinearScoreComputer):
         Returns:
             `[n, k]`, float64.
         """
-        return grads.to(torch.float64) @ self._inverse(xtx.to(torch.float64), grads)
+        inverse = self._inverse(xtx.to(torch.float64), grads, self.lambda_reg)
+        return grads.to(torch.float64) @ inverse
 
-    def _inverse(self, gram: Tensor, rows: Tensor) -> Tensor:
+    def _gram(self, rows: RowSource) -> Tensor:
+        return primal_gram(rows, self.where(rows))
+
+    def _inverted(self, gram: Tensor, rows: RowSource, lambda_reg: float) -> Kept:
+        inverse = self._inverse(gram, rows, lambda_reg)
+        return inverse.cpu().numpy(), {**self._request(), "lambda_reg": lambda_reg}
+
+    def _inverse(self, gram: Tensor, rows: RowSource, lambda_reg: float) -> Tensor:
         factor = factorize(
             gram,
             form="primal",
-            ridge=self.lambda_reg,
+            ridge=lambda_reg,
             num_rows=rows.shape[0],
-            row_eps=torch.finfo(rows.dtype).eps,
+            row_eps=row_encoding(rows).eps,
         )
         inverse = torch.cholesky_inverse(factor.lower)
         return inverse / inverse.abs().mean()
@@ -140,7 +167,7 @@ class BasicSingleBlockScoreComputer(AbstractScoreComputer):
         lambda_reg: float | None = 0.0,
     ) -> None:
         super().__init__(dtype, device)
-        if lambda_reg:
+        if as_ridge(lambda_reg):
             raise InputError(
                 "BasicSingleBlockScoreComputer has no ridge; use BasicScoreComputer or "
                 f"leave score_computer out for lambda_reg={lambda_reg}."

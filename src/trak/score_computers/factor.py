@@ -107,8 +107,10 @@ def factorize(
         )
     system = gram.clone()
     system.diagonal().add_(ridge)
-    threshold = max((2 * row_eps) ** 2, 1e-13)
-    if ridge < threshold * float(gram.trace()):  # else the ridge itself is enough
+    # rounding of the rows adds about (eps / 2)^2 trace / q to every eigenvalue
+    noise = max(row_eps**2 / len(gram), 1e-13) * float(gram.trace())
+    if ridge < noise:  # else the ridge itself is enough
+        threshold = max((2 * row_eps) ** 2, 1e-13)
         eigenvalues = torch.linalg.eigvalsh(system)
         if eigenvalues[0] < threshold * eigenvalues[-1]:
             raise NumericalError(_singular(form, eigenvalues, ridge))

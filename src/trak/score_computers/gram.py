@@ -1,71 +1,98 @@
-"""Products of the stored rows, streamed in blocks and accumulated in float64."""
+"""Gram matrices of the stored rows, in one pass over them.
 
-from collections.abc import Iterator
+A matrix of sums over examples is accumulated in float64. Rows of at most 11 significant
+bits (float16, bfloat16, int8) are multiplied in float32, which holds the products of two
+float16 or bfloat16 numbers exactly, and summed in float32 over 32,768 rows at most.
+"""
+
+import math
 
 import torch
 from torch import Tensor
 
-from trak.errors import NumericalError
-from trak.shapes import ProjectedGradients, Square
+from trak.encodings import RowSource
+from trak.score_computers.stream import (
+    BLOCK_BYTES,
+    decoded,
+    home,
+    products_dtype,
+    refuse_nonfinite,
+    rows_per_block,
+    stream,
+)
+from trak.shapes import Square
 
-BLOCK_ROWS = 4096
-
-
-def blocks(rows: Tensor, block_rows: int = BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:
-    """Cuts rows into blocks and brings them to float64.
-
-    Args:
-        rows: `[n, k]`, any floating dtype, possibly backed by a file.
-        block_rows: rows in a block.
-
-    Yields:
-        First row and block, float64 and finite.
-
-    Raises:
-        NumericalError: names the first row that is not finite.
-    """
-    for start in range(0, rows.shape[0], block_rows):
-        block = rows[start : start + block_rows].to(torch.float64)
-        finite = torch.isfinite(block).all(dim=1)
-        if not finite.all():
-            row = start + int((~finite).nonzero()[0])
-            raise NumericalError(
-                f"Row {row} of the stored projected gradients is not finite, though it "
-                "was when it was written: the file is damaged. Featurize again."
-            )
-        yield start, block
+_STRIP = 256
+_PART_ROWS = 32_768  # are summed in the dtype of the products, parts in float64
+_DUAL_COLUMNS = 16_384
+_TINY = 1e-24  # mean squares below it may have lost products to float32's lower end
 
 
-def primal_gram(rows: ProjectedGradients) -> Square:
+def primal_gram(rows: RowSource, device: torch.device | None = None) -> Square:
     """`Phi^T Phi` (Park et al. 2023, Sec. 3.2, Step 3).
 
     Args:
         rows: Phi, `[n, k]`.
+        device: where to compute; where the rows are if None.
 
     Returns:
         `[k, k]`, float64. In float16 the sum would overflow.
     """
-    k = rows.shape[1]
-    gram = torch.zeros(k, k, dtype=torch.float64, device=rows.device)
-    for _, block in blocks(rows):
-        gram.addmm_(block.T, block)
-    return gram
+    device = device or home(rows)
+    num_rows, width = rows.shape
+    dtype = products_dtype(rows)
+    # the sum of k x k blocks must not cost more than their making
+    block_rows = rows_per_block(width, dtype, fewest=1024)
+    gram = _lower_gram(rows, dtype, device, block_rows)
+    mean_square = float(gram.trace()) / (num_rows * width)
+    if dtype is torch.float32 and not _TINY < mean_square < math.inf:
+        gram = _lower_gram(rows, torch.float64, device, block_rows)
+    if not torch.isfinite(gram.diagonal()).all():  # any NaN or inf is squared into it
+        refuse_nonfinite(rows, block_rows)
+    upper = gram.tril(-1).T
+    return gram.tril_().add_(upper)
 
 
-def dual_gram(rows: ProjectedGradients) -> Square:
+def _lower_gram(
+    rows: RowSource, dtype: torch.dtype, device: torch.device, block_rows: int
+) -> Tensor:
+    # the lower triangle, by strips: fewer multiplications than the whole square needs
+    width = rows.shape[1]
+    strip = max(_STRIP, width // 8)
+    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+    part = torch.zeros(width, width, dtype=dtype, device=device)
+    summed = 0
+    for _, _, block in stream([rows], dtype, device, block_rows):
+        for start in range(0, width, strip):
+            stop = min(start + strip, width)
+            out = part[start:stop, :stop]
+            # with beta=0 the product replaces what the part held
+            out.addmm_(block[:, start:stop].T, block[:, :stop], beta=1 if summed else 0)
+        summed += len(block)
+        if summed >= _PART_ROWS:
+            gram += part
+            summed = 0
+    return gram.add_(part) if summed else gram
+
+
+def dual_gram(rows: RowSource, device: torch.device | None = None) -> Square:
     """`Phi Phi^T`.
 
     Args:
         rows: Phi, `[n, k]`.
+        device: where to compute; where the rows are if None.
 
     Returns:
         `[n, n]`, float64.
     """
-    n = rows.shape[0]
-    gram = torch.empty(n, n, dtype=torch.float64, device=rows.device)
-    for start, block in blocks(rows):
-        for other, second in blocks(rows[: start + BLOCK_ROWS]):
-            tile = block @ second.T
-            gram[start : start + len(block), other : other + len(second)] = tile
-            gram[other : other + len(second), start : start + len(block)] = tile.T
+    device = device or home(rows)
+    num_rows, width = rows.shape
+    gram = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
+    # by columns: without projection there may be millions of them
+    step = max(_DUAL_COLUMNS, BLOCK_BYTES // (8 * num_rows))
+    for start in range(0, width, step):
+        phi = decoded(rows, torch.float64, slice(start, start + step)).to(device)
+        gram.addmm_(phi, phi.T)
+    if not torch.isfinite(gram.diagonal()).all():
+        refuse_nonfinite(rows, rows_per_block(rows.shape[1], torch.float64))
     return gram

@@ -1,7 +1,7 @@
 """Score computers that factor once and stream the rows."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trak.encodings import RowSource
+from trak.errors import InputError
 from trak.score_computers.abstract import AbstractScoreComputer
-from trak.score_computers.gram import blocks, primal_gram
+from trak.score_computers.gram import primal_gram
+from trak.score_computers.stream import rows_per_block, stream
 from trak.utils import get_matrix_mult
 
 BlockScorer = Callable[[int, int], Tensor]
@@ -20,12 +23,16 @@ Kept = tuple[NDArray[np.float64], dict[str, Any]]
 class LinearScoreComputer(AbstractScoreComputer):
     """Scores that are a linear map of the targets' rows.
 
-    `finalize` makes the square matrix that the store keeps; `scorer` turns it and the
-    targets into a function that gives any stretch of score rows.
+    `finalize` makes the square matrix that the store keeps. `weights` turns it and the
+    targets into a matrix by which blocks of rows are multiplied; where there is none,
+    `scorer` gives any stretch of score rows.
+
+    Rows are a tensor, or `EncodedRows` in a file; both have a `shape`, and
+    `trak.score_computers.stream.stream` passes over either in blocks.
     """
 
     @abstractmethod
-    def finalize(self, rows: Tensor) -> Kept:
+    def finalize(self, rows: RowSource) -> Kept:
         """Makes what the store keeps, in one pass over the rows.
 
         Args:
@@ -35,9 +42,26 @@ class LinearScoreComputer(AbstractScoreComputer):
             A square float64 matrix, and a JSON description of how it was made.
         """
 
-    @abstractmethod
-    def scorer(self, kept: Kept, rows: Tensor, targets: Tensor) -> BlockScorer:
-        """Solves for the targets.
+    def weights(
+        self,
+        kept: Kept,  # noqa: ARG002
+        rows: RowSource,  # noqa: ARG002
+        targets: Tensor,  # noqa: ARG002
+    ) -> Tensor | None:
+        """What to multiply rows by to get scores, so that several sets share a pass.
+
+        Args:
+            kept: what `finalize` made.
+            rows: Phi, `[n, k]`.
+            targets: projected gradients of the targets, `[m, k]`.
+
+        Returns:
+            `[k, m]`, float64; None if scores must come from `scorer`.
+        """
+        return None
+
+    def scorer(self, kept: Kept, rows: RowSource, targets: Tensor) -> BlockScorer:
+        """Solves for the targets; asked for where there are no `weights`.
 
         Args:
             kept: what `finalize` made.
@@ -46,7 +70,47 @@ class LinearScoreComputer(AbstractScoreComputer):
 
         Returns:
             A function of first and end row that gives scores `[rows, m]`, float64.
+
+        Raises:
+            NotImplementedError: if a subclass defines neither.
         """
+        weights = self.weights(kept, rows, targets)
+        if weights is None:
+            raise NotImplementedError(f"{type(self).__name__}: weights or scorer")
+        return lambda start, stop: product(rows[start:stop], weights)
+
+    def where(self, rows: RowSource) -> torch.device:
+        """Where to compute.
+
+        Args:
+            rows: Phi, `[n, k]`.
+
+        Returns:
+            A tensor's own device; the computer's for rows in a file.
+        """
+        return rows.device if isinstance(rows, Tensor) else torch.device(self.device)
+
+    def at_ridges(
+        self,
+        kept: Kept,  # noqa: ARG002
+        rows: RowSource,  # noqa: ARG002
+        lambda_regs: Sequence[float | None],
+    ) -> list[Kept]:
+        """What `finalize` would make with other ridges, with at most one pass.
+
+        Args:
+            kept: what `finalize` made.
+            rows: Phi, `[n, k]`.
+            lambda_regs: the ridges, as the constructor takes them; a matrix and a
+                description are given for each.
+
+        Raises:
+            InputError: if this class cannot.
+        """
+        raise InputError(
+            f"{type(self).__name__} has one ridge; {list(lambda_regs)} were asked for. "
+            "Define at_ridges, or use RidgeScoreComputer."
+        )
 
     @abstractmethod
     def matches(self, info: dict[str, Any]) -> bool:
@@ -60,7 +124,7 @@ class LinearScoreComputer(AbstractScoreComputer):
         """
 
     @abstractmethod
-    def features(self, kept: Kept, rows: Tensor) -> Tensor:
+    def features(self, kept: Kept, rows: RowSource) -> Tensor:
         """Upstream's features, `Phi (Phi^T Phi + ridge I)^-1`.
 
         Args:
@@ -97,19 +161,16 @@ class LinearScoreComputer(AbstractScoreComputer):
         accumulator += product.detach().to(accumulator.device)
 
 
-def row_scorer(rows: Tensor, weights: Tensor) -> BlockScorer:
-    """Scores as `rows @ weights`, computed where they are asked for.
+def product(rows: RowSource, weights: Tensor) -> Tensor:
+    """`rows @ weights`, with one pass over the rows.
 
     Args:
         rows: Phi, `[n, k]`.
-        weights: `[k, m]`, float64.
+        weights: `[k, m]`.
 
     Returns:
-        A function of first and end row.
+        `[n, m]`, in the dtype and on the device of `weights`.
     """
-
-    def score(start: int, stop: int) -> Tensor:
-        parts = [block @ weights for _, block in blocks(rows[start:stop])]
-        return torch.cat(parts)
-
-    return score
+    block_rows = rows_per_block(rows.shape[1], weights.dtype)
+    blocks = stream([rows], weights.dtype, weights.device, block_rows)
+    return torch.cat([block @ weights for _, _, block in blocks])

@@ -1,21 +1,26 @@
 """The default: TRAK with a ridge that is never left at zero by accident."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trak.score_computers.factor import RidgeFactor, factorize, smaller_form
+from trak.arguments import as_ridge
+from trak.encodings import RowSource, row_encoding
+from trak.score_computers.factor import Form, RidgeFactor, factorize, smaller_form
 from trak.score_computers.gram import dual_gram, primal_gram
 from trak.score_computers.linear import (
     BlockScorer,
     Kept,
     LinearScoreComputer,
-    row_scorer,
+    product,
 )
+from trak.score_computers.stream import decoded
 
 RELATIVE_RIDGE = 1.0
+_LARGE = 100.0  # times the trace: a ridge beside which the Gram matrix loses digits
 
 
 class RidgeScoreComputer(LinearScoreComputer):
@@ -41,9 +46,9 @@ class RidgeScoreComputer(LinearScoreComputer):
         lambda_reg: float | None = None,
     ) -> None:
         super().__init__(dtype, device)
-        self.lambda_reg = lambda_reg
+        self.lambda_reg = as_ridge(lambda_reg)
 
-    def finalize(self, rows: Tensor) -> Kept:
+    def finalize(self, rows: RowSource) -> Kept:
         """Factors the Gram matrix plus ridge, in one pass over the rows.
 
         Args:
@@ -53,26 +58,47 @@ class RidgeScoreComputer(LinearScoreComputer):
             The Cholesky factor and its description.
         """
         form = smaller_form(*rows.shape)
-        gram = primal_gram(rows) if form == "primal" else dual_gram(rows)
-        ridge = self.lambda_reg
-        if ridge is None:
-            ridge = RELATIVE_RIDGE * float(gram.trace()) / rows.shape[0]
-        factor = factorize(
-            gram,
-            form=form,
-            ridge=ridge,
-            num_rows=rows.shape[0],
-            row_eps=torch.finfo(rows.dtype).eps,
-        )
-        info = {
-            **self._request(),
-            "form": factor.form,
-            "ridge": factor.ridge,
-            "mean_squared_norm": factor.mean_squared_norm,
-        }
-        return factor.lower.cpu().numpy(), info
+        return self._factored(self._gram(rows, form), form, rows, self.lambda_reg)
 
-    def scorer(self, kept: Kept, rows: Tensor, targets: Tensor) -> BlockScorer:
+    def at_ridges(
+        self, kept: Kept, rows: RowSource, lambda_regs: Sequence[float | None]
+    ) -> list[Kept]:
+        """Factors anew with other ridges, without a pass over the rows.
+
+        The Gram matrix is had back from the factor. Where the factor's own ridge is so
+        large that digits would be lost, it is computed again, in one pass.
+
+        Args:
+            kept: what `finalize` made.
+            rows: Phi, `[n, k]`.
+            lambda_regs: ridges; None stands for the mean squared row norm.
+
+        Returns:
+            One factor and description a ridge.
+        """
+        factor = self._factor(kept, self.where(rows))
+        trace = factor.mean_squared_norm * rows.shape[0]
+        large = factor.ridge > _LARGE * trace
+        gram = self._gram(rows, factor.form) if large else factor.gram()
+        return [self._factored(gram, factor.form, rows, reg) for reg in lambda_regs]
+
+    def weights(self, kept: Kept, rows: RowSource, targets: Tensor) -> Tensor | None:
+        """Solves for the targets, in the primal form.
+
+        Args:
+            kept: what `finalize` made.
+            rows: Phi, `[n, k]`.
+            targets: projected gradients of the targets, `[m, k]`.
+
+        Returns:
+            `[k, m]`, float64; None in the dual form.
+        """
+        factor = self._factor(kept, self.where(rows))
+        if factor.form == "dual":
+            return None
+        return factor.solve(targets.to(factor.lower).T)
+
+    def scorer(self, kept: Kept, rows: RowSource, targets: Tensor) -> BlockScorer:
         """Solves for the targets.
 
         Args:
@@ -83,11 +109,10 @@ class RidgeScoreComputer(LinearScoreComputer):
         Returns:
             A function of first and end row that gives scores `[rows, m]`, float64.
         """
-        factor = self._factor(kept, rows.device)
-        right = targets.to(torch.float64).T
+        factor = self._factor(kept, self.where(rows))
         if factor.form == "primal":
-            return row_scorer(rows, factor.solve(right))
-        scores = factor.solve(row_scorer(rows, right)(0, rows.shape[0]))
+            return super().scorer(kept, rows, targets)
+        scores = factor.solve(product(rows, targets.to(factor.lower).T))
         return lambda start, stop: scores[start:stop]
 
     def matches(self, info: dict[str, Any]) -> bool:
@@ -102,7 +127,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         request = self._request()
         return {name: info.get(name) for name in request} == request
 
-    def features(self, kept: Kept, rows: Tensor) -> Tensor:
+    def features(self, kept: Kept, rows: RowSource) -> Tensor:
         """Upstream's features, `Phi (Phi^T Phi + ridge I)^-1`.
 
         Args:
@@ -112,8 +137,8 @@ class RidgeScoreComputer(LinearScoreComputer):
         Returns:
             `[n, k]`, float64.
         """
-        factor = self._factor(kept, rows.device)
-        phi = rows.to(torch.float64)
+        factor = self._factor(kept, self.where(rows))
+        phi = decoded(rows, torch.float64).to(factor.lower.device)
         return factor.solve(phi.T).T if factor.form == "primal" else factor.solve(phi)
 
     def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
@@ -127,14 +152,34 @@ class RidgeScoreComputer(LinearScoreComputer):
             `Phi (Phi^T Phi + ridge I)^-1`, `[n, k]`, float64.
         """
         gram = xtx.to(torch.float64)
-        ridge = self.lambda_reg
-        if ridge is None:
-            ridge = RELATIVE_RIDGE * float(gram.trace()) / grads.shape[0]
-        eps = torch.finfo(grads.dtype).eps
-        factor = factorize(
-            gram, form="primal", ridge=ridge, num_rows=grads.shape[0], row_eps=eps
-        )
+        factor = self._factorize(gram, "primal", grads, self.lambda_reg)
         return factor.solve(grads.to(torch.float64).T).T
+
+    def _gram(self, rows: RowSource, form: Form) -> Tensor:
+        gram = primal_gram if form == "primal" else dual_gram
+        return gram(rows, self.where(rows))
+
+    def _factorize(
+        self, gram: Tensor, form: Form, rows: RowSource, lambda_reg: float | None
+    ) -> RidgeFactor:
+        ridge = lambda_reg
+        if ridge is None:
+            ridge = RELATIVE_RIDGE * float(gram.trace()) / rows.shape[0]
+        eps = row_encoding(rows).eps
+        return factorize(gram, form=form, ridge=ridge, num_rows=rows.shape[0], row_eps=eps)
+
+    def _factored(
+        self, gram: Tensor, form: Form, rows: RowSource, lambda_reg: float | None
+    ) -> Kept:
+        factor = self._factorize(gram, form, rows, lambda_reg)
+        info = {
+            "computer": type(self).__name__,
+            "lambda_reg": lambda_reg,
+            "form": factor.form,
+            "ridge": factor.ridge,
+            "mean_squared_norm": factor.mean_squared_norm,
+        }
+        return factor.lower.cpu().numpy(), info
 
     def _request(self) -> dict[str, Any]:
         return {"computer": type(self).__name__, "lambda_reg": self.lambda_reg}

@@ -1,0 +1,129 @@
+"""Makes the parts that the facade hands to each other."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from trak.gradient_computers import AbstractGradientComputer, choose_computer
+from trak.pipeline.choices import float_dtype
+from trak.pipeline.describe import describe_run, store_metadata
+from trak.pipeline.pipeline import Pipeline
+from trak.pipeline.project import RowMaker
+from trak.projectors import AbstractProjector
+from trak.savers import AbstractSaver, MmapSaver
+from trak.score_computers import AbstractScoreComputer
+from trak.settings import RunSettings
+
+
+class Parts(Protocol):
+    """The attributes of a `TRAKer` that a pipeline is made of."""
+
+    model: nn.Module
+    task: Any
+    train_set_size: int
+    device: torch.device
+    dtype: torch.dtype
+    gradient_computer: AbstractGradientComputer
+    projector: AbstractProjector
+    proj_dim: int
+    score_computer: AbstractScoreComputer
+    save_dir: Path
+    saver: AbstractSaver
+
+
+def make_computer(
+    given: Any, parts: Parts, chosen: Mapping[str, nn.Parameter]
+) -> AbstractGradientComputer:
+    """Makes the gradient computer.
+
+    Args:
+        given: a class, or None for the fastest that the task allows.
+        parts: what the run is made of, of which model, task, dtype and device are used.
+        chosen: the selected parameters by name.
+
+    Returns:
+        An instance.
+    """
+    everything = len(chosen) == sum(1 for _ in parts.model.parameters())
+    make: Any = given or choose_computer(parts.task)
+    return make(
+        model=parts.model,
+        task=parts.task,
+        grad_dim=sum(p.numel() for p in chosen.values()),
+        dtype=float_dtype(parts.dtype),
+        device=parts.device,
+        grad_wrt=None if everything else list(chosen),
+    )
+
+
+def make_saver(
+    given: Any, parts: Parts, layout: Mapping[str, int], **options: Any
+) -> AbstractSaver:
+    """Opens or creates the store.
+
+    Args:
+        given: a class, or None for `MmapSaver`.
+        parts: what the run is made of, but for the store itself.
+        layout: name to number of scalars of the selected parameters.
+        options: handed to the class.
+
+    Returns:
+        An instance.
+    """
+    make: Any = given or MmapSaver
+    return make(
+        save_dir=parts.save_dir,
+        metadata=store_metadata(_settings(parts, layout)),
+        train_set_size=parts.train_set_size,
+        proj_dim=parts.proj_dim,
+        **options,
+    )
+
+
+def make_pipeline(
+    parts: Parts, layout: Mapping[str, int], *, examples_are_checked: bool
+) -> Pipeline:
+    """Wires the parts together.
+
+    Args:
+        parts: what the run is made of.
+        layout: name to number of scalars of the selected parameters.
+        examples_are_checked: refuse other examples in rows seen before.
+
+    Returns:
+        The pipeline.
+    """
+    maker = RowMaker(
+        model=parts.model,
+        computer=parts.gradient_computer,
+        projector=parts.projector,
+        layout=layout,
+        scale=math.sqrt(sum(layout.values())),
+        device=parts.device,
+    )
+    return Pipeline(
+        model=parts.model,
+        task=parts.task,
+        maker=maker,
+        saver=parts.saver,
+        scorer=parts.score_computer,
+        settings=lambda: _settings(parts, layout),
+        dtype=parts.dtype,
+        examples_are_checked=examples_are_checked,
+    )
+
+
+def _settings(parts: Parts, layout: Mapping[str, int]) -> RunSettings:
+    return describe_run(
+        model=parts.model,
+        task=parts.task,
+        layout=layout,
+        projector=parts.projector,
+        proj_dim=parts.proj_dim,
+        train_set_size=parts.train_set_size,
+        dtype=parts.dtype,
+    )

@@ -1,0 +1,102 @@
+"""Which checkpoints are meant, and what they lack before they can be scored."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from trak.errors import ModelIDException
+from trak.pipeline.describe import as_model_ids, describe_rows
+from trak.pipeline.solving import ScoreSet
+from trak.savers import AbstractSaver
+from trak.score_computers import AbstractScoreComputer, LinearScoreComputer
+
+
+def chosen_ids(saver: AbstractSaver, model_ids: Iterable[int] | None) -> list[int]:
+    """The checkpoints that a call is about.
+
+    Args:
+        saver: the store.
+        model_ids: what the user gave; all of the store if None.
+
+    Returns:
+        Their ids, at least one.
+
+    Raises:
+        ModelIDException: if one is unknown or there is none.
+    """
+    known = saver.model_ids
+    chosen = sorted(known) if model_ids is None else as_model_ids(model_ids)
+    unknown = [model_id for model_id in chosen if model_id not in known]
+    if unknown or not chosen:
+        raise ModelIDException(
+            f"Checkpoints {unknown or 'to work on'} are not in {saver.save_dir}, which "
+            f"holds {sorted(known)}. Register them with load_checkpoint first."
+        )
+    return chosen
+
+
+def is_current(scorer: AbstractScoreComputer, saver: AbstractSaver, model_id: int) -> bool:
+    """Whether a checkpoint was finalized with the present ridge and score computer.
+
+    Args:
+        scorer: the score computer.
+        saver: the store.
+        model_id: a finalized checkpoint.
+
+    Returns:
+        False if it must be finalized again, or the score computer cannot tell.
+    """
+    if not isinstance(scorer, LinearScoreComputer):
+        return False
+    return scorer.matches(saver.load_factor(model_id)[1])
+
+
+def not_ready(
+    scorer: AbstractScoreComputer, saver: AbstractSaver, wanted: ScoreSet, model_id: int
+) -> str | None:
+    """What a checkpoint lacks.
+
+    Args:
+        scorer: the score computer.
+        saver: the store.
+        wanted: the experiment and ridge.
+        model_id: the checkpoint.
+
+    Returns:
+        A sentence; None if it can be scored.
+    """
+    exp_name = wanted.exp_name
+    state = saver.model_ids[model_id]
+    if not state["is_finalized"]:
+        return f"model_id={model_id} is not finalized."
+    if not state["is_featurized"]:
+        return (
+            f"model_id={model_id} is finalized, but rows that it was finalized with are "
+            "gone; featurize them and call finalize_features() again."
+        )
+    if not _factor_serves(scorer, saver, wanted, model_id):
+        return (
+            f"model_id={model_id} was finalized with {saver.load_factor(model_id)[1]}, "
+            "another ridge or score computer than this run's; call finalize_features() "
+            "again (no gradient is recomputed)."
+        )
+    if not saver.has_targets(exp_name, model_id):
+        return f"Experiment {exp_name!r} has no targets for model_id={model_id}."
+    missing = np.flatnonzero(~saver.target_rows(exp_name, model_id).refresh())
+    if len(missing):
+        return (
+            f"Experiment {exp_name!r} lacks {len(missing)} targets for "
+            f"model_id={model_id}: {describe_rows(missing)} were never scored."
+        )
+    return None
+
+
+def _factor_serves(
+    scorer: AbstractScoreComputer, saver: AbstractSaver, wanted: ScoreSet, model_id: int
+) -> bool:
+    if not isinstance(scorer, LinearScoreComputer):
+        return True
+    if wanted.own:
+        return is_current(scorer, saver, model_id)
+    info = saver.load_factor(model_id)[1]
+    return info["computer"] == type(scorer).__name__

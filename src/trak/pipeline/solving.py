@@ -1,0 +1,149 @@
+"""What a checkpoint's targets are solved to, for every set of scores of a pass."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trak.arguments import as_ridge
+from trak.encodings import EncodedRows, RowSource
+from trak.errors import InputError
+from trak.savers import AbstractSaver, Rows
+from trak.score_computers import AbstractScoreComputer, LinearScoreComputer
+from trak.score_computers.linear import BlockScorer, Kept
+from trak.score_computers.stream import decoded
+
+
+class ScoreSet(NamedTuple):
+    """The scores of one experiment at one ridge.
+
+    Attributes:
+        exp_name: the experiment.
+        lambda_reg: the ridge, as a score computer takes it.
+        own: whether it is the ridge that the checkpoints were finalized with.
+    """
+
+    exp_name: str
+    lambda_reg: float | None = None
+    own: bool = True
+
+
+def score_sets(
+    scorer: AbstractScoreComputer,
+    exp_names: Iterable[str],
+    lambda_regs: Iterable[float | None] | None,
+) -> list[ScoreSet]:
+    """Every experiment at every ridge.
+
+    Args:
+        scorer: the score computer.
+        exp_names: the experiments.
+        lambda_regs: the ridges; the score computer's own if None.
+
+    Returns:
+        The sets, each once.
+
+    Raises:
+        InputError: if there is nothing to do, or the score computer has no ridges.
+    """
+    names = [exp_names] if isinstance(exp_names, str) else list(exp_names)
+    own = getattr(scorer, "lambda_reg", None)
+    regs = [own]
+    if lambda_regs is not None:
+        regs = [as_ridge(reg) for reg in lambda_regs]
+    if not names or not regs:
+        raise InputError(f"Nothing to score: experiments {names}, ridges {regs}.")
+    if lambda_regs is not None and not isinstance(scorer, LinearScoreComputer):
+        raise InputError(
+            f"{type(scorer).__name__} cannot score at several ridges; leave lambda_regs "
+            "out, or use RidgeScoreComputer."
+        )
+    sets = [ScoreSet(name, reg, reg == own) for reg in regs for name in names]
+    return list(dict.fromkeys(sets))
+
+
+def ridge_name(wanted: ScoreSet) -> str | None:
+    """What a further ridge is called in a store.
+
+    Args:
+        wanted: a set of scores.
+
+    Returns:
+        None for the ridge that the checkpoints were finalized with.
+    """
+    if wanted.own:
+        return None
+    return "default" if wanted.lambda_reg is None else repr(float(wanted.lambda_reg))
+
+
+def row_source(rows: Rows) -> RowSource:
+    """Projected gradients of a store, unread if the store can.
+
+    Args:
+        rows: the store's rows.
+
+    Returns:
+        `[rows, k]`.
+    """
+    encoded = getattr(rows, "encoded", None)
+    if encoded is None:
+        return torch.from_numpy(rows.array("grads"))
+    found: EncodedRows = encoded()
+    return found
+
+
+def solve(
+    scorer: AbstractScoreComputer,
+    saver: AbstractSaver,
+    sets: list[ScoreSet],
+    model_id: int,
+    rows: RowSource,
+) -> Tensor | list[BlockScorer]:
+    """Solves for the targets of all sets.
+
+    Args:
+        scorer: the score computer.
+        saver: the store.
+        sets: whose targets, at which ridges.
+        model_id: the checkpoint.
+        rows: its Phi, `[n, k]`.
+
+    Returns:
+        Weights `[k, m]` by which rows are multiplied, the sets' columns side by side; or,
+        where there are none, a function of first and end row for each set.
+    """
+    targets = {
+        name: decoded(row_source(saver.target_rows(name, model_id)), torch.float64)
+        for name in dict.fromkeys(s.exp_name for s in sets)
+    }
+    kept = saver.load_factor(model_id)
+    if not isinstance(scorer, LinearScoreComputer):
+        return [_bare(scorer, kept, rows, targets[s.exp_name]) for s in sets]
+    others = _other_ridges(scorer, sets, kept, rows)
+    cases = [(kept if s.own else others[s.lambda_reg], targets[s.exp_name]) for s in sets]
+    weights = [scorer.weights(case, rows, aims) for case, aims in cases]
+    found = [w for w in weights if w is not None]
+    if len(found) == len(sets):
+        return torch.cat(found, dim=1)
+    return [scorer.scorer(case, rows, aims) for case, aims in cases]
+
+
+def _other_ridges(
+    scorer: LinearScoreComputer, sets: list[ScoreSet], kept: Kept, rows: RowSource
+) -> dict[float | None, Kept]:
+    ridges = list(dict.fromkeys(s.lambda_reg for s in sets if not s.own))
+    if not ridges:
+        return {}
+    return dict(zip(ridges, scorer.at_ridges(kept, rows, ridges), strict=True))
+
+
+def _bare(
+    scorer: AbstractScoreComputer, kept: Kept, rows: RowSource, targets: Tensor
+) -> BlockScorer:
+    # upstream's three methods, with all features in memory
+    phi = decoded(rows, torch.float32).to(scorer.device)
+    features = scorer.get_x_xtx_inv(phi, torch.as_tensor(kept[0]).to(phi))
+    scores = torch.zeros(len(phi), len(targets))
+    scorer.get_scores(features, targets.to(features), accumulator=scores)
+    return lambda start, stop: scores[start:stop].to(torch.float64)
