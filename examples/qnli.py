@@ -204,7 +204,7 @@ def parse_args() -> argparse.Namespace:
     add("--train-size", type=int, default=5_000, help="training pairs (5000)")
     add("--val-size", type=int, default=10, help="pairs to explain (10)")
     add("--proj-dim", type=int, default=1024, help="projected dimension (1024)")
-    add("--batch-size", type=int, default=16, help="pairs a TRAK batch (16)")
+    add("--batch-size", type=int, default=64, help="pairs a TRAK batch (64)")
     add("--epochs", type=int, default=1, help="of fine-tuning (1)")
     add("--lr", type=float, help="of fine-tuning (2e-4 embedded model, 3e-5 others)")
     add("--save-dir", type=Path, default=Path("trak_results/qnli"))
