@@ -23,20 +23,24 @@ import torch
 from benchmarks.banks.bank import Bank, load
 from benchmarks.banks.evaluate import (
     DEFAULT,
+    DRAWN,
     EXACT,
     Predictions,
     Setting,
     by_pieces,
     by_traker,
+    projector_of,
+    shapes_of,
 )
 from benchmarks.banks.recipes import NAMES, Recipe, recipe
 from benchmarks.common import Row, write
 from benchmarks.lds import ceiling, lds, over_subsets, over_targets
 from trak.errors import InputError
-from trak.projectors import ProjectionType, make_projector
+from trak.projectors import ProjectionType
 
-REFERENCE = "normal"
 KINDS = [kind.value for kind in ProjectionType]
+DENSE = ("normal", "rademacher")
+DENSE_UP_TO = 100_000  # parameters; beyond, dense normal is drawn, see `evaluate`
 DIMS = [512, 1024, 2048]
 RIDGES = (0.1, 1.0, 10.0)
 DEFAULT_RIDGE = 1.0
@@ -74,16 +78,25 @@ class Found:
     Args:
         name: the bank.
         bank: its ground truth.
+        reference: what the default projection is held against.
         predictions: group scores in every setting.
     """
 
-    def __init__(self, name: str, bank: Bank, predictions: Predictions) -> None:
+    def __init__(
+        self, name: str, bank: Bank, reference: str, predictions: Predictions
+    ) -> None:
         self.name = name
+        self.reference = reference
         self.outputs = bank.outputs
         self.predictions = predictions
-        self.figures = {
-            setting: Figure([float(lds(p, bank.outputs).mean()) for p in predicted])
+        # [projection seeds, targets]
+        self.each = {
+            setting: np.stack([lds(p, bank.outputs) for p in predicted])
             for setting, predicted in predictions.items()
+        }
+        self.figures = {
+            setting: Figure(each.mean(axis=1).tolist())
+            for setting, each in self.each.items()
         }
 
     def at(self, kind: str, proj_dim: int, ridge: float) -> Figure:
@@ -124,10 +137,10 @@ class Found:
         """
         ridges = [
             self.best(kind, proj_dim) if best else DEFAULT_RIDGE
-            for kind in (DEFAULT, REFERENCE)
+            for kind in (DEFAULT, self.reference)
         ]
         default = self.at(DEFAULT, proj_dim, ridges[0])
-        reference = self.at(REFERENCE, proj_dim, ridges[1])
+        reference = self.at(self.reference, proj_dim, ridges[1])
         difference = default.mean - reference.mean
         error = math.hypot(default.error, reference.error)
         words = f"best ridges {ridges[0]}x, {ridges[1]}x" if best else "default ridge"
@@ -149,23 +162,40 @@ class Found:
         Returns:
             Of the default's LDS and of its difference to the reference's.
         """
-        pair = (DEFAULT, REFERENCE)
+        pair = (DEFAULT, self.reference)
         mine, other = (
             self.predictions[Setting(kind, proj_dim, DEFAULT_RIDGE)] for kind in pair
         )
-        each, against = (
-            np.mean([lds(p, self.outputs) for p in side], axis=0) for side in (mine, other)
-        )
+        each = self.each[Setting(DEFAULT, proj_dim, DEFAULT_RIDGE)].mean(axis=0)
         return {
             "lds": {
                 "over targets": over_targets(each),
                 "over subsets": over_subsets(mine, self.outputs),
             },
             "difference": {
-                "over targets": over_targets(each - against),
+                "over targets": self.difference(DEFAULT, proj_dim, DEFAULT_RIDGE)[1],
                 "over subsets": over_subsets(mine, self.outputs, other),
             },
         }
+
+    def difference(
+        self, kind: str, proj_dim: int, ridge: float
+    ) -> tuple[float, tuple[float, float]]:
+        """A kind's LDS minus the reference's, at the same dimension and ridge.
+
+        Args:
+            kind: of projection.
+            proj_dim: projection dimension.
+            ridge: relative.
+
+        Returns:
+            The mean, and its bootstrap interval over targets, which both sides share.
+        """
+        mine, other = (
+            self.each[Setting(name, proj_dim, ridge)].mean(axis=0)
+            for name in (kind, self.reference)
+        )
+        return float((mine - other).mean()), over_targets(mine - other)
 
     def table(self) -> list[dict[str, Any]]:
         """All figures.
@@ -173,8 +203,9 @@ class Found:
         Returns:
             One entry a setting.
         """
-        return [
-            {
+        entries = []
+        for setting, figure in self.figures.items():
+            entry: dict[str, Any] = {
                 "kind": setting.kind,
                 "proj_dim": setting.proj_dim or None,
                 "ridge": setting.ridge,
@@ -182,8 +213,14 @@ class Found:
                 "standard error over projection seeds": _number(figure.error),
                 "values": [round(value, 5) for value in figure.values],
             }
-            for setting, figure in self.figures.items()
-        ]
+            if setting.kind not in (EXACT, self.reference):
+                mean, interval = self.difference(
+                    setting.kind, setting.proj_dim, setting.ridge
+                )
+                entry["minus reference"] = round(mean, 5)
+                entry["interval over targets"] = [round(end, 5) for end in interval]
+            entries.append(entry)
+        return entries
 
 
 def check(made: Recipe, bank: Bank, found: Found, proj_dim: int) -> dict[str, Any]:
@@ -222,11 +259,11 @@ def known(kinds: Sequence[str], made: Recipe) -> list[str]:
     Returns:
         Those that there are.
     """
-    shapes = {n: tuple(p.shape) for n, p in made.make_model().named_parameters()}
+    shapes = shapes_of(made)
     found = []
     for kind in kinds:
         try:
-            make_projector(shapes, 8, 0, torch.device("cpu"), kind)
+            projector_of(kind, shapes, 8, seed=0)
         except InputError as error:
             print(f"{kind} is left out: {error}", flush=True)
         else:
@@ -251,24 +288,27 @@ def run(name: str, options: argparse.Namespace) -> tuple[list[Row], dict[str, An
     made, whole = recipe(name), load(name)
     states = whole.checkpoints[: options.checkpoints]
     bank = Bank(whole.masks, whole.outputs, states, whole.manifest)
-    kinds = [EXACT, DEFAULT, *dict.fromkeys([REFERENCE, *known(options.kind, made)])]
+    shapes = shapes_of(made)
+    small = sum(map(math.prod, shapes.values())) <= DENSE_UP_TO
+    reference = "normal" if small else DRAWN
+    others = [kind for kind in options.kind if small or kind not in DENSE]
+    kinds = [EXACT, DEFAULT, *dict.fromkeys([reference, *known(others, made)])]
     dims, seeds = sorted(options.proj_dim), options.seeds
-    found = Found(name, bank, by_pieces(made, bank, kinds, dims, seeds, RIDGES))
+    predictions = by_pieces(made, bank, kinds, dims, seeds, RIDGES)
+    found = Found(name, bank, reference, predictions)
     for setting, figure in found.figures.items():
         at = f"{setting.kind} k={setting.proj_dim} ridge={setting.ridge}x"
         print(f"{name} {at}: {figure}", flush=True)
     limit = ceiling(bank.outputs)
     how = f"{len(states)} checkpoints, {seeds} projection seeds; ceiling {limit:.2f}"
     rows = [found.row(k, how, best=best) for k in dims for best in (False, True)]
-    shapes = {n: tuple(p.shape) for n, p in made.make_model().named_parameters()}
-    default = {
-        str(k): make_projector(shapes, k, 0, torch.device("cpu")).settings() for k in dims
-    }
+    default = {str(k): projector_of(DEFAULT, shapes, k, seed=0).settings() for k in dims}
     return rows, {
         "bank": name,
         "checkpoints": len(states),
         "projection seeds": seeds,
         "ceiling": round(limit, 4),
+        "reference": reference,
         "default": default,
         "public API": check(made, bank, found, dims[0]),
         "intervals of 95 %": {str(k): found.intervals(k) for k in dims},

@@ -22,10 +22,10 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.banks.bank import FOLDER, Bank, save
+from benchmarks.banks.differences import shrink
 from benchmarks.banks.recipes import (
-    NAMES,
     Recipe,
-    margins,
+    outputs,
     recipe,
     train,
     train_together,
@@ -50,7 +50,7 @@ def masks_of(made: Recipe) -> NDArray[np.bool_]:
         `[subsets, n]`.
     """
     rng = np.random.default_rng(MASK_SEED)
-    n = len(made.train[1])
+    n = len(made.train[-1])
     masks = np.zeros((made.subsets, n), dtype=bool)
     for row in masks:
         row[rng.permutation(n)[: n // 2]] = True
@@ -72,11 +72,11 @@ def description(name: str, made: Recipe) -> dict[str, Any]:
         digest.update(part.numpy().tobytes())
     return {
         "name": name,
-        "n": len(made.train[1]),
-        "targets": len(made.targets[1]),
+        "n": len(made.train[-1]),
+        "targets": len(made.targets[-1]),
         "subsets": made.subsets,
         "seeds": made.seeds,
-        "subset_size": len(made.train[1]) // 2,
+        "subset_size": len(made.train[-1]) // 2,
         "mask_seed": MASK_SEED,
         "seed_rule": SEED_RULE,
         "data": digest.hexdigest(),
@@ -94,7 +94,7 @@ def work(made: Recipe, folder: Path, worker: int, workers: int) -> None:
         workers: how many there are.
     """
     masks = masks_of(made)
-    jobs = [(j, seed) for j in range(made.subsets) for seed in range(made.seeds)]
+    jobs = [(j, seed) for seed in range(made.seeds) for j in range(made.subsets)]
     groups = [jobs[j : j + made.together] for j in range(0, len(jobs), made.together)]
     for group in groups[worker::workers]:
         todo = [job for job in group if not _path(folder, *job).exists()]
@@ -103,7 +103,7 @@ def work(made: Recipe, folder: Path, worker: int, workers: int) -> None:
         for job, model in zip(todo, _train(made, subsets, seeds), strict=True):
             path = _path(folder, *job)
             partial = path.with_suffix(".part.npy")
-            np.save(partial, margins(model, made.targets).numpy(), allow_pickle=False)
+            np.save(partial, outputs(made, model, made.targets).numpy(), allow_pickle=False)
             partial.replace(path)
 
 
@@ -116,37 +116,40 @@ def build(name: str, workers: int) -> None:
     """
     made = recipe(name)
     about = description(name, made)
-    started = time.monotonic()
     # a changed recipe works in another folder, so that no outputs of two are mixed
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-    folder = FOLDER / name / "work" / key
+    folder = FOLDER / name / "partial" / key
     folder.mkdir(parents=True, exist_ok=True)
     _run(name, folder, workers, total=made.subsets * made.seeds)
-    outputs = np.stack([
+    began = min(path.stat().st_mtime for path in folder.glob("*.npy"))
+    truth = np.stack([
         np.stack([
             np.load(_path(folder, j, seed), allow_pickle=False)
             for seed in range(made.seeds)
         ])
         for j in range(made.subsets)
     ])
-    everything = torch.arange(len(made.train[1]))
+    states = _on_everything(made, name)
+    manifest = {
+        **about,
+        "checkpoints": made.checkpoints,
+        "losses": [round(made.loss(state), 4) for state in states],
+        "seconds": round(time.time() - began),
+        "versions": environment()["versions"],
+    }
+    save(Bank(masks_of(made), truth, states, manifest), FOLDER / name)
+    shutil.rmtree(FOLDER / name / "partial")
+
+
+def _on_everything(made: Recipe, name: str) -> list[dict[str, torch.Tensor]]:
+    # checkpoints as they are stored
+    everything = torch.arange(len(made.train[-1]))
     torch.set_num_threads(1)
     models = [
         train(made, everything, FULL_SEEDS + j)
         for j in tqdm(range(made.checkpoints), desc=f"{name}, on everything")
     ]
-    accuracy = [float((margins(m, made.targets) > 0).float().mean()) for m in models]
-    manifest = {
-        **about,
-        "checkpoints": made.checkpoints,
-        "accuracy": [round(value, 4) for value in accuracy],
-        "seconds": round(time.monotonic() - started),
-        "versions": environment()["versions"],
-    }
-    states = [dict(model.state_dict()) for model in models]
-    bank = Bank(masks_of(made), outputs.astype(np.float32), states, manifest)
-    save(bank, FOLDER / name)
-    shutil.rmtree(FOLDER / name / "work")
+    return [shrink(dict(model.state_dict()), made.pretrained) for model in models]
 
 
 def _train(made: Recipe, subsets: list[torch.Tensor], seeds: list[int]) -> list[nn.Module]:
@@ -182,7 +185,7 @@ def _run(name: str, folder: Path, workers: int, total: int) -> None:
 def main() -> None:
     """Builds the banks that are named."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="+", choices=NAMES)
+    parser.add_argument("names", nargs="+", help="modules of benchmarks.banks.recipes")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-NAMES = ("digits", "mnist")
+from benchmarks.banks.differences import restore
+from benchmarks.banks.objectives import OBJECTIVES, Objective
+
+NAMES = ("digits", "diabetes")  # the banks that are built
 MOMENTUM = 0.9
+OPTIMIZERS = {"sgd": f"SGD, momentum {MOMENTUM}", "adamw": "AdamW"}
 
 
 @dataclass(frozen=True)
@@ -21,23 +25,28 @@ class Recipe:
     """How a bank is made.
 
     Attributes:
-        train: the training examples, inputs and labels.
-        targets: the targets, inputs and labels.
-        make_model: a model with fresh weights from torch's random state.
+        train: the training examples: inputs, as many as the model takes, and labels.
+        targets: the targets, likewise.
+        make_model: a model with fresh weights from torch's random state. Parameters that
+            need no gradient are neither trained nor attributed.
         epochs: passes over the (sub)set.
         batch_size: examples a step.
-        learning_rate: of SGD with momentum 0.9, falling to zero along a cosine.
-        weight_decay: of SGD.
+        learning_rate: falls to zero along a cosine.
+        weight_decay: of the optimizer.
         subsets: how many halves.
         seeds: models a half.
         checkpoints: models on everything.
-        task: the task whose output is the ground truth.
-        together: models that `train_together` trains at once. More than 1 for models
-            without buffers only, where it is the same training and many times faster.
+        task: which of `OBJECTIVES`.
+        optimizer: "sgd", with momentum 0.9, or "adamw".
+        together: models that `train_together` trains at once. More than 1 for SGD and
+            models without buffers only, where it is the same training and many times
+            faster.
+        pretrained: the weights that training begins with; checkpoints are stored as
+            differences from them, see `benchmarks.banks.differences`.
     """
 
-    train: tuple[Tensor, Tensor]
-    targets: tuple[Tensor, Tensor]
+    train: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
     make_model: Callable[[], nn.Module]
     epochs: int
     batch_size: int
@@ -47,7 +56,40 @@ class Recipe:
     seeds: int
     checkpoints: int
     task: str = "image_classification"
+    optimizer: str = "sgd"
     together: int = 1
+    pretrained: dict[str, Tensor] | None = None
+
+    def weights(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A stored checkpoint's state dict.
+
+        Args:
+            stored: one of a bank's checkpoints.
+
+        Returns:
+            All weights and buffers by name.
+        """
+        return restore(stored, self.pretrained)
+
+    def loss(self, stored: dict[str, Tensor]) -> float:
+        """A stored checkpoint's mean loss on the targets.
+
+        Args:
+            stored: one of a bank's checkpoints.
+
+        Returns:
+            The loss.
+        """
+        model = self.make_model()
+        model.load_state_dict(self.weights(stored))
+        *inputs, labels = self.targets
+        with torch.no_grad():
+            return float(self.objective.loss(model.eval()(*inputs), labels))
+
+    @property
+    def objective(self) -> Objective:
+        """Loss and output."""
+        return OBJECTIVES[self.task]
 
     def describe(self) -> dict[str, Any]:
         """The numbers of the recipe.
@@ -56,7 +98,7 @@ class Recipe:
             JSON values.
         """
         return {
-            "optimizer": f"SGD, momentum {MOMENTUM}, cosine to zero",
+            "optimizer": f"{OPTIMIZERS[self.optimizer]}, cosine to zero",
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
@@ -70,7 +112,7 @@ def recipe(name: str) -> Recipe:
     """Loads a recipe with its data.
 
     Args:
-        name: one of `NAMES`.
+        name: of a module in this folder.
 
     Returns:
         The recipe.
@@ -90,21 +132,16 @@ def train(recipe: Recipe, indices: Tensor, seed: int) -> nn.Module:
         The model, in evaluation mode.
     """
     model = _fresh(recipe, seed).train()
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.learning_rate,
-        momentum=MOMENTUM,
-        weight_decay=recipe.weight_decay,
-    )
-    inputs, labels = recipe.train
+    optimizer = _optimizer(recipe, model)
+    loss = recipe.objective.loss
     generator = torch.Generator().manual_seed(seed)
     rates = _rates(recipe, len(indices))
     for _ in range(recipe.epochs):
         order = indices[torch.randperm(len(indices), generator=generator)]
         for batch in order.split(recipe.batch_size):
-            loss = nn.functional.cross_entropy(model(inputs[batch]), labels[batch])
+            *inputs, labels = (part[batch] for part in recipe.train)
             optimizer.zero_grad()
-            loss.backward()
+            loss(model(*inputs), labels).backward()
             optimizer.param_groups[0]["lr"] = next(rates)
             optimizer.step()
     return model.eval()
@@ -119,7 +156,7 @@ def train_together(
     product a layer and model. No model sees another's examples.
 
     Args:
-        recipe: the recipe; its model has no buffers.
+        recipe: the recipe; SGD, and a model without buffers.
         subsets: the examples of each model.
         seeds: the seed of each model.
 
@@ -131,11 +168,10 @@ def train_together(
     weights = {name: value.detach() for name, value in stacked.items()}
     velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
 
-    def loss(weights: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-        logits = functional_call(models[0], weights, (inputs,))
-        return nn.functional.cross_entropy(logits, labels)
+    def loss(weights: dict[str, Tensor], *parts: Tensor) -> Tensor:
+        predictions = functional_call(models[0], weights, parts[:-1])
+        return recipe.objective.loss(predictions, parts[-1])
 
-    inputs, labels = recipe.train
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     rates = _rates(recipe, len(subsets[0]))
     for _ in range(recipe.epochs):
@@ -144,7 +180,8 @@ def train_together(
             for subset, generator in zip(subsets, generators, strict=True)
         ])
         for batch in order.split(recipe.batch_size, dim=1):
-            gradients = vmap(grad(loss))(weights, inputs[batch], labels[batch])
+            parts = (part[batch] for part in recipe.train)
+            gradients = vmap(grad(loss))(weights, *parts)
             rate = next(rates)
             for name, weight in weights.items():
                 step = gradients[name].add_(weight, alpha=recipe.weight_decay)
@@ -161,6 +198,14 @@ def _fresh(recipe: Recipe, seed: int) -> nn.Module:
         return recipe.make_model()
 
 
+def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    settings: Any = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(trained, **settings)
+    return torch.optim.SGD(trained, momentum=MOMENTUM, **settings)
+
+
 def _rates(recipe: Recipe, size: int) -> Iterator[float]:
     # a cosine from the recipe's rate to zero
     steps = recipe.epochs * -(-size // recipe.batch_size)
@@ -168,19 +213,17 @@ def _rates(recipe: Recipe, size: int) -> Iterator[float]:
         yield recipe.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def margins(model: nn.Module, examples: tuple[Tensor, Tensor]) -> Tensor:
-    """`log p / (1 - p)` of the right class.
+def outputs(recipe: Recipe, model: nn.Module, examples: tuple[Tensor, ...]) -> Tensor:
+    """The outputs that are the ground truth.
 
     Args:
+        recipe: says which.
         model: in evaluation mode.
         examples: inputs and labels.
 
     Returns:
         `[m]`.
     """
-    inputs, labels = examples
+    *inputs, labels = examples
     with torch.no_grad():
-        logits = model(inputs)
-    right = labels[:, None]
-    others = logits.scatter(1, right, -torch.inf).logsumexp(1)
-    return logits.gather(1, right).squeeze(1) - others
+        return recipe.objective.output(model(*inputs), labels)
