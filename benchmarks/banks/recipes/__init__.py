@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from benchmarks.banks.differences import restore
 from benchmarks.banks.objectives import OBJECTIVES, Objective
 
-NAMES = ("digits", "diabetes")  # the banks that are built
+NAMES = ("digits", "mnist", "diabetes")  # the banks that are built
 MOMENTUM = 0.9
 OPTIMIZERS = {"sgd": f"SGD, momentum {MOMENTUM}", "adamw": "AdamW"}
 
@@ -41,8 +41,9 @@ class Recipe:
         together: models that `train_together` trains at once. More than 1 for SGD and
             models without buffers only, where it is the same training and many times
             faster.
-        pretrained: the weights that training begins with; checkpoints are stored as
-            differences from them, see `benchmarks.banks.differences`.
+        pretrained: the weights that training begins with, or zeros. If given,
+            checkpoints are stored as differences from them, a byte a weight, see
+            `benchmarks.banks.differences`.
     """
 
     train: tuple[Tensor, ...]
