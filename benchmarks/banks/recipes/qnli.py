@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from benchmarks.banks.recipes import Recipe
 from benchmarks.common import ROOT
@@ -115,7 +115,7 @@ def _pairs() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _tokenizer() -> Any:
-    return BertTokenizerFast.from_pretrained(DATA / "bert-tiny")
+    return AutoTokenizer.from_pretrained(DATA / "bert-tiny")
 
 
 def _texts(pairs: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
