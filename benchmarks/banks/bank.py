@@ -25,12 +25,13 @@ class Bank:
     Attributes:
         masks: which examples each subset holds, bool `[subsets, n]`.
         outputs: the targets' outputs after training on a subset, `[subsets, seeds, m]`.
-        checkpoints: state dicts of models trained on everything.
+        checkpoints: models trained on everything, as they are stored: `Recipe.weights`
+            makes state dicts of them.
         manifest: how the bank was made.
     """
 
     masks: NDArray[np.bool_]
-    outputs: NDArray[np.float32]
+    outputs: NDArray[np.floating[Any]]
     checkpoints: list[dict[str, Tensor]]
     manifest: dict[str, Any]
 
@@ -44,7 +45,8 @@ def save(bank: Bank, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     masks = np.packbits(bank.masks, axis=1)
-    np.savez_compressed(folder / "truth.npz", masks=masks, outputs=bank.outputs)
+    outputs = bank.outputs.astype(np.float16)
+    np.savez_compressed(folder / "truth.npz", masks=masks, outputs=outputs)
     tensors = {
         f"{j}/{name}": value.contiguous()
         for j, state in enumerate(bank.checkpoints)
@@ -83,7 +85,7 @@ def load(name: str, folder: Path | None = None) -> Bank:
             raise ValueError(f"{folder / file} is not the file that bank.json describes.")
     with np.load(folder / "truth.npz", allow_pickle=False) as truth:
         masks = np.unpackbits(truth["masks"], axis=1, count=manifest["n"]).astype(bool)
-        outputs = truth["outputs"]
+        outputs = truth["outputs"].astype(np.float32)
     states: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, value in load_file(folder / "checkpoints.safetensors").items():
         number, _, parameter = key.partition("/")

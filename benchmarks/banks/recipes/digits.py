@@ -12,7 +12,7 @@ def recipe() -> Recipe:
     """The recipe.
 
     Returns:
-        1,200 training examples, 300 targets, 100 halves with 5 seeds each.
+        1,200 training examples, 300 targets, 120 halves with 5 seeds each.
     """
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
@@ -22,13 +22,14 @@ def recipe() -> Recipe:
         train=(x[:1200], y[:1200]),
         targets=(x[1200:1500], y[1200:1500]),
         make_model=_model,
-        epochs=12,
-        batch_size=60,
-        learning_rate=0.05,
-        weight_decay=1e-3,
-        subsets=100,
+        epochs=20,
+        batch_size=50,
+        learning_rate=0.1,
+        weight_decay=5e-3,
+        subsets=120,
         seeds=5,
         checkpoints=10,
+        together=20,
     )
 
 

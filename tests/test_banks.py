@@ -1,0 +1,259 @@
+"""Banks of retrained models: their files, how they are trained, and the LDS."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.banks import bank as banks
+from benchmarks.banks import build, evaluate, objectives, recipes
+from benchmarks.banks.bank import Bank, load, save
+from benchmarks.banks.differences import restore, shrink
+from benchmarks.lds import ceiling, group_scores, lds, over_subsets, over_targets, spearman
+from scipy import stats
+from torch import nn
+
+from trak.modelout_functions import output_function, resolve_task
+
+
+@pytest.fixture(name="recipe")
+def make_recipe():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 6, generator=generator)
+    y = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+    return recipes.Recipe(
+        train=(x[:20], y[:20]),
+        targets=(x[20:], y[20:]),
+        make_model=lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)),
+        epochs=3,
+        batch_size=4,
+        learning_rate=0.1,
+        weight_decay=0.01,
+        subsets=4,
+        seeds=2,
+        checkpoints=2,
+        together=3,
+    )
+
+
+@pytest.fixture(name="bank")
+def make_bank(recipe):
+    rng = np.random.default_rng(0)
+    models = [recipes.train(recipe, torch.arange(20), seed) for seed in (0, 1)]
+    return Bank(
+        masks=build.masks_of(recipe),
+        outputs=rng.standard_normal((4, 2, 10)).astype(np.float16),
+        checkpoints=[dict(model.state_dict()) for model in models],
+        manifest=build.description("small", recipe),
+    )
+
+
+def test_a_bank_is_read_as_it_was_written(bank, tmp_path):
+    save(bank, tmp_path)
+    back = load("small", tmp_path)
+    assert (back.masks == bank.masks).all()
+    assert back.masks.dtype == bool
+    assert (back.outputs == bank.outputs).all()
+    assert back.manifest["n"] == 20
+    assert len(back.checkpoints) == 2
+    for one, other in zip(back.checkpoints, bank.checkpoints, strict=True):
+        assert list(one) == sorted(other)
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("file", ["truth.npz", "checkpoints.safetensors"])
+def test_a_changed_file_is_refused(bank, tmp_path, file):
+    save(bank, tmp_path)
+    content = bytearray((tmp_path / file).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=file):
+        load("small", tmp_path)
+
+
+def test_another_version_is_refused(bank, tmp_path):
+    save(bank, tmp_path)
+    manifest = json.loads((tmp_path / "bank.json").read_text())
+    (tmp_path / "bank.json").write_text(json.dumps({**manifest, "version": 2}))
+    with pytest.raises(ValueError, match="version 2"):
+        load("small", tmp_path)
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_the_banks_fit_their_recipes(name):
+    made, bank = recipes.recipe(name), load(name)
+    for about in (expected := build.description(name, made), bank.manifest):
+        about["recipe"].pop("model")  # torch's words, which may change
+    assert {key: bank.manifest[key] for key in expected} == expected
+    assert (bank.masks == build.masks_of(made)).all()
+    m = len(made.targets[-1])
+    assert bank.outputs.shape == (made.subsets, made.seeds, m)
+    assert np.isfinite(bank.outputs).all()
+    assert len(bank.checkpoints) == made.checkpoints
+    losses = bank.manifest["losses"]
+    assert made.loss(bank.checkpoints[-1]) == pytest.approx(losses[-1], rel=1e-3)
+    assert ceiling(bank.outputs) > 0.8
+
+
+def test_training_together_is_training_one_by_one(recipe):
+    masks = build.masks_of(recipe)
+    subsets = [torch.as_tensor(np.flatnonzero(mask)) for mask in masks]
+    together = recipes.train_together(recipe, subsets, seeds=[5, 6, 7, 8])
+    for model, subset, seed in zip(together, subsets, [5, 6, 7, 8], strict=True):
+        alone = recipes.train(recipe, subset, seed).state_dict()
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_training_sees_nothing_but_the_subset(recipe):
+    subset = torch.arange(0, 20, 2)
+    x, y = recipe.train
+    others = torch.ones(20, dtype=torch.bool)
+    others[subset] = False
+    blind = dataclasses.replace(recipe, train=(x.masked_fill(others[:, None], 9.0), y))
+    first, second = (recipes.train(made, subset, 0) for made in (recipe, blind))
+    assert torch.equal(first[0].weight, second[0].weight)
+
+
+def test_building_goes_on_where_it_stopped(recipe, tmp_path):
+    build.work(recipe, tmp_path, worker=0, workers=1)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 8
+    before = {file: np.load(file) for file in files}
+    files[3].unlink()
+    files[0].write_bytes(kept := b"is left alone")
+    build.work(recipe, tmp_path, worker=0, workers=2)
+    build.work(recipe, tmp_path, worker=1, workers=2)
+    assert files[0].read_bytes() == kept
+    np.testing.assert_allclose(np.load(files[3]), before[files[3]], atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{}, {"epochs": 4}, {"seeds": 3}, {"task": "other"}])
+def test_another_recipe_is_another_build(recipe, change):
+    changed = dataclasses.replace(recipe, **change)
+    same = build.description("a", recipe) == build.description("a", changed)
+    assert same is not bool(change)
+
+
+@pytest.mark.parametrize(("kind", "proj_dim"), [("default", 8), ("normal", 32)])
+def test_reused_gradients_give_what_traker_gives(recipe, bank, kind, proj_dim):
+    # one k below and one above n = 20: the primal and the dual system
+    dims, ridges = [8, 32], (0.1, 1.0)
+    found = evaluate.by_pieces(recipe, bank, [kind], dims, seeds=2, ridges=ridges)
+    assert len(found) == 4
+    ours = found[evaluate.Setting(kind, proj_dim, 1.0)][1]
+    theirs = evaluate.by_traker(recipe, bank, kind, proj_dim, seed=1, half=False)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.std())
+
+
+@pytest.mark.parametrize("proj_dim", [8, 4000])
+def test_drawn_rows_have_the_inner_products_of_gradients(recipe, bank, proj_dim):
+    gradients = evaluate.gradients_of(recipe, bank, 1)
+    whole = torch.cat(list(gradients.by_name.values()), dim=1)
+    kernel = whole @ whole.T
+    shapes = evaluate.shapes_of(recipe)
+    root = gradients.rows(shapes, evaluate.EXACT, 0, seed=0)
+    torch.testing.assert_close(root @ root.T, kernel, rtol=1e-3, atol=1e-3)
+    seeds = range(4000 // proj_dim)
+    rows = [gradients.rows(shapes, evaluate.DRAWN, proj_dim, seed) for seed in seeds]
+    assert rows[0].shape == (30, proj_dim)
+    mean = sum(r @ r.T for r in rows) / (proj_dim * len(rows))
+    scale = kernel.diagonal().sqrt()
+    apart = (mean - kernel) / scale[:, None] / scale
+    assert apart.abs().max() < 6 * (2 / 4000) ** 0.5
+
+
+def test_a_rank_can_be_named():
+    projector = evaluate.projector_of("factored:24", {"weight": (64, 200)}, 32, seed=0)
+    assert projector.settings()["rank"] == 24
+
+
+def test_differences_are_stored_in_a_byte_each():
+    torch.manual_seed(0)
+    pretrained = {"a": torch.randn(4, 3, 2), "b": torch.randn(5), "frozen": torch.ones(9)}
+    change = {"a": torch.randn(4, 3, 2), "b": torch.randn(5), "frozen": torch.zeros(9)}
+    change["a"][1] = 0  # a row that stayed as it was
+    state = {name: pretrained[name] + change[name] for name in pretrained}
+    stored = shrink(state, pretrained)
+    assert sorted(stored) == ["a", "a/scale", "b", "b/scale"]
+    assert stored["a"].dtype == torch.int8
+    back = restore(stored, pretrained)
+    assert torch.equal(back["frozen"], pretrained["frozen"])
+    for name in ("a", "b"):
+        torch.testing.assert_close(back[name], state[name], rtol=0, atol=4 / 254)
+    again = restore(shrink(back, pretrained), pretrained)
+    torch.testing.assert_close(again, back)  # rounded models stay as they are
+    assert shrink(state, None) is state
+    assert restore(state, None) is state
+
+
+@pytest.mark.parametrize("name", ["regression", "language_modelling"])
+def test_tasks_attribute_the_outputs_that_are_the_truth(name):
+    # one position a text, where the mean margin's Q is exact
+    torch.manual_seed(0)
+    texts = name == "language_modelling"
+    objective, model = objectives.OBJECTIVES[name], nn.Linear(5, 3 if texts else 1)
+    x = torch.randn(6, 1, 5) if texts else torch.randn(6, 5)
+    y = torch.randint(3, (6, 1)) if texts else torch.randn(6)
+    truth, task = objective.output(model(x), y), resolve_task(objective.task)
+    weights = dict(model.named_parameters())
+    samples = zip(x, y, strict=True)
+    each = [output_function(task)(model, weights, {}, *sample) for sample in samples]
+    torch.testing.assert_close(torch.stack(each).flatten(), truth)
+    torch.testing.assert_close(task.get_batch_output(model, (x, y)), truth)
+    found = truth.detach().requires_grad_()
+    loss = found.neg().exp().log1p() if texts else (found - y).square() / 2
+    torch.testing.assert_close(loss.mean(), objective.loss(model(x), y))
+    (slope,) = torch.autograd.grad(loss.sum(), found)
+    q = task.get_out_to_loss_grad(model, weights, {}, (x, y))
+    torch.testing.assert_close(q.flatten(), -slope)
+
+
+def test_spearman_is_scipys_column_by_column():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 9, (2, 40, 3)).astype(float)
+    expected = [stats.spearmanr(a[:, j], b[:, j]).statistic for j in range(3)]
+    np.testing.assert_allclose(spearman(a, b), expected, atol=1e-12)
+    assert spearman(np.ones((40, 1)), b[:, :1]) == 0
+
+
+def test_lds_of_the_truth_is_one_and_of_its_negative_minus_one():
+    rng = np.random.default_rng(0)
+    masks = rng.random((50, 20)) < 0.5
+    scores = rng.standard_normal((20, 3))
+    outputs = np.exp(group_scores(scores, masks))[:, None]  # monotone: ranks stay
+    np.testing.assert_allclose(lds(group_scores(scores, masks), outputs), 1.0)
+    np.testing.assert_allclose(lds(group_scores(-scores, masks), outputs), -1.0)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_ceiling_is_what_the_expected_output_reaches(seeds):
+    rng = np.random.default_rng(0)
+    expected = rng.standard_normal((400, 1, 50))
+    outputs = expected + 1.5 * rng.standard_normal((400, seeds, 50))
+    reached = lds(expected[:, 0], outputs).mean()
+    assert ceiling(outputs) == pytest.approx(reached, abs=0.02)
+    assert np.isnan(ceiling(outputs[:, :1]))
+
+
+def test_intervals_hold_the_mean_and_narrow_with_what_is_drawn():
+    rng = np.random.default_rng(0)
+    expected = rng.standard_normal((100, 60))
+    outputs = expected[:, None] + rng.standard_normal((100, 2, 60))
+    good, bad = (expected + s * rng.standard_normal((100, 60)) for s in (0.5, 2.0))
+    each = lds(good, outputs)
+    low, high = over_targets(each)
+    assert low < each.mean() < high
+    assert high - low == pytest.approx(4 * each.std() / 60**0.5, rel=0.15)
+    low, high = over_subsets([good], outputs, draws=50)
+    assert low < each.mean() < high
+    low, high = over_subsets([good], outputs, [bad], draws=50)
+    assert 0 < low < each.mean() - lds(bad, outputs).mean() < high
+
+
+def test_no_bank_holds_pickled_data():
+    for path in banks.FOLDER.glob("*/truth.npz"):
+        with np.load(path, allow_pickle=False) as truth:
+            assert sorted(truth) == ["masks", "outputs"]
+            assert truth["masks"].dtype == np.uint8
