@@ -34,8 +34,9 @@ from benchmarks.banks.evaluate import (
 )
 from benchmarks.banks.recipes import NAMES, Recipe, recipe
 from benchmarks.common import Row, write
-from benchmarks.lds import ceiling, lds, over_subsets, over_targets
+from benchmarks.lds import lds, over_subsets, over_targets
 from trak.errors import InputError
+from trak.evaluation import noise_ceiling
 from trak.projectors import ProjectionType
 
 KINDS = [kind.value for kind in ProjectionType]
@@ -305,7 +306,7 @@ def run(name: str, options: argparse.Namespace) -> tuple[list[Row], dict[str, An
     for setting, figure in found.figures.items():
         at = f"{setting.kind} k={setting.proj_dim} ridge={setting.ridge}x"
         print(f"{name} {at}: {figure}", flush=True)
-    limit = ceiling(bank.outputs)
+    limit = noise_ceiling(bank.outputs)
     how = f"{len(states)} checkpoints, {seeds} projection seeds; ceiling {limit:.2f}"
     rows = [found.row(k, how, best=best) for k in dims for best in (False, True)]
     default = {str(k): projector_of(DEFAULT, shapes, k, seed=0).settings() for k in dims}

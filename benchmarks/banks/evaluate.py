@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from benchmarks.banks.bank import Bank
 from benchmarks.banks.recipes import Recipe
-from benchmarks.lds import group_scores
 from trak import TRAKer
+from trak.evaluation import group_scores
 from trak.gradient_computers import FunctionalGradientComputer
 from trak.modelout_functions import resolve_task
 from trak.projectors import BlockProjector, FactoredProjector, make_projector
