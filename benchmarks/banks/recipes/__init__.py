@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from benchmarks.banks.differences import restore
 from benchmarks.banks.objectives import OBJECTIVES, Objective
 
-NAMES = ("digits", "mnist", "diabetes")  # the banks that are built
+NAMES = ("digits", "mnist", "qnli", "diabetes")  # the banks that are built
 MOMENTUM = 0.9
 OPTIMIZERS = {"sgd": f"SGD, momentum {MOMENTUM}", "adamw": "AdamW"}
 

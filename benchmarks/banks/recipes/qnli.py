@@ -89,8 +89,8 @@ def _config() -> Any:
 
 
 def _pretrained() -> dict[str, Tensor]:
-    # the same random pooler and a classifier of zeros for every model: with fresh ones
-    # half of what retrained models differ by would be their seed
+    # the same random pooler and a classifier of zeros for every model, so that those of
+    # one half differ by the order of their examples only
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         state = BertForSequenceClassification(_config()).state_dict()
