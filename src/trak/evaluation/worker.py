@@ -44,6 +44,7 @@ def main() -> None:
 
 def _answer(answers: TextIO, error: str | None) -> None:
     value: dict[str, Any] = {"error": error}
+    sys.stdout.flush()  # the parent ends the process as soon as it has its answer
     answers.write(json.dumps(value) + "\n")
     answers.flush()
 
