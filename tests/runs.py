@@ -18,6 +18,8 @@ def make_traker(model, n, folder, **options):
         "proj_dim": 16,
         "use_half_precision": False,
     }
+    if "score_computer" not in options:
+        defaults["lambda_reg"] = "1x"  # the oracle's
     return TRAKer(
         model=model,
         train_set_size=n,

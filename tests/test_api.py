@@ -33,7 +33,7 @@ UPSTREAM_ARGUMENTS = {
     "proj_max_batch_size": 32,
     "projector_seed": 0,
     "grad_wrt": None,
-    "lambda_reg": None,
+    "lambda_reg": "auto",
 }
 UPSTREAM_NAMES = {
     "trak": "TRAKer test_install __version__ VERSION",

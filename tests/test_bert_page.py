@@ -156,7 +156,7 @@ def run_page(model, task, folder, process=process_batch, **options):
         train_set_size=TRAIN_SET_SIZE,
         save_dir=folder,
         device="cpu",
-        **({"proj_dim": 1024} | options),
+        **({"proj_dim": 1024, "lambda_reg": "1x"} | options),
     )
 
     traker.load_checkpoint(model.state_dict(), model_id=0)

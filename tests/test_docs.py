@@ -27,6 +27,7 @@ ROOMS = [
     "trak.projectors",
     "trak.savers",
     "trak.score_computers",
+    "trak.whitening",
 ]
 
 _PYTHON = re.compile(r'python( notest| title="[^"]+")?')

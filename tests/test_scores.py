@@ -116,6 +116,7 @@ def test_the_iterative_computer_gives_the_same_scores(tmp_path):
         model=model,
         task="iterative_image_classification",
         train_set_size=20,
+        lambda_reg="1x",
         save_dir=tmp_path / "b",
         device="cpu",
         proj_dim=16,
@@ -240,7 +241,7 @@ def test_upstreams_methods_of_the_default_computer():
         torch.randn(30, 6, dtype=torch.float64),
         torch.randn(4, 6, dtype=torch.float64),
     )
-    computer = RidgeScoreComputer()
+    computer = RidgeScoreComputer(lambda_reg="1x")
     features = computer.get_x_xtx_inv(phi, computer.get_xtx(phi))
     scores = torch.zeros(30, 4, dtype=torch.float64)
     computer.get_scores(features, aims, accumulator=scores)

@@ -130,13 +130,13 @@ def test_ridges_and_experiments_share_a_pass(n, tmp_path, monkeypatch):
         "read_ahead",
         lambda stretches, device: passes.append(len(stretches)) or real(stretches, device),
     )
-    ridges = [None, 0.01, 3]
+    ridges = ["1x", 0.01, 3]
     found = traker.sweep(["exp", "few"], ridges)
     assert list(found) == [(e, r) for r in ridges for e in ("exp", "few")]
     if n == 40:
         assert len(passes) == 1  # over both checkpoints, side by side
     for (name, ridge), scores in found.items():
-        expected = reference.trak_scores(checkpoints, ridge)
+        expected = reference.trak_scores(checkpoints, None if ridge == "1x" else ridge)
         close(scores, expected if name == "exp" else expected[:, :4])
     tops = traker.sweep(["exp", "few"], ridges, top_k=3)
     for key, top in tops.items():
@@ -274,7 +274,7 @@ def test_tensors_and_files_give_the_same(tmp_path):
     rows = np.random.default_rng(1).standard_normal((50, 8)).astype(np.float16)
     made = group(tmp_path, rows, "float16")
     targets = torch.randn(3, 8, dtype=torch.float64)
-    computer = RidgeScoreComputer()
+    computer = RidgeScoreComputer(lambda_reg="1x")
     for source in (torch.from_numpy(rows), made.encoded()):
         kept = computer.finalize(source)
         scores = computer.scorer(kept, source, targets)(5, 31)

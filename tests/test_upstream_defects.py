@@ -513,6 +513,7 @@ def test_iterative_computer_with_grad_wrt_and_frozen_parameters(tmp_path):
         model=model,
         task="iterative_image_classification",
         train_set_size=20,
+        lambda_reg="1x",
         save_dir=tmp_path,
         device="cpu",
         proj_dim=16,

@@ -174,7 +174,7 @@ def by_pieces(
 def by_traker(
     made: Recipe, bank: Bank, kind: str, proj_dim: int, seed: int, *, half: bool = True
 ) -> NDArray[np.float64]:
-    """Group scores of the bank's subsets by `TRAKer` as a user calls it.
+    """Group scores of the bank's subsets by `TRAKer`, at a ridge of one row norm.
 
     Args:
         made: data and model.
@@ -198,6 +198,7 @@ def by_traker(
             projector=None if kind == DEFAULT else kind,
             projector_seed=seed,
             use_half_precision=half,
+            lambda_reg="1x",
             logging_level=logging.ERROR,
         )
         states = [made.weights(stored) for stored in bank.checkpoints]

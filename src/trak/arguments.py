@@ -54,16 +54,49 @@ def as_number(name: str, value: Any, *, zero: bool) -> float:
     return float(found)
 
 
-def as_ridge(lambda_reg: Any) -> float | None:
+Ridge = float | str | None
+"""An absolute ridge; `"3x"`, in mean squared row norms; or None for the automatic one."""
+
+
+def as_ridge(lambda_reg: Any) -> Ridge:
     """Accepts what may be added to the diagonal of a Gram matrix.
 
     Args:
-        lambda_reg: a number, or None for the ridge that the score computer chooses.
+        lambda_reg: a number; a multiple of the mean squared row norm, such as `"3x"`; or
+            `"auto"` or None for the ridge that the score computer chooses.
 
     Returns:
-        A Python float, or None.
+        A Python float; the multiple as `"3x"`; or None.
+
+    Raises:
+        InputError: if it is something else.
     """
-    return None if lambda_reg is None else as_number("lambda_reg", lambda_reg, zero=True)
+    if lambda_reg is None or (isinstance(lambda_reg, str) and lambda_reg == "auto"):
+        return None
+    if not isinstance(lambda_reg, str):
+        return as_number("lambda_reg", lambda_reg, zero=True)
+    try:
+        multiple = float(lambda_reg[:-1]) if lambda_reg.endswith("x") else math.nan
+    except ValueError:
+        multiple = math.nan
+    if not 0 <= multiple < math.inf:
+        raise InputError(
+            "lambda_reg must be a number (added as it is), a multiple of the mean squared "
+            f"row norm such as '3x', or 'auto', got {lambda_reg!r}."
+        )
+    return f"{multiple!r}".removesuffix(".0") + "x"
+
+
+def multiple_of(lambda_reg: Ridge) -> float | None:
+    """The number of a relative ridge.
+
+    Args:
+        lambda_reg: as `as_ridge` gives it.
+
+    Returns:
+        The multiple of the mean squared row norm; None if the ridge is absolute or chosen.
+    """
+    return float(lambda_reg[:-1]) if isinstance(lambda_reg, str) else None
 
 
 def _plain(value: Any) -> Any:

@@ -59,6 +59,14 @@ class FactoredBlock:
         """
         return DenseBlock(self.name, self.sketch(None, None).flatten(start_dim=1))
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The vectors whose outer products add up to the gradient.
+
+        Returns:
+            `[b, s, o]` and `[b, s, i]`.
+        """
+        return self.backprops, self.activations
+
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """`left^T G right` of every sample's gradient `G`, without forming `G`.
 
@@ -156,6 +164,18 @@ class ConvolvedBlock:
         """
         return DenseBlock(self.name, self.sketch(None, None).flatten(start_dim=1))
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The vectors whose outer products add up to the gradient.
+
+        Returns:
+            Backprops `[b, s, o]`, and the patches that the kernel sees, cut out,
+            `[b, s, c * kernel]`.
+        """
+        channels = self.inputs.shape[1]
+        width = channels * torch.Size(self.kernel).numel()
+        every = torch.eye(width, dtype=self.inputs.dtype, device=self.inputs.device)
+        return self.backprops.flatten(start_dim=2).mT, self._seen(every).mT
+
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """`left^T G right` of every sample's gradient `G`, without forming `G`.
 
@@ -172,17 +192,19 @@ class ConvolvedBlock:
         backprops = self.backprops.flatten(start_dim=2)  # [b, o, s]
         if left is not None:
             backprops = left.t() @ backprops
-        channels = self.inputs.shape[1]
         if right is None:
-            width = channels * torch.Size(self.kernel).numel()
+            width = self.inputs.shape[1] * torch.Size(self.kernel).numel()
             right = torch.eye(width, dtype=self.inputs.dtype, device=self.inputs.device)
-        kernels = right.t().reshape(-1, channels, *self.kernel)
+        return backprops @ self._seen(right).transpose(1, 2)
+
+    def _seen(self, right: Tensor) -> Tensor:
+        # the patches times the columns of a matrix, [b, q, s]
+        kernels = right.t().reshape(-1, self.inputs.shape[1], *self.kernel)
         convolve: Any = _CONVOLUTIONS[len(self.kernel)]
         seen = convolve(self.inputs, kernels, stride=self.stride, dilation=self.dilation)
         # a stride may leave room for positions that the layer's output does not have
         space = tuple(slice(size) for size in self.backprops.shape[2:])
-        patches = seen[(slice(None), slice(None), *space)].flatten(start_dim=2)
-        return backprops @ patches.transpose(1, 2)
+        return seen[(slice(None), slice(None), *space)].flatten(start_dim=2)
 
 
 _CONVOLUTIONS = {

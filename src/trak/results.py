@@ -5,6 +5,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from trak.arguments import Ridge
 from trak.errors import InputError
 from trak.pipeline import (
     CheckpointInfo,
@@ -162,13 +163,13 @@ class Results:
     def sweep(
         self,
         exp_names: Iterable[str],
-        lambda_regs: Iterable[float | None] | None = None,
+        lambda_regs: Iterable[Ridge] | None = None,
         *,
         top_k: int | None = None,
         helpful: bool = True,
         model_ids: Iterable[int] | None = None,
         allow_skip: bool = False,
-    ) -> dict[tuple[str, float | None], Any]:
+    ) -> dict[tuple[str, Ridge], Any]:
         """Scores several experiments at several ridges in one pass over the rows.
 
         Args:

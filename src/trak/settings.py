@@ -29,6 +29,7 @@ class RunSettings:
         projection: the projector's own description (kind, `k`, seed, generator).
         precision: dtype of the stored rows, e.g. `"float16"`.
         task: the model output's class and scalar settings.
+        whitening: strength and damping; None if gradients are not whitened.
         library: version of this library.
     """
 
@@ -38,6 +39,7 @@ class RunSettings:
     projection: Mapping[str, Any]
     precision: str
     task: Mapping[str, Any]
+    whitening: Mapping[str, float] | None = None
     library: str = LIBRARY_VERSION
 
     def __post_init__(self) -> None:
@@ -52,7 +54,10 @@ class RunSettings:
         Returns:
             A dictionary that survives a round trip through JSON unchanged.
         """
-        return json.loads(json.dumps(asdict(self)))
+        found = asdict(self)
+        if self.whitening is None:  # stores from before there was any stay readable
+            del found["whitening"]
+        return json.loads(json.dumps(found))
 
     def fingerprint(self) -> str:
         """One truth about "the same run".

@@ -16,6 +16,7 @@ from trak.modelout_functions import resolve_task
 from trak.pipeline import (
     as_folder,
     as_names,
+    as_strength,
     check_model,
     check_parts,
     make_computer,
@@ -65,12 +66,15 @@ class TRAKer(Results):
         projector_seed: seed of the projection.
         grad_wrt: names of the parameters to attribute to; those that require a gradient
             if None.
-        lambda_reg: ridge added to the Gram matrix as it is. None stands for the mean
+        lambda_reg: ridge of the Gram matrix. `"auto"` (or None) chooses it from the rows;
+            a number is added as it is, as upstream does; `"3x"` is three times the mean
             squared row norm of the projected gradients.
         check_examples: refuse a batch whose examples are others than those that were
             seen for the same rows (after a resume, or at another checkpoint).
         row_dtype: how rows are stored, whatever `use_half_precision` says: `"float32"`,
             `"float16"`, `"bfloat16"`, `"int8"` (with a scale a row) or `"float64"`.
+        whitening: how much layers' gradients are whitened before they are projected: 0 or
+            None for plain TRAK, up to 1, or `"auto"`. Asks for `fit_whitening`.
 
     Raises:
         InputError: if an argument cannot be used.
@@ -95,10 +99,11 @@ class TRAKer(Results):
         proj_max_batch_size: int = 32,
         projector_seed: int = 0,
         grad_wrt: Iterable[str] | None = None,
-        lambda_reg: float | None = None,
+        lambda_reg: float | str | None = "auto",
         *,
         check_examples: bool = True,
         row_dtype: str | torch.dtype | None = None,
+        whitening: float | str | None = None,
     ) -> None:
         self.logger = logging.getLogger("trak")
         self.logger.setLevel(logging_level)
@@ -109,6 +114,7 @@ class TRAKer(Results):
         self.train_set_size = as_integer("train_set_size", train_set_size, least=1)
         self.device = resolve_device(device)
         self.lambda_reg = as_ridge(lambda_reg)
+        self.whitening = as_strength(whitening)
         chosen = select_parameters(model, as_names(grad_wrt))
         self.grad_wrt = None if grad_wrt is None else list(chosen)
         self.num_params = get_num_params(model)
@@ -133,7 +139,9 @@ class TRAKer(Results):
             logging_level=logging_level,
             use_half_precision=use_half_precision,
         )
-        self._pipeline = make_pipeline(self, layout, examples_are_checked=check_examples)
+        self._pipeline = make_pipeline(
+            self, self._shapes, examples_are_checked=check_examples
+        )
 
     def init_projector(
         self,
@@ -180,6 +188,33 @@ class TRAKer(Results):
             _allow_featurizing_already_registered: accepted as upstream's name.
         """
         self._pipeline.load(checkpoint, model_id)
+
+    def fit_whitening(self, batch: Any) -> None:
+        """Adds a batch of training examples to what whitening is made of.
+
+        Between `load_checkpoint` and the first `featurize`, for every batch of the training
+        set or of a sample of it; a few hundred examples do. Which examples they are counts,
+        and not in which order or batches they come. A checkpoint whose rows are in the
+        store already asks for nothing: see `whitening_is_fitted`.
+
+        Args:
+            batch: as for `featurize`.
+        """
+        self._pipeline.fit_whitening(batch)
+
+    def save_whitening(self) -> None:
+        """Writes what this process has fitted to the store, where several processes fit.
+
+        Each fits its part of the sample and calls this; once all have, any of them may
+        featurize, by the sums of all. With one process `featurize` does it.
+        """
+        self._pipeline.save_whitening()
+
+    @property
+    def whitening_is_fitted(self) -> bool:
+        """Whether the loaded checkpoint asks for no `fit_whitening` (any more)."""
+        phase = self._pipeline.phase
+        return phase is not None and self._pipeline.whitener.fitted(phase.model_id)
 
     def featurize(
         self, batch: Any, inds: Any = None, num_samples: int | None = None

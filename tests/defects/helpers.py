@@ -48,6 +48,8 @@ def tracker(folder, model=None, **options) -> TRAKer:
         "proj_dim": 12,
         "use_half_precision": False,
     }
+    if "score_computer" not in options:
+        defaults["lambda_reg"] = "1x"  # the oracle's
     return TRAKer(**(defaults | options))
 
 

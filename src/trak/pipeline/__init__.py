@@ -13,14 +13,17 @@ from trak.pipeline.inventory import (
 from trak.pipeline.methods import group_matrix, method_named, method_pass
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker
+from trak.pipeline.whiten import Whitener, as_strength
 
 __all__ = [
     "CheckpointInfo",
     "ExperimentInfo",
     "Pipeline",
     "RowMaker",
+    "Whitener",
     "as_folder",
     "as_names",
+    "as_strength",
     "check_model",
     "check_parts",
     "describe_run",

@@ -13,6 +13,7 @@ from trak.pipeline.choices import float_dtype
 from trak.pipeline.describe import describe_run, store_metadata
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker
+from trak.pipeline.whiten import Whitener
 from trak.projectors import AbstractProjector
 from trak.savers import AbstractSaver, MmapSaver
 from trak.score_computers import AbstractScoreComputer
@@ -33,6 +34,7 @@ class Parts(Protocol):
     score_computer: AbstractScoreComputer
     save_dir: Path
     saver: AbstractSaver
+    whitening: float
 
 
 def make_computer(
@@ -85,18 +87,19 @@ def make_saver(
 
 
 def make_pipeline(
-    parts: Parts, layout: Mapping[str, int], *, examples_are_checked: bool
+    parts: Parts, shapes: Mapping[str, tuple[int, ...]], *, examples_are_checked: bool
 ) -> Pipeline:
     """Wires the parts together.
 
     Args:
         parts: what the run is made of.
-        layout: name to number of scalars of the selected parameters.
+        shapes: name to shape of the selected parameters.
         examples_are_checked: refuse other examples in rows seen before.
 
     Returns:
         The pipeline.
     """
+    layout = {name: math.prod(shape) for name, shape in shapes.items()}
     maker = RowMaker(
         model=parts.model,
         computer=parts.gradient_computer,
@@ -105,12 +108,20 @@ def make_pipeline(
         scale=math.sqrt(sum(layout.values())),
         device=parts.device,
     )
+    whitener = Whitener(
+        maker=maker,
+        saver=parts.saver,
+        shapes=shapes,
+        strength=parts.whitening,
+        dtype=torch.promote_types(float_dtype(parts.dtype), torch.float32),
+    )
     return Pipeline(
         model=parts.model,
         task=parts.task,
         maker=maker,
         saver=parts.saver,
         scorer=parts.score_computer,
+        whitener=whitener,
         settings=lambda: _settings(parts, layout),
         dtype=parts.dtype,
         examples_are_checked=examples_are_checked,
@@ -126,4 +137,5 @@ def _settings(parts: Parts, layout: Mapping[str, int]) -> RunSettings:
         proj_dim=parts.proj_dim,
         train_set_size=parts.train_set_size,
         dtype=parts.dtype,
+        whitening=parts.whitening,
     )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trak.arguments import Ridge
 from trak.encodings import encoding_of
 from trak.errors import InputError, InputTypeError
 from trak.pipeline.checks import describe
@@ -55,7 +56,7 @@ def make_scorer(
     dtype: torch.dtype,
     device: torch.device,
     logging_level: int,
-    lambda_reg: float | None,
+    lambda_reg: Ridge,
 ) -> AbstractScoreComputer:
     """The score computer that the facade's arguments stand for.
 
@@ -65,7 +66,7 @@ def make_scorer(
         device: where to compute.
         logging_level: handed to the class.
         lambda_reg: the ridge; None lets `RidgeScoreComputer` choose and is 0, upstream's
-            default, for other classes.
+            default, for other classes, which know no relative ones.
 
     Returns:
         An instance.

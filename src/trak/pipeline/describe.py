@@ -14,6 +14,7 @@ from trak.errors import InputError, InputTypeError
 from trak.modelout_functions import describe_task
 from trak.projectors import AbstractProjector, BlockProjector
 from trak.settings import RunSettings
+from trak.whitening.whitening import DAMPING
 
 
 def store_metadata(settings: RunSettings) -> dict[str, Any]:
@@ -95,6 +96,7 @@ def describe_run(
     proj_dim: int,
     train_set_size: int,
     dtype: torch.dtype,
+    whitening: float = 0.0,
 ) -> RunSettings:
     """Collects a run's settings.
 
@@ -106,6 +108,7 @@ def describe_run(
         proj_dim: width of its rows, `k`.
         train_set_size: `n`.
         dtype: dtype of the stored rows.
+        whitening: strength; 0 for none.
 
     Returns:
         The settings.
@@ -118,6 +121,7 @@ def describe_run(
         projection={**_describe_projector(projector), "proj_dim": proj_dim},
         precision=str(dtype).removeprefix("torch."),
         task=describe_task(task),
+        whitening={"strength": whitening, "damping": DAMPING} if whitening else None,
     )
 
 

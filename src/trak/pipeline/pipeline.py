@@ -3,18 +3,16 @@
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trak.arguments import as_integer
+from trak.arguments import Ridge, as_integer
 from trak.batches import batch_size, normalize
 from trak.errors import ModelIDException, PhaseError
-from trak.gradient_computers.coverage import Coverage
 from trak.pipeline.describe import (
     as_model_id,
     describe_rows,
@@ -22,6 +20,7 @@ from trak.pipeline.describe import (
 )
 from trak.pipeline.model_state import WeightWatch, evaluation_mode, validate_state
 from trak.pipeline.order import refuse_shuffled_loader
+from trak.pipeline.phase import Phase
 from trak.pipeline.project import RowMaker
 from trak.pipeline.readiness import chosen_ids, is_current, not_ready
 from trak.pipeline.rows import (
@@ -34,33 +33,14 @@ from trak.pipeline.rows import (
 )
 from trak.pipeline.scoring import ScorePass, finalize_rows
 from trak.pipeline.solving import ScoreSet, ridge_name, row_source, score_sets
+from trak.pipeline.whiten import Whitener
 from trak.savers import AbstractSaver, Rows
 from trak.score_computers import AbstractScoreComputer, LinearScoreComputer
+from trak.score_computers.auto_ridge import Situation
 from trak.score_computers.stream import decoded
 from trak.settings import RunSettings
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Phase:
-    """What is loaded, and what for.
-
-    Attributes:
-        kind: whether training examples or targets are expected.
-        model_id: the checkpoint.
-        exp_name: the experiment, while scoring.
-        watch: notices changes of the weights.
-        cursor: the next row for `num_samples`.
-        coverage: what the store knows of how gradients are computed.
-    """
-
-    kind: Literal["featurize", "score"]
-    model_id: int
-    exp_name: str
-    watch: WeightWatch
-    cursor: int = 0
-    coverage: Coverage | None = None
 
 
 class Pipeline:
@@ -72,6 +52,7 @@ class Pipeline:
         maker: turns batches into rows.
         saver: the store.
         scorer: turns rows into scores.
+        whitener: whitens gradients before they are projected.
         settings: the run's settings as they are now.
         dtype: dtype of the stored rows.
         examples_are_checked: refuse other examples in rows seen before.
@@ -85,6 +66,7 @@ class Pipeline:
         maker: RowMaker,
         saver: AbstractSaver,
         scorer: AbstractScoreComputer,
+        whitener: Whitener,
         settings: Callable[[], RunSettings],
         dtype: torch.dtype,
         examples_are_checked: bool,
@@ -94,6 +76,7 @@ class Pipeline:
         self.maker = maker
         self.saver = saver
         self.scorer = scorer
+        self.whitener = whitener
         self.settings = settings
         self.dtype = dtype
         self.examples_are_checked = examples_are_checked
@@ -147,6 +130,23 @@ class Pipeline:
         self.saver.init_experiment(exp_name, num_targets, model_id)
         self._load_weights(checkpoint)
         self.phase = Phase("score", model_id, exp_name, WeightWatch(self.model))
+
+    def fit_whitening(self, batch: Any) -> None:
+        """Adds a batch of training examples to what whitening is made of.
+
+        Args:
+            batch: the examples.
+        """
+        phase = self._expect("featurize", "load_checkpoint", "fit_whitening")
+        phase.watch.check()
+        normal = normalize(batch, next(self.model.parameters()).device)
+        with torch.inference_mode(False), evaluation_mode(self.model):
+            self.whitener.fit(normal, phase.model_id)
+
+    def save_whitening(self) -> None:
+        """Writes what this process added up, for others to add to theirs."""
+        phase = self._expect("featurize", "load_checkpoint", "save_whitening")
+        self.whitener.save(phase.model_id)
 
     def featurize(self, batch: Any, inds: Any, num_samples: int | None) -> None:
         """Stores the rows of a batch of training examples that are not there yet.
@@ -207,7 +207,8 @@ class Pipeline:
         self.maker.projector.free_memory()
         self.verify()
         self.saver.refresh()
-        for model_id in chosen_ids(self.saver, model_ids):
+        chosen = chosen_ids(self.saver, model_ids)
+        for model_id in chosen:
             rows = self.saver.train_rows(model_id)
             missing = np.flatnonzero(~rows.refresh())
             if len(missing):
@@ -217,13 +218,20 @@ class Pipeline:
                     f"({describe_rows(missing)}). Featurize them, or check that "
                     "train_set_size is the size of the training set."
                 )
+            together = len(self.saver.model_ids)
             if self.saver.model_ids[model_id]["is_finalized"] and is_current(
-                self.scorer, self.saver, model_id
+                self.scorer, self.saver, model_id, together
             ):
                 logger.info("model_id=%s is finalized already.", model_id)
                 continue
             phi = row_source(rows)
-            matrix, info = finalize_rows(self.scorer, phi, self.maker.device)
+            situation = Situation(
+                checkpoints=together,
+                strength=self.whitener.strength,
+                columns=self.maker.projector.proj_dim or None,
+                loss=rows.array("out_to_loss"),
+            )
+            matrix, info = finalize_rows(self.scorer, phi, self.maker.device, situation)
             self.saver.save_factor(model_id, matrix, info)
             self._features = None
         if del_grads:
@@ -254,13 +262,13 @@ class Pipeline:
     def sweep(
         self,
         exp_names: Iterable[str],
-        lambda_regs: Iterable[float | None] | None,
+        lambda_regs: Iterable[Ridge] | None,
         model_ids: Iterable[int] | None,
         *,
         top_k: int | None,
         helpful: bool,
         allow_skip: bool,
-    ) -> dict[tuple[str, float | None], Any]:
+    ) -> dict[tuple[str, Ridge], Any]:
         """Computes the scores of several experiments and ridges in one pass.
 
         Args:
@@ -451,6 +459,7 @@ class Pipeline:
         if check_ready is not None:
             check_ready(self.saver.checkpoint_digest(phase.model_id))
         names = numbers.tolist()
+        self.whitener.prepare(phase.model_id)
         with torch.inference_mode(False), evaluation_mode(self.model):
             values = {"examples": digests[:, None]}
             made, weights = self.maker.rows(
@@ -467,9 +476,9 @@ class Pipeline:
         self.maker.computer.load_model_params(self.model)
         self._features = None
 
-    def _expect(self, kind: str, method: str) -> Phase:
+    def _expect(self, kind: str, method: str, own: str = "") -> Phase:
         phase = self.phase
         if phase is None or phase.kind != kind:
             state = "nothing is loaded" if phase is None else f"{phase.kind} is under way"
-            raise PhaseError(f"Call {method} before {kind}; at present {state}.")
+            raise PhaseError(f"Call {method} before {own or kind}; at present {state}.")
         return phase

@@ -17,6 +17,7 @@ from trak.gradient_computers.memory import is_out_of_memory
 from trak.pipeline.lengths import Trimmer
 from trak.pipeline.memory import MicroBatches
 from trak.projectors import AbstractProjector, BlockProjector
+from trak.whitening import Moments, Whitening
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class RowMaker:
         device: where to project.
         micro: splits batches that do not fit into memory.
         ignores_padding: checkpoint to whether the model's outputs are the same without.
+        whitenings: checkpoint to what is done to its gradients before they are projected.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class RowMaker:
     device: torch.device
     micro: MicroBatches = field(default_factory=MicroBatches)
     ignores_padding: dict[int, bool] = field(default_factory=dict[int, bool])
+    whitenings: dict[int, Whitening] = field(default_factory=dict[int, Whitening])
 
     def rows(
         self, batch: Batch, model_id: int, numbers: list[int], *, with_weights: bool = False
@@ -90,6 +93,40 @@ class RowMaker:
                 self.computer.compute_loss_grad(batch)
             raise
         return (made[:, :-1], made[:, -1:]) if with_weights else (made, None)
+
+    def moments(self, batch: Batch) -> Moments:
+        """What whitening needs to know of a batch's gradients.
+
+        Args:
+            batch: a normalized batch.
+
+        Returns:
+            Its sums.
+        """
+        total = Moments()
+        if not batch_size(batch):
+            return total
+
+        def work(piece: Batch, start: int) -> Tensor:
+            del start
+            try:
+                total.merge(self._piece_moments(piece))
+            except InputChangedError as error:
+                if not self.computer.copy_inputs():
+                    raise
+                logger.info("%s Inputs are copied, which takes memory.", error)
+                total.merge(self._piece_moments(piece))
+            return torch.zeros(batch_size(piece))
+
+        self.micro.rows(batch, work, self._most)
+        return total
+
+    def _piece_moments(self, piece: Batch) -> Moments:
+        # of its own, since an attempt may fail half way
+        found = Moments()
+        with found.adding(batch_size(piece)) as sink:
+            self.computer.run(piece, sink, self.layout)
+        return found
 
     def _by_length(
         self,
@@ -169,6 +206,9 @@ class RowMaker:
                 logger.info("%s Inputs are copied, which takes memory.", error)
                 return self._gathered(projector, batch, model_id)
         grads = self.computer.compute_per_sample_grad(batch)
+        whitening = self.whitenings.get(model_id)
+        if whitening is not None:
+            grads = whitening.whole(grads, self.layout)
         rows = projector.project(grads, model_id=model_id).detach()
         expected = (batch_size(batch), projector.proj_dim or sum(self.layout.values()))
         if tuple(rows.shape) != expected:
@@ -181,7 +221,7 @@ class RowMaker:
 
     def _gathered(self, projector: BlockProjector, batch: Batch, model_id: int) -> Tensor:
         out = self._blank(batch_size(batch))
-        with projector.gathering(out, model_id) as sink:
+        with projector.gathering(out, model_id, self.whitenings.get(model_id)) as sink:
             self.computer.run(batch, sink, self.layout)
         return out
 

@@ -8,7 +8,11 @@ from trak.errors import ModelIDException
 from trak.pipeline.describe import as_model_ids, describe_rows
 from trak.pipeline.solving import ScoreSet
 from trak.savers import AbstractSaver
-from trak.score_computers import AbstractScoreComputer, LinearScoreComputer
+from trak.score_computers import (
+    AbstractScoreComputer,
+    LinearScoreComputer,
+    RidgeScoreComputer,
+)
 
 
 def chosen_ids(saver: AbstractSaver, model_ids: Iterable[int] | None) -> list[int]:
@@ -35,20 +39,30 @@ def chosen_ids(saver: AbstractSaver, model_ids: Iterable[int] | None) -> list[in
     return chosen
 
 
-def is_current(scorer: AbstractScoreComputer, saver: AbstractSaver, model_id: int) -> bool:
+def is_current(
+    scorer: AbstractScoreComputer,
+    saver: AbstractSaver,
+    model_id: int,
+    together: int | None = None,
+) -> bool:
     """Whether a checkpoint was finalized with the present ridge and score computer.
 
     Args:
         scorer: the score computer.
         saver: the store.
         model_id: a finalized checkpoint.
+        together: number of checkpoints that an automatic ridge is to be for; any if None.
 
     Returns:
         False if it must be finalized again, or the score computer cannot tell.
     """
     if not isinstance(scorer, LinearScoreComputer):
         return False
-    return scorer.matches(saver.load_factor(model_id)[1])
+    info = saver.load_factor(model_id)[1]
+    chosen = isinstance(scorer, RidgeScoreComputer) and scorer.lambda_reg is None
+    if chosen and together is not None and info.get("checkpoints") != together:
+        return False
+    return scorer.matches(info)
 
 
 def not_ready(

@@ -17,9 +17,11 @@ from trak.savers import AbstractSaver
 from trak.score_computers import (
     AbstractScoreComputer,
     LinearScoreComputer,
+    RidgeScoreComputer,
     RunningTop,
     TopScores,
 )
+from trak.score_computers.auto_ridge import Situation
 from trak.score_computers.linear import BlockScorer
 from trak.score_computers.stream import (
     Multiplier,
@@ -39,7 +41,10 @@ Scored = Generator[tuple[int, Tensor]]
 
 
 def finalize_rows(
-    scorer: AbstractScoreComputer, rows: RowSource, device: torch.device
+    scorer: AbstractScoreComputer,
+    rows: RowSource,
+    device: torch.device,
+    situation: Situation | None = None,
 ) -> tuple[NDArray[np.float64], dict[str, object]]:
     """Makes the square matrix that the store keeps of a checkpoint.
 
@@ -48,10 +53,14 @@ def finalize_rows(
             `get_xtx` kept.
         rows: Phi, `[n, k]`.
         device: where to compute.
+        situation: what an automatic ridge depends on, beside the rows.
 
     Returns:
         The matrix and how it was made.
     """
+    if isinstance(scorer, RidgeScoreComputer) and situation is not None:
+        matrix, info = scorer.finalize(_on(rows, device), situation)
+        return matrix, {**info, "checkpoints": situation.checkpoints}
     if isinstance(scorer, LinearScoreComputer):
         return scorer.finalize(_on(rows, device))
     gram = scorer.get_xtx(decoded(rows, torch.float32).to(device))

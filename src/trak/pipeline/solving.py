@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trak.arguments import as_ridge
+from trak.arguments import Ridge, as_ridge
 from trak.encodings import EncodedRows, RowSource
 from trak.errors import InputError
 from trak.savers import AbstractSaver, Rows
@@ -25,14 +25,14 @@ class ScoreSet(NamedTuple):
     """
 
     exp_name: str
-    lambda_reg: float | None = None
+    lambda_reg: Ridge = None
     own: bool = True
 
 
 def score_sets(
     scorer: AbstractScoreComputer,
     exp_names: Iterable[str],
-    lambda_regs: Iterable[float | None] | None,
+    lambda_regs: Iterable[Ridge] | None,
 ) -> list[ScoreSet]:
     """Every experiment at every ridge.
 
@@ -74,7 +74,8 @@ def ridge_name(wanted: ScoreSet) -> str | None:
     """
     if wanted.own:
         return None
-    return "default" if wanted.lambda_reg is None else repr(float(wanted.lambda_reg))
+    reg = wanted.lambda_reg
+    return reg if isinstance(reg, str) else "default" if reg is None else repr(float(reg))
 
 
 def row_source(rows: Rows) -> RowSource:
@@ -131,7 +132,7 @@ def solve(
 
 def _other_ridges(
     scorer: LinearScoreComputer, sets: list[ScoreSet], kept: Kept, rows: RowSource
-) -> dict[float | None, Kept]:
+) -> dict[Ridge, Kept]:
     ridges = list(dict.fromkeys(s.lambda_reg for s in sets if not s.own))
     if not ridges:
         return {}

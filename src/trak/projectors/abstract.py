@@ -14,6 +14,7 @@ from trak.blocks import Block, DenseBlock, Sink
 from trak.errors import InputError
 from trak.projectors import counter
 from trak.utils import vectorize
+from trak.whitening import Whitening
 
 
 class ProjectionType(str, Enum):
@@ -192,17 +193,21 @@ class BlockProjector(AbstractProjector):
         return consume
 
     @contextmanager
-    def gathering(self, out: Tensor, model_id: int) -> Generator[Sink]:
+    def gathering(
+        self, out: Tensor, model_id: int, whitening: Whitening | None = None
+    ) -> Generator[Sink]:
         """Like `sink`, for the blocks of one whole batch; `out` is complete at the end.
 
         Args:
             out: `[b, k]`, to which the projection is added.
             model_id: the checkpoint.
+            whitening: is done to the gradients before.
 
         Yields:
             A function to hand to a gradient computer.
         """
-        yield self.sink(out, model_id)
+        consume = self.sink(out, model_id)
+        yield consume if whitening is None else lambda b: consume(whitening.apply(b))
 
     def project(self, grads: Tensor | Mapping[str, Tensor], model_id: int) -> Tensor:
         """Projects a batch of gradients.

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trak.blocks import Block, DenseBlock, Sink
+from trak.blocks import Block, DenseBlock, FactoredBlock, Sink
 from trak.errors import InputError
 from trak.projectors import counter
 from trak.projectors.abstract import BlockProjector, ProjectionType
 from trak.projectors.scatter import scatter
+from trak.whitening import Whitening
+from trak.whitening.whitening import from_left, times
 
 _SMALLEST_RANK = 16
 _SMALLEST_PRODUCT = 2048
@@ -111,6 +113,7 @@ class FactoredProjector(BlockProjector):
             self.sides[name] = sides
             start = sides.stop
         self._matrices: dict[tuple[str, int, torch.dtype], Tensor] = {}
+        self._whitening: Whitening | None = None  # what the matrices are folded with
         self._tables: _Tables | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -134,6 +137,7 @@ class FactoredProjector(BlockProjector):
             `[p, k]`, float64, since entries are sums.
         """
         self._turn_to(model_id)
+        self._unfold()
         like: Any = {"dtype": torch.float64, "device": self.device}
         rows, columns = self._sides_of(name, num_rows).shape
         left, right = (self._side(name, side, torch.float64) for side in (0, 1))
@@ -152,6 +156,7 @@ class FactoredProjector(BlockProjector):
             model_id: the checkpoint.
         """
         self._turn_to(model_id)
+        self._unfold()
         compressed = self._compress(block).flatten(start_dim=1).to(out.dtype)
         buckets, weights = self._hash(block.name)
         scatter(compressed * weights.to(out.dtype), buckets, out)
@@ -174,21 +179,33 @@ class FactoredProjector(BlockProjector):
         return consume
 
     @contextmanager
-    def gathering(self, out: Tensor, model_id: int) -> Generator[Sink]:
+    def gathering(
+        self, out: Tensor, model_id: int, whitening: Whitening | None = None
+    ) -> Generator[Sink]:
         """Compresses blocks as they come and hashes all of them at the end, at once.
+
+        Whitening is folded into `L` and `R`: `L^T (A G B) R = (A L)^T G (B R)`.
 
         Args:
             out: `[b, k]`, to which the projection is added.
             model_id: the checkpoint.
+            whitening: is done to the gradients before.
 
         Yields:
             A function to hand to a gradient computer.
         """
         self._turn_to(model_id)
+        if whitening is not self._whitening:
+            self._matrices.clear()
+            self._whitening = whitening
         parts: dict[str, Tensor] = {}
 
         def consume(block: Block) -> None:
-            part = self._compress(block).flatten(start_dim=1).to(out.device, out.dtype)
+            if whitening is None:
+                compressed = self._compress(block)
+            else:
+                compressed = self._whitened(block, whitening)
+            part = compressed.flatten(start_dim=1).to(out.device, out.dtype)
             known = parts.get(block.name)
             parts[block.name] = part if known is None else known + part
 
@@ -201,6 +218,7 @@ class FactoredProjector(BlockProjector):
 
     def free_memory(self) -> None:
         """Drops the generated entries."""
+        self._unfold()
         self._matrices.clear()
         self._tables = None
 
@@ -231,8 +249,37 @@ class FactoredProjector(BlockProjector):
         compressed = block.sketch(left, right).to(self.device)
         return compressed.reshape(-1, *self.sides[name].kept)
 
+    def _whitened(self, block: Block, whitening: Whitening) -> Tensor:
+        # L^T A G B R of each sample
+        name = block.name
+        whole = whitening.sides.get(name)
+        if whole is None or len(self.shapes[name]) < 2:
+            return self._compress(whitening.apply(block))
+        ranks = self.sides[name].ranks
+        if isinstance(block, FactoredBlock) and None in ranks:
+            # a side that is kept whole is multiplied where it has fewer rows: here, or
+            # in the compressed gradient
+            positions, (rows, columns) = block.activations.shape[1], self.sides[name].kept
+            backprops, activations = block.backprops, block.activations
+            if ranks[0] is None and positions < columns:
+                backprops, ranks = times(backprops, whole.left), (rows, ranks[1])
+            if ranks[1] is None and positions < rows:
+                activations, ranks = times(activations, whole.right), (ranks[0], columns)
+            block = FactoredBlock(name, activations, backprops)
+        compressed = self._compress(block)
+        if ranks[1] is None:
+            compressed = times(compressed, whole.right)
+        if ranks[0] is None:
+            compressed = from_left(compressed, whole.left)
+        return compressed
+
+    def _unfold(self) -> None:
+        if self._whitening is not None:
+            self._matrices.clear()
+            self._whitening = None
+
     def _side(self, name: str, side: int, dtype: torch.dtype) -> Tensor | None:
-        # L for side 0 and R for side 1; None for the identity
+        # A L for side 0 and B R for side 1; None for the identity
         sides = self.sides[name]
         rank = sides.ranks[side]
         if rank is None:
@@ -240,6 +287,9 @@ class FactoredProjector(BlockProjector):
         key = (name, side, dtype)
         if key not in self._matrices:
             entries = self._entries(name, side, sides.shape[side], rank)
+            whole = self._whitening.sides.get(name) if self._whitening else None
+            if whole is not None:
+                entries = from_left(entries.to(whole.left), (whole.left, whole.right)[side])
             self._matrices[key] = entries.to(dtype)
         return self._matrices[key]
 

@@ -105,6 +105,38 @@ class AbstractSaver(ABC):
             coverage: numbers of scalars by way, as `Coverage.describe` gives them.
         """
 
+    def add_moments(self, model_id: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keeps one process's sums for whitening.
+
+        Args:
+            model_id: the checkpoint.
+            arrays: the sums.
+
+        Raises:
+            PhaseError: if the saver has no place for them.
+        """
+        del model_id, arrays
+        raise PhaseError(
+            f"{type(self).__name__} does not define add_moments and settled_moments, so "
+            "it cannot keep what whitening needs. Leave whitening out, or use MmapSaver."
+        )
+
+    def settled_moments(
+        self, model_id: int, *, settle: bool
+    ) -> list[tuple[Path, dict[str, NDArray[Any]]]] | None:
+        """The sums that a checkpoint's rows are whitened by.
+
+        Args:
+            model_id: the checkpoint.
+            settle: if nothing is settled yet, settle on all sums that are there.
+
+        Returns:
+            Every process's sums, with the files that they are in; None if nothing is
+            settled, and no sums are there or `settle` is False.
+        """
+        del model_id, settle
+        return None
+
     @abstractmethod
     def experiment(self, exp_name: str) -> dict[str, Any]:
         """What is recorded of an experiment.

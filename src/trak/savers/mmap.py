@@ -15,6 +15,7 @@ from trak.errors import (
     StoreCorruptedError,
     StoreMismatchError,
 )
+from trak.savers import moments
 from trak.savers.abstract import AbstractSaver
 from trak.savers.arrays import RowFile, new_array
 from trak.savers.filesystem import (
@@ -224,6 +225,29 @@ class MmapSaver(AbstractSaver):
         path = self._layout.checkpoint(model_id) / "coverage.json"
         if not path.exists() or read_json(path) != coverage:
             replace_json(path, dict(coverage))
+
+    def add_moments(self, model_id: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Writes sums for whitening to a file of their own in `{id}/whitening`.
+
+        Args:
+            model_id: the checkpoint.
+            arrays: the sums.
+        """
+        moments.add(self._layout.checkpoint(model_id), arrays)
+
+    def settled_moments(
+        self, model_id: int, *, settle: bool
+    ) -> list[tuple[Path, dict[str, NDArray[Any]]]] | None:
+        """Reads the sums that `{id}/whitening.json` names.
+
+        Args:
+            model_id: the checkpoint.
+            settle: write that file if it is not there.
+
+        Returns:
+            As for `AbstractSaver`.
+        """
+        return moments.settled(self._layout.checkpoint(model_id), settle=settle)
 
     def init_store(self, model_id: int) -> None:
         """Creates a checkpoint's row files, or opens those that are there.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trak.arguments import as_ridge
+from trak.arguments import Ridge, as_ridge
 from trak.encodings import RowSource, row_encoding
 from trak.errors import InputError
 from trak.score_computers.abstract import AbstractScoreComputer
@@ -16,6 +16,16 @@ from trak.score_computers.gram import primal_gram
 from trak.score_computers.linear import Kept, LinearScoreComputer
 from trak.score_computers.stream import decoded
 from trak.utils import get_matrix_mult
+
+
+def _absolute(lambda_reg: Ridge) -> float:
+    found = as_ridge(lambda_reg) or 0.0
+    if isinstance(found, str):
+        raise InputError(
+            f"Upstream's score computers add lambda_reg as it is; {found!r} is relative to "
+            "the mean squared row norm. Give a number, or use RidgeScoreComputer."
+        )
+    return found
 
 
 class BasicScoreComputer(LinearScoreComputer):
@@ -39,11 +49,11 @@ class BasicScoreComputer(LinearScoreComputer):
         device: str | torch.device = "cpu",
         CUDA_MAX_DIM_SIZE: int = 20_000,
         logging_level: int = logging.INFO,  # noqa: ARG002
-        lambda_reg: float | None = 0.0,
+        lambda_reg: Ridge = 0.0,
     ) -> None:
         super().__init__(dtype, device)
         self.CUDA_MAX_DIM_SIZE = CUDA_MAX_DIM_SIZE
-        self.lambda_reg = as_ridge(lambda_reg) or 0.0
+        self.lambda_reg = _absolute(lambda_reg)
 
     def finalize(self, rows: RowSource) -> Kept:
         """Computes the rescaled inverse.
@@ -60,7 +70,7 @@ class BasicScoreComputer(LinearScoreComputer):
         self,
         kept: Kept,  # noqa: ARG002
         rows: RowSource,
-        lambda_regs: Sequence[float | None],
+        lambda_regs: Sequence[Ridge],
     ) -> list[Kept]:
         """Inverts with other ridges, in one pass over the rows for all of them.
 
@@ -73,7 +83,7 @@ class BasicScoreComputer(LinearScoreComputer):
             One rescaled inverse and description a ridge.
         """
         gram = self._gram(rows)
-        return [self._inverted(gram, rows, reg or 0.0) for reg in lambda_regs]
+        return [self._inverted(gram, rows, _absolute(reg)) for reg in lambda_regs]
 
     def weights(self, kept: Kept, rows: RowSource, targets: Tensor) -> Tensor | None:
         """Applies the inverse to the targets.
@@ -164,7 +174,7 @@ class BasicSingleBlockScoreComputer(AbstractScoreComputer):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         logging_level: int = logging.INFO,  # noqa: ARG002
-        lambda_reg: float | None = 0.0,
+        lambda_reg: Ridge = 0.0,
     ) -> None:
         super().__init__(dtype, device)
         if as_ridge(lambda_reg):

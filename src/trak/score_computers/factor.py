@@ -118,8 +118,8 @@ def factorize(
     if failed:
         raise NumericalError(
             f"The Gram matrix plus a ridge of {ridge:.3g} is not positive definite. The "
-            f"mean squared row norm is {mean_squared_norm:.3g}; use a ridge near that, "
-            "which is the default when lambda_reg is left out."
+            f"mean squared row norm is {mean_squared_norm:.3g}; use a ridge of that "
+            "size (lambda_reg='1x'), or leave lambda_reg out."
         )
     return RidgeFactor(lower, form, float(ridge), mean_squared_norm)
 
@@ -133,6 +133,6 @@ def _singular(form: Form, eigenvalues: Tensor, ridge: float) -> str:
         f"lambda_reg={ridge:.3g} its inverse, and every score, would be noise. This "
         "happens when proj_dim exceeds the number of training examples or of parameters, "
         "and for unprojected softmax models, whose last layer has a direction without "
-        "gradient. Leave lambda_reg out (a ridge of the mean squared row norm), set a "
+        "gradient. Leave lambda_reg out (a ridge is chosen then), set a "
         "positive one, or lower proj_dim."
     )

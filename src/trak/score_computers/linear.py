@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trak.arguments import Ridge
 from trak.encodings import RowSource
 from trak.errors import InputError
 from trak.score_computers.abstract import AbstractScoreComputer
@@ -94,7 +95,7 @@ class LinearScoreComputer(AbstractScoreComputer):
         self,
         kept: Kept,  # noqa: ARG002
         rows: RowSource,  # noqa: ARG002
-        lambda_regs: Sequence[float | None],
+        lambda_regs: Sequence[Ridge],
     ) -> list[Kept]:
         """What `finalize` would make with other ridges, with at most one pass.
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trak.arguments import as_ridge
+from trak.arguments import Ridge, as_ridge, multiple_of
 from trak.encodings import RowSource, row_encoding
 from trak.errors import InputError
+from trak.score_computers.auto_ridge import Situation, relative_ridge
 from trak.score_computers.factor import Form, RidgeFactor, factorize, smaller_form
 from trak.score_computers.gram import dual_gram, primal_gram
 from trak.score_computers.linear import (
@@ -20,7 +21,6 @@ from trak.score_computers.linear import (
 )
 from trak.score_computers.stream import decoded
 
-RELATIVE_RIDGE = 1.0
 _LARGE = 100.0  # times the trace: a ridge beside which the Gram matrix loses digits
 
 
@@ -35,8 +35,9 @@ class RidgeScoreComputer(LinearScoreComputer):
         dtype: dtype of the stored rows.
         device: where to compute.
         logging_level: accepted as upstream's name.
-        lambda_reg: the ridge, added to the diagonal as it is. None stands for the mean
-            squared row norm of Phi (`trace(Phi^T Phi) / n`).
+        lambda_reg: the ridge: a number, added to the diagonal as it is; a multiple of the
+            mean squared row norm of Phi (`trace(Phi^T Phi) / n`), such as `"3x"`; or
+            `"auto"` or None for `trak.score_computers.auto_ridge.relative_ridge` times it.
     """
 
     def __init__(
@@ -44,25 +45,30 @@ class RidgeScoreComputer(LinearScoreComputer):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         logging_level: int = logging.INFO,  # noqa: ARG002
-        lambda_reg: float | None = None,
+        lambda_reg: Ridge = None,
     ) -> None:
         super().__init__(dtype, device)
         self.lambda_reg = as_ridge(lambda_reg)
 
-    def finalize(self, rows: RowSource) -> Kept:
+    def finalize(self, rows: RowSource, situation: Situation | None = None) -> Kept:
         """Factors the Gram matrix plus ridge, in one pass over the rows.
+
+        A second, cheaper one is for the automatic ridge, where the loss weights are known.
 
         Args:
             rows: Phi, `[n, k]`.
+            situation: what the automatic ridge depends on, beside the rows.
 
         Returns:
             The Cholesky factor and its description.
         """
         form = smaller_form(*rows.shape)
-        return self._factored(self._gram(rows, form), form, rows, self.lambda_reg)
+        gram = self._gram(rows, form)
+        auto = relative_ridge(rows, gram, form, situation or Situation())
+        return self._factored(gram, form, rows, self.lambda_reg, auto)
 
     def at_ridges(
-        self, kept: Kept, rows: RowSource, lambda_regs: Sequence[float | None]
+        self, kept: Kept, rows: RowSource, lambda_regs: Sequence[Ridge]
     ) -> list[Kept]:
         """Factors anew with other ridges, without a pass over the rows.
 
@@ -72,7 +78,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         Args:
             kept: what `finalize` made.
             rows: Phi, `[n, k]`.
-            lambda_regs: ridges; None stands for the mean squared row norm.
+            lambda_regs: ridges, as the constructor takes them.
 
         Returns:
             One factor and description a ridge.
@@ -81,7 +87,11 @@ class RidgeScoreComputer(LinearScoreComputer):
         trace = factor.mean_squared_norm * rows.shape[0]
         large = factor.ridge > _LARGE * trace
         gram = self._gram(rows, factor.form) if large else factor.gram()
-        return [self._factored(gram, factor.form, rows, reg) for reg in lambda_regs]
+        auto = kept[1].get("auto")
+        if auto is None:  # of a store from before there was an automatic ridge
+            auto = relative_ridge(rows, gram, factor.form, Situation())
+        regs = [as_ridge(reg) for reg in lambda_regs]
+        return [self._factored(gram, factor.form, rows, reg, auto) for reg in regs]
 
     def weights(self, kept: Kept, rows: RowSource, targets: Tensor) -> Tensor | None:
         """Solves for the targets, in the primal form.
@@ -156,7 +166,7 @@ class RidgeScoreComputer(LinearScoreComputer):
             False if the checkpoint must be finalized again.
         """
         request = self._request()
-        return {name: info.get(name) for name in request} == request
+        return "auto" in info and {name: info.get(name) for name in request} == request
 
     def features(self, kept: Kept, rows: RowSource) -> Tensor:
         """Upstream's features, `Phi (Phi^T Phi + ridge I)^-1`.
@@ -183,7 +193,8 @@ class RidgeScoreComputer(LinearScoreComputer):
             `Phi (Phi^T Phi + ridge I)^-1`, `[n, k]`, float64.
         """
         gram = xtx.to(torch.float64)
-        factor = self._factorize(gram, "primal", grads, self.lambda_reg)
+        auto = relative_ridge(grads, gram, "primal", Situation())
+        factor = self._factorize(gram, "primal", grads, self.lambda_reg, auto)
         return factor.solve(grads.to(torch.float64).T).T
 
     def _gram(self, rows: RowSource, form: Form) -> Tensor:
@@ -191,21 +202,34 @@ class RidgeScoreComputer(LinearScoreComputer):
         return gram(rows, self.where(rows))
 
     def _factorize(
-        self, gram: Tensor, form: Form, rows: RowSource, lambda_reg: float | None
+        self,
+        gram: Tensor,
+        form: Form,
+        rows: RowSource,
+        lambda_reg: Ridge,
+        auto: float,
     ) -> RidgeFactor:
-        ridge = lambda_reg
-        if ridge is None:
-            ridge = RELATIVE_RIDGE * float(gram.trace()) / rows.shape[0]
+        multiple = auto if lambda_reg is None else multiple_of(lambda_reg)
+        if multiple is None:
+            ridge = float(lambda_reg or 0.0)
+        else:
+            ridge = multiple * float(gram.trace()) / rows.shape[0]
         eps = row_encoding(rows).eps
         return factorize(gram, form=form, ridge=ridge, num_rows=rows.shape[0], row_eps=eps)
 
     def _factored(
-        self, gram: Tensor, form: Form, rows: RowSource, lambda_reg: float | None
+        self,
+        gram: Tensor,
+        form: Form,
+        rows: RowSource,
+        lambda_reg: Ridge,
+        auto: float,
     ) -> Kept:
-        factor = self._factorize(gram, form, rows, lambda_reg)
+        factor = self._factorize(gram, form, rows, lambda_reg, auto)
         info = {
             "computer": type(self).__name__,
             "lambda_reg": lambda_reg,
+            "auto": auto,
             "form": factor.form,
             "ridge": factor.ridge,
             "mean_squared_norm": factor.mean_squared_norm,

@@ -1,0 +1,28 @@
+"""What is loaded, and what for."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trak.gradient_computers.coverage import Coverage
+from trak.pipeline.model_state import WeightWatch
+
+
+@dataclass
+class Phase:
+    """What is loaded, and what for.
+
+    Attributes:
+        kind: whether training examples or targets are expected.
+        model_id: the checkpoint.
+        exp_name: the experiment, while scoring.
+        watch: notices changes of the weights.
+        cursor: the next row for `num_samples`.
+        coverage: what the store knows of how gradients are computed.
+    """
+
+    kind: Literal["featurize", "score"]
+    model_id: int
+    exp_name: str
+    watch: WeightWatch
+    cursor: int = 0
+    coverage: Coverage | None = None

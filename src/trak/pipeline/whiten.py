@@ -1,0 +1,144 @@
+"""Adds up what whitening needs, settles on it, and hands it to the maker of rows."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from trak.arguments import as_number
+from trak.batches import Batch
+from trak.errors import InputError, PhaseError
+from trak.pipeline.project import RowMaker
+from trak.savers import AbstractSaver
+from trak.whitening import Moments, Whitening
+from trak.whitening.whitening import DAMPING, STRENGTH
+
+logger = logging.getLogger(__name__)
+
+
+def as_strength(whitening: float | str | None) -> float:
+    """Accepts a strength of whitening.
+
+    Args:
+        whitening: a number from 0 to 1, `"auto"`, or None for none.
+
+    Returns:
+        The strength; 0 for none.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    if whitening is None:
+        return 0.0
+    if whitening == "auto":
+        return STRENGTH
+    if (
+        isinstance(whitening, str)
+        or (found := as_number("whitening", whitening, zero=True)) > 1
+    ):
+        raise InputError(
+            f"whitening must be a number from 0 to 1, 'auto' or None, got {whitening!r}."
+        )
+    return found
+
+
+@dataclass(kw_only=True)
+class Whitener:
+    """Whitening of one run's checkpoints.
+
+    Attributes:
+        maker: adds up, and whitens.
+        saver: keeps the sums.
+        shapes: name to shape of the selected parameters.
+        strength: 0 for none.
+        dtype: of the multiplications.
+        sums: checkpoint to what was added up here and not saved yet.
+    """
+
+    maker: RowMaker
+    saver: AbstractSaver
+    shapes: Mapping[str, Sequence[int]]
+    strength: float
+    dtype: torch.dtype
+    sums: dict[int, Moments] = field(default_factory=dict[int, Moments])
+
+    def fit(self, batch: Batch, model_id: int) -> None:
+        """Adds a batch to a checkpoint's sums.
+
+        Args:
+            batch: a normalized batch.
+            model_id: the checkpoint, whose weights are loaded.
+
+        Raises:
+            InputError: if the run does not whiten.
+            PhaseError: if rows of the checkpoint were whitened already.
+        """
+        if not self.strength:
+            raise InputError(
+                "This run does not whiten, so there is nothing to fit. Make the TRAKer "
+                "with whitening='auto' or a number above 0, or leave fit_whitening out."
+            )
+        if self.saver.settled_moments(model_id, settle=False) is not None:
+            raise PhaseError(
+                f"Rows of model_id={model_id} are whitened by what was fitted before, so "
+                "nothing can be added. Featurize on, or use another save_dir."
+            )
+        found = self.maker.moments(batch)
+        self.sums.setdefault(model_id, Moments()).merge(found)
+
+    def save(self, model_id: int) -> None:
+        """Writes what this process added up, for others to add to theirs.
+
+        Args:
+            model_id: the checkpoint.
+        """
+        found = self.sums.pop(model_id, None)
+        if found is not None and found.count:
+            self.saver.add_moments(model_id, found.arrays())
+
+    def fitted(self, model_id: int) -> bool:
+        """Whether the checkpoint's sums are settled.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            True if nothing is to be fitted, also where the run does not whiten.
+        """
+        if not self.strength:
+            return True
+        return self.saver.settled_moments(model_id, settle=False) is not None
+
+    def prepare(self, model_id: int) -> None:
+        """Makes the checkpoint's whitening, before its rows are made.
+
+        Args:
+            model_id: the checkpoint.
+
+        Raises:
+            PhaseError: if nothing was fitted.
+        """
+        if not self.strength or model_id in self.maker.whitenings:
+            return
+        self.save(model_id)
+        parts = self.saver.settled_moments(model_id, settle=True)
+        if parts is None:
+            raise PhaseError(
+                f"This run whitens with strength {self.strength}, but nothing was fitted "
+                f"for model_id={model_id}. Between load_checkpoint and featurize call "
+                "fit_whitening(batch=batch) for every batch of the training set, or of a "
+                "sample of it."
+            )
+        total = Moments()
+        for path, arrays in parts:
+            total.merge(Moments.of_arrays(arrays, path))
+        logger.info(
+            "Features of model_id=%d are whitened with strength %g by %d examples.",
+            model_id,
+            self.strength,
+            total.count,
+        )
+        made = Whitening(total, self.shapes, self.strength, DAMPING, self.dtype)
+        self.maker.whitenings.clear()
+        self.maker.whitenings[model_id] = made

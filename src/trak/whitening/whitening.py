@@ -1,0 +1,231 @@
+"""Features whitened by the K-FAC factors of their own second moment."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trak.blocks import Block, DenseBlock, FactoredBlock, IndexedBlock
+from trak.errors import InputError, NumericalError
+from trak.whitening.moments import Moments, Sums
+
+STRENGTH = 0.4
+"""The strength that `whitening="auto"` stands for; see docs/whitening.md."""
+DAMPING = 0.1
+"""Of a layer's mean second moment; see docs/whitening.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """What a weight matrix's gradient is multiplied by: `left G right`.
+
+    Attributes:
+        left: symmetric `[o, o]`, or a diagonal `[o]`.
+        right: symmetric `[i, i]`, or a diagonal `[i]`.
+    """
+
+    left: Tensor
+    right: Tensor
+
+
+class Whitening:
+    """`G -> A^(-alpha/2) G B^(-alpha/2)` for every weight matrix's gradient `G`.
+
+    `A` and `B` are the K-FAC factors of the gradients' second moment (`Moments`), each
+    with `sqrt(damping)` times its mean eigenvalue added (the two dampings of Martens and
+    Grosse 2015, Sec. 6.3, at equal shares). Their Kronecker product approximates
+    `E[vec(G) vec(G)^T]`, so strength `alpha = 1` makes a layer's features about white,
+    and 0 leaves them alone. For vectors, and where gradients come multiplied out,
+    entries are divided by `(v + damping mean(v))^(alpha/2)` with `v` their mean square.
+
+    Args:
+        moments: of the checkpoint's gradients.
+        shapes: name to shape of every parameter.
+        strength: `alpha`, 0 to 1.
+        damping: above 0.
+        dtype: of the multiplications.
+
+    Raises:
+        InputError: if there is no example in the moments, or a shape does not fit.
+        NumericalError: if a moment is not finite.
+    """
+
+    def __init__(
+        self,
+        moments: Moments,
+        shapes: Mapping[str, Sequence[int]],
+        strength: float,
+        damping: float = DAMPING,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not moments.count:
+            raise InputError("There are no examples to whiten by: the sums are empty.")
+        self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.sides: dict[str, Sides] = {}
+        self.scales: dict[str, Tensor] = {}
+        for name, shape in self._shapes.items():
+            rows = shape[0] if shape else 1
+            columns = math.prod(shape[1:])
+            uses = [sums for (own, _), sums in moments.matrices.items() if own == name]
+            if uses:
+                left, right = _product(uses, moments.count)
+                if (len(left), len(right)) != (rows, columns):
+                    raise InputError(
+                        f"The whitening sums of {name!r} are of a matrix of "
+                        f"{len(left)} x {len(right)}, the parameter's shape is {shape}."
+                    )
+                half = math.sqrt(damping)
+                self.sides[name] = Sides(
+                    _power(left, half, strength, name).to(dtype),
+                    _power(right, half, strength, name).to(dtype),
+                )
+            elif name in moments.squares:
+                mean = moments.squares[name].double() / moments.count
+                self.scales[name] = _power(mean, damping, strength, name).to(dtype)
+
+    def apply(self, block: Block) -> Block:
+        """Whitens a block.
+
+        Args:
+            block: gradients of one parameter.
+
+        Returns:
+            The same, whitened; factored where it was and can be. A parameter whose
+            gradients were never seen is left alone.
+        """
+        sides = self.sides.get(block.name)
+        if sides is None:
+            return self._scaled(block)
+        if isinstance(block, FactoredBlock):
+            return FactoredBlock(
+                block.name,
+                times(block.activations, sides.right),
+                times(block.backprops, sides.left),
+            )
+        if isinstance(block, IndexedBlock) and sides.left.ndim == 1:
+            weights = _like(sides.left, block.backprops)[block.indices].unsqueeze(-1)
+            backprops = times(block.backprops, sides.right) * weights
+            return IndexedBlock(block.name, block.indices, backprops, block.num_rows)
+        gradient = block.dense().gradient
+        matrices = gradient.unflatten(1, (len(sides.left), len(sides.right)))
+        return DenseBlock(block.name, self.both(block.name, matrices).flatten(1))
+
+    def whole(
+        self, grads: Tensor | Mapping[str, Tensor], layout: Mapping[str, int]
+    ) -> Tensor | dict[str, Tensor]:
+        """Whitens gradients that were multiplied out.
+
+        Args:
+            grads: name to `[b, ...]`, or `[b, p]`.
+            layout: name to number of scalars, in the order of `[b, p]`.
+
+        Returns:
+            The same, whitened; `[b, p]`, or name to `[b, *parameter.shape]`.
+        """
+        if isinstance(grads, Mapping):
+            return {
+                name: self
+                .apply(DenseBlock(name, grad.flatten(1)))
+                .dense()
+                .gradient.reshape(grad.shape)
+                for name, grad in grads.items()
+            }
+        pieces = zip(layout, grads.split(list(layout.values()), dim=1), strict=True)
+        blocks = (self.apply(DenseBlock(name, piece)) for name, piece in pieces)
+        return torch.cat([block.dense().gradient for block in blocks], dim=1)
+
+    def both(self, name: str, matrices: Tensor) -> Tensor:
+        """`left G right` of a parameter with sides.
+
+        Args:
+            name: the parameter.
+            matrices: `[b, o, i]`.
+
+        Returns:
+            `[b, o, i]`.
+        """
+        sides = self.sides[name]
+        return from_left(times(matrices, sides.right), sides.left)
+
+    def _scaled(self, block: Block) -> Block:
+        scale = self.scales.get(block.name)
+        if scale is None:
+            return block
+        gradient = block.dense().gradient
+        return DenseBlock(block.name, gradient * _like(scale, gradient))
+
+
+def times(rows: Tensor, side: Tensor) -> Tensor:
+    """Multiplies from the right by a symmetric matrix, or by a diagonal.
+
+    Args:
+        rows: `[..., i]`.
+        side: `[i, i]` or `[i]`.
+
+    Returns:
+        `[..., i]`.
+    """
+    side = _like(side, rows)
+    return rows * side if side.ndim == 1 else rows @ side
+
+
+def from_left(matrices: Tensor, side: Tensor) -> Tensor:
+    """Multiplies from the left by a symmetric matrix, or by a diagonal.
+
+    Args:
+        matrices: `[..., o, i]`.
+        side: `[o, o]` or `[o]`.
+
+    Returns:
+        `[..., o, i]`.
+    """
+    side = _like(side, matrices)
+    return matrices * side.unsqueeze(-1) if side.ndim == 1 else side @ matrices
+
+
+def _like(side: Tensor, other: Tensor) -> Tensor:
+    return side.to(other.device, other.dtype)
+
+
+def _product(uses: list[Sums], count: int) -> tuple[Tensor, Tensor]:
+    # one Kronecker product for the sum over a parameter's uses, each side weighed by the
+    # size of the other; the traces multiply to E|G|^2 if positions are independent
+    lefts, rights, sizes = [], [], []
+    for sums in uses:
+        left = sums.left.double() / count
+        right = sums.right.double() / max(1, int(sums.positions))
+        lefts.append(left * _trace(right))
+        rights.append(right * _trace(left))
+        sizes.append(_trace(left) * _trace(right))
+    root = math.sqrt(sum(sizes)) or 1.0
+    return _sum(lefts) / root, _sum(rights) / root
+
+
+def _trace(side: Tensor) -> float:
+    return float(side.sum() if side.ndim == 1 else side.trace())
+
+
+def _sum(sides: list[Tensor]) -> Tensor:
+    if len({side.ndim for side in sides}) > 1:
+        sides = [side.diag() if side.ndim == 1 else side for side in sides]
+    return torch.stack(sides).sum(dim=0)
+
+
+def _power(side: Tensor, damping: float, strength: float, name: str) -> Tensor:
+    # (side + damping * mean eigenvalue)^(-strength / 2)
+    if not torch.isfinite(side).all():
+        raise NumericalError(
+            f"The whitening sums of {name!r} are not finite: a gradient was NaN or "
+            "infinite while they were added up. Look for NaN in the examples and weights."
+        )
+    mean = _trace(side) / len(side)
+    if mean <= 0:  # gradients were zero, whatever they are divided by
+        return torch.ones_like(side) if side.ndim == 1 else torch.eye(len(side)).to(side)
+    shift = damping * mean
+    if side.ndim == 1:
+        return (side + shift) ** (-strength / 2)
+    values, vectors = torch.linalg.eigh(side)
+    powers = (values.clamp(min=0) + shift) ** (-strength / 2)
+    return (vectors * powers) @ vectors.T
