@@ -75,6 +75,8 @@ class TRAKer(Results):
             `"float16"`, `"bfloat16"`, `"int8"` (with a scale a row) or `"float64"`.
         whitening: how much layers' gradients are whitened before they are projected: 0 or
             None for plain TRAK, up to 1, or `"auto"`. Asks for `fit_whitening`.
+        curvature: weigh the training examples in the Gram matrix by the curvature
+            `q (1 - q)` of their loss, as TRAK's derivation does before it leaves this out.
 
     Raises:
         InputError: if an argument cannot be used.
@@ -104,6 +106,7 @@ class TRAKer(Results):
         check_examples: bool = True,
         row_dtype: str | torch.dtype | None = None,
         whitening: float | str | None = None,
+        curvature: bool = False,
     ) -> None:
         self.logger = logging.getLogger("trak")
         self.logger.setLevel(logging_level)
@@ -126,7 +129,12 @@ class TRAKer(Results):
         self.init_projector(projector, proj_dim, proj_max_batch_size)
         self.gradient_computer = make_computer(gradient_computer, self, chosen)
         self.score_computer = make_scorer(
-            score_computer, self.dtype, self.device, logging_level, self.lambda_reg
+            score_computer,
+            self.dtype,
+            self.device,
+            logging_level,
+            self.lambda_reg,
+            curvature=curvature,
         )
         self.save_dir = as_folder(save_dir)
         self.load_from_save_dir = load_from_save_dir

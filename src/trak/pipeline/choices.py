@@ -57,6 +57,8 @@ def make_scorer(
     device: torch.device,
     logging_level: int,
     lambda_reg: Ridge,
+    *,
+    curvature: bool = False,
 ) -> AbstractScoreComputer:
     """The score computer that the facade's arguments stand for.
 
@@ -67,6 +69,7 @@ def make_scorer(
         logging_level: handed to the class.
         lambda_reg: the ridge; None lets `RidgeScoreComputer` choose and is 0, upstream's
             default, for other classes, which know no relative ones.
+        curvature: weigh rows by the loss's curvature.
 
     Returns:
         An instance.
@@ -76,10 +79,10 @@ def make_scorer(
         InputTypeError: if it is no score computer.
     """
     if isinstance(scorer, AbstractScoreComputer):
-        if lambda_reg is not None:
+        if lambda_reg is not None or curvature:
             raise InputError(
-                "score_computer is an instance with a ridge of its own; leave lambda_reg "
-                "out, or pass the class."
+                "score_computer is an instance with settings of its own; leave lambda_reg "
+                "and curvature out, or pass the class."
             )
         return scorer
     cls: Any = RidgeScoreComputer if scorer is None else scorer
@@ -91,11 +94,20 @@ def make_scorer(
         )
     if not issubclass(cls, RidgeScoreComputer) and lambda_reg is None:
         lambda_reg = 0.0
+    extra = {}
+    if curvature:
+        if not issubclass(cls, RidgeScoreComputer):
+            raise InputError(
+                f"{cls.__name__} does not weigh rows. Leave curvature out, or use "
+                "RidgeScoreComputer."
+            )
+        extra = {"curvature": True}
     return cls(
         dtype=float_dtype(dtype),
         device=device,
         logging_level=logging_level,
         lambda_reg=lambda_reg,
+        **extra,
     )
 
 

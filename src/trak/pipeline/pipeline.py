@@ -399,7 +399,10 @@ class Pipeline:
             rows = row_source(self.saver.train_rows(model_id))
             matrix, info = self.saver.load_factor(model_id)
             if isinstance(self.scorer, LinearScoreComputer):
-                features = self.scorer.features((matrix, info), rows)
+                loss = {}
+                if getattr(self.scorer, "curvature", False):
+                    loss = {"loss": self.saver.train_rows(model_id).array("out_to_loss")}
+                features = self.scorer.features((matrix, info), rows, **loss)
             else:
                 phi = decoded(rows, torch.float32).to(self.maker.device)
                 features = self.scorer.get_x_xtx_inv(phi, torch.as_tensor(matrix).to(phi))

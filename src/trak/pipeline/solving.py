@@ -1,7 +1,7 @@
 """What a checkpoint's targets are solved to, for every set of scores of a pass."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,11 @@ from trak.arguments import Ridge, as_ridge
 from trak.encodings import EncodedRows, RowSource
 from trak.errors import InputError
 from trak.savers import AbstractSaver, Rows
-from trak.score_computers import AbstractScoreComputer, LinearScoreComputer
+from trak.score_computers import (
+    AbstractScoreComputer,
+    LinearScoreComputer,
+    RidgeScoreComputer,
+)
 from trak.score_computers.linear import BlockScorer, Kept
 from trak.score_computers.stream import decoded
 
@@ -121,22 +125,29 @@ def solve(
     kept = saver.load_factor(model_id)
     if not isinstance(scorer, LinearScoreComputer):
         return [_bare(scorer, kept, rows, targets[s.exp_name]) for s in sets]
-    others = _other_ridges(scorer, sets, kept, rows)
+    loss = {}
+    if isinstance(scorer, RidgeScoreComputer) and scorer.curvature:
+        loss = {"loss": saver.train_rows(model_id).array("out_to_loss")}
+    others = _other_ridges(scorer, sets, kept, rows, loss)
     cases = [(kept if s.own else others[s.lambda_reg], targets[s.exp_name]) for s in sets]
     weights = [scorer.weights(case, rows, aims) for case, aims in cases]
     found = [w for w in weights if w is not None]
     if len(found) == len(sets):
         return torch.cat(found, dim=1)
-    return [scorer.scorer(case, rows, aims) for case, aims in cases]
+    return [scorer.scorer(case, rows, aims, **loss) for case, aims in cases]
 
 
 def _other_ridges(
-    scorer: LinearScoreComputer, sets: list[ScoreSet], kept: Kept, rows: RowSource
+    scorer: LinearScoreComputer,
+    sets: list[ScoreSet],
+    kept: Kept,
+    rows: RowSource,
+    loss: Mapping[str, Any],
 ) -> dict[Ridge, Kept]:
     ridges = list(dict.fromkeys(s.lambda_reg for s in sets if not s.own))
     if not ridges:
         return {}
-    return dict(zip(ridges, scorer.at_ridges(kept, rows, ridges), strict=True))
+    return dict(zip(ridges, scorer.at_ridges(kept, rows, ridges, **loss), strict=True))
 
 
 def _bare(

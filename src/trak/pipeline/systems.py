@@ -42,7 +42,7 @@ class System:
         """
         assert self.scorer is not None  # noqa: S101 - methods that solve have both
         assert self.kept is not None  # noqa: S101
-        return self.scorer.solved(self.kept, self.rows, vectors)
+        return self.scorer.solved(self.kept, self.rows, vectors, self.loss)
 
     def loss_weights(self, start: int, count: int) -> Tensor:
         """Q of a stretch of rows.

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from trak.encodings import RowSource
+from trak.score_computers.curvature import FLOOR
 from trak.score_computers.factor import Form
 from trak.score_computers.stream import rows_per_block, stream
 
 BASE = 1.8
 BY_STRENGTH = 5.4
+CURVED_BASE, CURVED_BY_STRENGTH = 1.4, 4.0  # with rows weighted by the loss's curvature
 _LEADING = 20
 _SPARE = 12  # further vectors, by which the leading ones converge faster
 _ROUNDS = 12
@@ -41,12 +43,14 @@ class Situation:
         strength: of whitening, 0 to 1.
         columns: projection dimension; None if the rows are not projected.
         loss: Q, `[n]` or `[n, 1]`; None if unknown.
+        curvature: the rows are weighted by the loss's curvature.
     """
 
     checkpoints: int = 1
     strength: float = 0.0
     columns: int | None = None
     loss: Any = None
+    curvature: bool = False
 
 
 def relative_ridge(
@@ -63,14 +67,20 @@ def relative_ridge(
     Returns:
         The multiple, above 0.
     """
-    known = (BASE + BY_STRENGTH * situation.strength) * situation.checkpoints ** (-1 / 3)
+    base, slope = BASE, BY_STRENGTH
+    if situation.curvature:
+        base, slope = CURVED_BASE, CURVED_BY_STRENGTH
+    known = (base + slope * situation.strength) * situation.checkpoints ** (-1 / 3)
     if situation.columns:
         narrow = 1 + rows.shape[0] / (3 * situation.columns)
         known *= narrow ** (1 / (2 * situation.checkpoints))
-    return known * (1 + 2 * unfinished(rows, gram, form, situation.loss))
+    left = unfinished(rows, gram, form, situation.loss, curvature=situation.curvature)
+    return known * (1 + 2 * left)
 
 
-def unfinished(rows: RowSource, gram: Tensor, form: Form, loss: Any) -> float:
+def unfinished(
+    rows: RowSource, gram: Tensor, form: Form, loss: Any, *, curvature: bool = False
+) -> float:
     """How far training was from its end.
 
     Args:
@@ -79,6 +89,8 @@ def unfinished(rows: RowSource, gram: Tensor, form: Form, loss: Any) -> float:
         form: which Gram matrix it is.
         loss: Q; a measure is known for tasks where it is a probability of being wrong,
             `q = 1 / (1 + exp(f))`.
+        curvature: the rows are weighted by `sqrt(q (1 - q))`, and the Gram matrix with
+            them.
 
     Returns:
         The ridge by which the leading eigenvectors would be stationary, in units of the
@@ -93,15 +105,18 @@ def unfinished(rows: RowSource, gram: Tensor, form: Form, loss: Any) -> float:
         return 0.0
     best = float(np.quantile(weights.cpu().numpy(), _WELL_FITTED))
     outputs = torch.logit(weights, eps=_CERTAIN).neg()
-    curvature = float((weights * (1 - weights)).mean())
+    mean = 1.0 if curvature else float((weights * (1 - weights)).mean())
     values, vectors = leading(gram)
     both = torch.stack([weights, outputs], dim=1)
+    if curvature:  # along u, sqrt(R) K sqrt(R) R^(-1/2) q = lambda sqrt(R) f
+        root = (weights * (1 - weights)).clamp(min=FLOOR).sqrt()
+        both = torch.stack([weights / root, outputs * root], dim=1)
     if form == "primal":  # u = Phi v, up to a factor that the quotient does not have
         both = _transposed(rows, both)
     residual, output = (vectors.T @ both).abs().T
     unit = float(gram.trace()) / rows.shape[0]
     # where an output is zero the quotient is infinite, or not a number: half are not
-    stationary = float((values * residual / output / curvature / unit).median())
+    stationary = float((values * residual / output / mean / unit).median())
     return best * stationary if math.isfinite(stationary) else 0.0
 
 

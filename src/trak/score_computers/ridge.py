@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from trak.arguments import Ridge, as_ridge, multiple_of
 from trak.encodings import RowSource, row_encoding
 from trak.errors import InputError
 from trak.score_computers.auto_ridge import Situation, relative_ridge
+from trak.score_computers.curvature import roots, weighted
 from trak.score_computers.factor import Form, RidgeFactor, factorize, smaller_form
 from trak.score_computers.gram import dual_gram, primal_gram
 from trak.score_computers.linear import (
@@ -38,6 +40,8 @@ class RidgeScoreComputer(LinearScoreComputer):
         lambda_reg: the ridge: a number, added to the diagonal as it is; a multiple of the
             mean squared row norm of Phi (`trace(Phi^T Phi) / n`), such as `"3x"`; or
             `"auto"` or None for `trak.score_computers.auto_ridge.relative_ridge` times it.
+        curvature: weigh the rows of the Gram matrix by the curvature of the loss, the `R`
+            that TRAK leaves out: see `trak.score_computers.curvature.roots`.
     """
 
     def __init__(
@@ -46,9 +50,12 @@ class RidgeScoreComputer(LinearScoreComputer):
         device: str | torch.device = "cpu",
         logging_level: int = logging.INFO,  # noqa: ARG002
         lambda_reg: Ridge = None,
+        *,
+        curvature: bool = False,
     ) -> None:
         super().__init__(dtype, device)
         self.lambda_reg = as_ridge(lambda_reg)
+        self.curvature = curvature
 
     def finalize(self, rows: RowSource, situation: Situation | None = None) -> Kept:
         """Factors the Gram matrix plus ridge, in one pass over the rows.
@@ -62,13 +69,20 @@ class RidgeScoreComputer(LinearScoreComputer):
         Returns:
             The Cholesky factor and its description.
         """
+        situation = situation or Situation()
+        rows = self._weighted(rows, situation.loss)
         form = smaller_form(*rows.shape)
         gram = self._gram(rows, form)
-        auto = relative_ridge(rows, gram, form, situation or Situation())
+        situation = replace(situation, curvature=self.curvature)
+        auto = relative_ridge(rows, gram, form, situation)
         return self._factored(gram, form, rows, self.lambda_reg, auto)
 
     def at_ridges(
-        self, kept: Kept, rows: RowSource, lambda_regs: Sequence[Ridge]
+        self,
+        kept: Kept,
+        rows: RowSource,
+        lambda_regs: Sequence[Ridge],
+        loss: Any = None,
     ) -> list[Kept]:
         """Factors anew with other ridges, without a pass over the rows.
 
@@ -79,6 +93,7 @@ class RidgeScoreComputer(LinearScoreComputer):
             kept: what `finalize` made.
             rows: Phi, `[n, k]`.
             lambda_regs: ridges, as the constructor takes them.
+            loss: Q, `[n, 1]`, for rows weighted by curvature.
 
         Returns:
             One factor and description a ridge.
@@ -86,6 +101,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         factor = self._factor(kept, self.where(rows))
         trace = factor.mean_squared_norm * rows.shape[0]
         large = factor.ridge > _LARGE * trace
+        rows = self._weighted(rows, loss)
         gram = self._gram(rows, factor.form) if large else factor.gram()
         auto = kept[1].get("auto")
         if auto is None:  # of a store from before there was an automatic ridge
@@ -109,13 +125,16 @@ class RidgeScoreComputer(LinearScoreComputer):
             return None
         return factor.solve(targets.to(factor.lower).T)
 
-    def scorer(self, kept: Kept, rows: RowSource, targets: Tensor) -> BlockScorer:
+    def scorer(
+        self, kept: Kept, rows: RowSource, targets: Tensor, loss: Any = None
+    ) -> BlockScorer:
         """Solves for the targets.
 
         Args:
             kept: what `finalize` made.
             rows: Phi, `[n, k]`.
             targets: projected gradients of the targets, `[m, k]`.
+            loss: Q, `[n, 1]`, for rows weighted by curvature.
 
         Returns:
             A function of first and end row that gives scores `[rows, m]`, float64.
@@ -123,10 +142,14 @@ class RidgeScoreComputer(LinearScoreComputer):
         factor = self._factor(kept, self.where(rows))
         if factor.form == "primal":
             return super().scorer(kept, rows, targets)
+        rows = self._weighted(rows, loss)
         scores = factor.solve(product(rows, targets.to(factor.lower).T))
+        scores = self._unweighted(scores, loss)
         return lambda start, stop: scores[start:stop]
 
-    def solved(self, kept: Kept, rows: RowSource, vectors: Tensor) -> Tensor:
+    def solved(
+        self, kept: Kept, rows: RowSource, vectors: Tensor, loss: Any = None
+    ) -> Tensor:
         """`(Phi^T Phi + ridge I)^-1` times vectors.
 
         In the dual form by `K^-1 x = (x - Phi^T (Phi Phi^T + ridge I)^-1 Phi x) / ridge`
@@ -136,6 +159,7 @@ class RidgeScoreComputer(LinearScoreComputer):
             kept: what `finalize` made.
             rows: Phi, `[n, k]`.
             vectors: `[b, k]`.
+            loss: Q, `[n, 1]`, for rows weighted by curvature.
 
         Returns:
             `[b, k]`, float64.
@@ -152,7 +176,7 @@ class RidgeScoreComputer(LinearScoreComputer):
                 "Phi^T Phi has no inverse: there are fewer training examples than columns "
                 "and lambda_reg is 0. Use a ridge (leave lambda_reg out)."
             )
-        phi = decoded(rows, torch.float64).to(factor.lower)
+        phi = decoded(self._weighted(rows, loss), torch.float64).to(factor.lower)
         inside = factor.solve(phi @ vectors.T).T @ phi
         return (vectors - inside) / factor.ridge
 
@@ -168,19 +192,23 @@ class RidgeScoreComputer(LinearScoreComputer):
         request = self._request()
         return "auto" in info and {name: info.get(name) for name in request} == request
 
-    def features(self, kept: Kept, rows: RowSource) -> Tensor:
+    def features(self, kept: Kept, rows: RowSource, loss: Any = None) -> Tensor:
         """Upstream's features, `Phi (Phi^T Phi + ridge I)^-1`.
 
         Args:
             kept: what `finalize` made.
             rows: Phi, `[n, k]`.
+            loss: Q, `[n, 1]`, for rows weighted by curvature.
 
         Returns:
             `[n, k]`, float64.
         """
         factor = self._factor(kept, self.where(rows))
-        phi = decoded(rows, torch.float64).to(factor.lower.device)
-        return factor.solve(phi.T).T if factor.form == "primal" else factor.solve(phi)
+        device = factor.lower.device
+        if factor.form == "primal":
+            return factor.solve(decoded(rows, torch.float64).to(device).T).T
+        phi = decoded(self._weighted(rows, loss), torch.float64).to(device)
+        return self._unweighted(factor.solve(phi), loss)
 
     def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
         """The features for a given Gram matrix.
@@ -196,6 +224,24 @@ class RidgeScoreComputer(LinearScoreComputer):
         auto = relative_ridge(grads, gram, "primal", Situation())
         factor = self._factorize(gram, "primal", grads, self.lambda_reg, auto)
         return factor.solve(grads.to(torch.float64).T).T
+
+    def _roots(self, loss: Any) -> Tensor | None:
+        if not self.curvature:
+            return None
+        if loss is None:
+            raise InputError(
+                "Rows weighted by curvature need the loss weights Q: pass loss=..., or "
+                "make the score computer with curvature=False."
+            )
+        return roots(loss)
+
+    def _weighted(self, rows: RowSource, loss: Any) -> RowSource:
+        return weighted(rows, self._roots(loss))
+
+    def _unweighted(self, values: Tensor, loss: Any) -> Tensor:
+        # (Phi^T R Phi + ridge)^-1 Phi^T has R^(-1/2) on the left in its dual form
+        found = self._roots(loss)
+        return values if found is None else values / found.to(values)
 
     def _gram(self, rows: RowSource, form: Form) -> Tensor:
         gram = primal_gram if form == "primal" else dual_gram
@@ -229,6 +275,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         info = {
             "computer": type(self).__name__,
             "lambda_reg": lambda_reg,
+            "curvature": self.curvature,
             "auto": auto,
             "form": factor.form,
             "ridge": factor.ridge,
@@ -237,7 +284,11 @@ class RidgeScoreComputer(LinearScoreComputer):
         return factor.lower.cpu().numpy(), info
 
     def _request(self) -> dict[str, Any]:
-        return {"computer": type(self).__name__, "lambda_reg": self.lambda_reg}
+        return {
+            "computer": type(self).__name__,
+            "lambda_reg": self.lambda_reg,
+            "curvature": self.curvature,
+        }
 
     def _factor(self, kept: Kept, device: torch.device) -> RidgeFactor:
         matrix, info = kept
