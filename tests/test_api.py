@@ -27,7 +27,7 @@ UPSTREAM_ARGUMENTS = {
     "projector": None,
     "saver": None,
     "score_computer": None,
-    "proj_dim": 2048,
+    "proj_dim": "auto",
     "logging_level": logging.INFO,
     "use_half_precision": True,
     "proj_max_batch_size": 32,

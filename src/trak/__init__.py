@@ -8,8 +8,9 @@ import logging
 
 from trak import evaluation as evaluation
 from trak import utils
+from trak.attribution import attribute
 from trak.installation import test_install
-from trak.pipeline import CheckpointInfo, ExperimentInfo
+from trak.pipeline import CheckpointInfo, ExperimentInfo, Ranked, ScoresWithError
 from trak.settings import LIBRARY_VERSION
 from trak.traker import TRAKer
 
@@ -20,8 +21,11 @@ __all__ = [
     "VERSION",
     "CheckpointInfo",
     "ExperimentInfo",
+    "Ranked",
+    "ScoresWithError",
     "TRAKer",
     "__version__",
+    "attribute",
     "test_install",
 ]
 

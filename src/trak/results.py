@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trak.arguments import Ridge
 from trak.errors import InputError
@@ -11,6 +12,7 @@ from trak.pipeline import (
     CheckpointInfo,
     ExperimentInfo,
     Pipeline,
+    error_pass,
     group_matrix,
     list_checkpoints,
     list_experiments,
@@ -39,7 +41,8 @@ class Results:
         groups: Sequence[Any] | None = None,
         model_ids: Iterable[int] | None = None,
         checkpoint_weights: Iterable[float] | None = None,
-    ) -> NDArray[Any]:
+        with_error: bool = False,
+    ) -> Any:
         """An experiment's scores, by TRAK or by another method over the same rows.
 
         Positive where adding the training example raises the target's model output. With
@@ -53,8 +56,7 @@ class Results:
         - `"cosine"`: `mean(cos(phi, psi))`.
         - `"relatif"`: `mean(phi^T K^-1 psi / |K^-1 phi|)`; `"l_relatif"`:
           `mean(phi^T K^-1 psi / sqrt(phi^T K^-1 phi))` (theta- and l-RelatIF; Barshan,
-          Brunet and Dziugaite 2020). They prefer examples that speak for this
-          target over those that speak for everything.
+          Brunet and Dziugaite 2020): what speaks for this target, not for everything.
         - `"unit_norm"`: the cosine in the metric of `K^-1`, as in TrackStar (Chang et al.
           2024), without its optimizer state.
 
@@ -66,28 +68,24 @@ class Results:
             model_ids: the checkpoints; for `"trak"`, those that `finalize_scores` took.
             checkpoint_weights: one number a checkpoint, in the order of their ids; not for
                 `"trak"`.
+            with_error: for `"trak"` without groups: standard errors, too, from the rows.
 
         Returns:
-            `[n, m]`, or `[n, groups]`. Only `"trak"` reads a file; others take one pass
-            over the rows, and memory for the result.
+            `[n, m]`, or `[n, groups]`; `ScoresWithError` if errors are asked for. Only
+            `"trak"` without them reads a file; others take a pass over the rows.
 
         Raises:
             InputError: if arguments do not go together.
         """
         num_targets = self.saver.experiment(exp_name)["num_targets"]
         averages = group_matrix(groups, num_targets)
+        if with_error:
+            extra = groups is not None or checkpoint_weights is not None
+            self._refuse_error_of(method, extra=extra)
+            return error_pass(self._pipeline, exp_name, model_ids).scores()
         if method == "trak":
-            if model_ids is not None or checkpoint_weights is not None:
-                raise InputError(
-                    "TRAK's scores are read as finalize_scores wrote them: choose "
-                    "checkpoints there (model_ids=...); they are averaged without weights."
-                )
-            scores = self._pipeline.scores(exp_name)
-            return (
-                scores
-                if averages is None
-                else scores @ averages.numpy().astype(scores.dtype)
-            )
+            chosen_here = model_ids is not None or checkpoint_weights is not None
+            return self._written(exp_name, averages, chosen_here=chosen_here)
         chosen = method_named(method)
         taken = method_pass(self._pipeline, model_ids, exp_name, checkpoint_weights)
         return taken.scores(exp_name, chosen, averages)
@@ -128,7 +126,8 @@ class Results:
         helpful: bool = True,
         method: str = "trak",
         groups: Sequence[Any] | None = None,
-    ) -> TopScores:
+        with_error: bool = False,
+    ) -> Any:
         """Like `top_k`, but in one pass over the rows and without an `[n, m]` file.
 
         Neither needs `finalize_scores` nor touches what it wrote.
@@ -139,13 +138,21 @@ class Results:
             helpful: the largest scores; if False, the smallest (the most harmful).
             method: as for `scores`.
             groups: as for `scores`; not for `"trak"`, whose groups need all scores.
+            with_error: for `"trak"`: standard errors and the ranks that each example could
+                have, in three passes; a warning is logged where the lists are mostly noise.
 
         Returns:
-            `indices` and `scores`, each `[m, k]`, strongest first.
+            `TopScores`: `indices` and `scores`, each `[m, k]`, strongest first; `Ranked` if
+            errors are asked for.
 
         Raises:
             InputError: if arguments do not go together.
         """
+        if with_error:
+            self._refuse_error_of(method, extra=groups is not None)
+            ranked = error_pass(self._pipeline, exp_name, None).top(k, helpful=helpful)
+            ranked.warn_of_noise()
+            return ranked
         if method != "trak":
             num_targets = self.saver.experiment(exp_name)["num_targets"]
             averages = group_matrix(groups, num_targets)
@@ -195,6 +202,27 @@ class Results:
             helpful=helpful,
             allow_skip=allow_skip,
         )
+
+    def _written(
+        self, exp_name: str, averages: Tensor | None, *, chosen_here: bool
+    ) -> NDArray[Any]:
+        if chosen_here:
+            raise InputError(
+                "TRAK's scores are read as finalize_scores wrote them: choose checkpoints "
+                "there (model_ids=...); they are averaged without weights."
+            )
+        scores = self._pipeline.scores(exp_name)
+        if averages is None:
+            return scores
+        return scores @ averages.numpy().astype(scores.dtype)
+
+    @staticmethod
+    def _refuse_error_of(method: str, *, extra: bool) -> None:
+        if method != "trak" or extra:
+            raise InputError(
+                "with_error=True is for TRAK's scores of single targets: leave groups and "
+                f"checkpoint_weights out, and method={method!r} at 'trak'."
+            )
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """Lists the checkpoints of the store.

@@ -14,6 +14,7 @@ from trak.arguments import as_integer, as_ridge
 from trak.gradient_computers import AbstractGradientComputer, select_parameters
 from trak.modelout_functions import resolve_task
 from trak.pipeline import (
+    Pipeline,
     as_folder,
     as_names,
     as_strength,
@@ -25,7 +26,11 @@ from trak.pipeline import (
     make_scorer,
     storage_dtype,
 )
-from trak.projectors import AbstractProjector, make_projector, resolve_device
+from trak.projectors import (
+    AbstractProjector,
+    projector_of_width,
+    resolve_device,
+)
 from trak.results import Results
 from trak.savers import AbstractSaver
 from trak.score_computers import AbstractScoreComputer
@@ -58,7 +63,10 @@ class TRAKer(Results):
         saver: class of the store.
         score_computer: class or instance; `RidgeScoreComputer` if None.
             `BasicScoreComputer` scales as upstream does.
-        proj_dim: projection dimension `k`; a given projector's own counts instead.
+        proj_dim: projection dimension `k`; `"auto"` for 4096, less where rows would
+            fill more than 8 GiB, more where there are few; `"exact"` for none, where that
+            is affordable (its cost is logged, and rows are float32 unless `row_dtype` says
+            otherwise). A given projector's own counts instead.
         logging_level: level of the logger `trak`. No handler is installed.
         use_half_precision: store rows in float16; else in float32 (float64 for float64
             models). Arithmetic is float32 or float64 in either case.
@@ -95,7 +103,7 @@ class TRAKer(Results):
         projector: AbstractProjector | str | None = None,
         saver: type[AbstractSaver] | None = None,
         score_computer: type[AbstractScoreComputer] | AbstractScoreComputer | None = None,
-        proj_dim: int = 2048,
+        proj_dim: int | str = "auto",
         logging_level: int = logging.INFO,
         use_half_precision: bool = True,
         proj_max_batch_size: int = 32,
@@ -123,9 +131,11 @@ class TRAKer(Results):
         self.num_params = get_num_params(model)
         self.num_params_for_grad = sum(p.numel() for p in chosen.values())
         self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
-        self.dtype = storage_dtype(chosen.values(), use_half_precision, row_dtype)
+        half = use_half_precision and not (projector is None and proj_dim == "exact")
+        self.dtype = storage_dtype(chosen.values(), half, row_dtype)
         self.proj_seed = as_integer("projector_seed", projector_seed)
         self._shapes = {name: tuple(p.shape) for name, p in chosen.items()}
+        self.save_dir = as_folder(save_dir)
         self.init_projector(projector, proj_dim, proj_max_batch_size)
         self.gradient_computer = make_computer(gradient_computer, self, chosen)
         self.score_computer = make_scorer(
@@ -136,7 +146,6 @@ class TRAKer(Results):
             self.lambda_reg,
             curvature=curvature,
         )
-        self.save_dir = as_folder(save_dir)
         self.load_from_save_dir = load_from_save_dir
         layout = {name: p.numel() for name, p in chosen.items()}
         self.saver: AbstractSaver = make_saver(
@@ -154,23 +163,36 @@ class TRAKer(Results):
     def init_projector(
         self,
         projector: AbstractProjector | str | None,
-        proj_dim: int,
+        proj_dim: int | str,
         proj_max_batch_size: int,
     ) -> None:
         """Takes the given projector, or makes the named or the cheapest one.
 
         Args:
             projector: an instance, a name, or None.
-            proj_dim: projection dimension, unless an instance is given.
+            proj_dim: projection dimension, `"auto"` or `"exact"`, unless an instance is
+                given.
             proj_max_batch_size: accepted as upstream's name.
         """
         del proj_max_batch_size
         if projector is None or isinstance(projector, str):
-            projector = make_projector(
-                self._shapes, proj_dim, self.proj_seed, self.device, projector
+            projector = projector_of_width(
+                self._shapes,
+                proj_dim,
+                self.proj_seed,
+                self.device,
+                projector,
+                num_rows=self.train_set_size,
+                row_bytes=self.dtype.itemsize,
+                folder=self.save_dir,
             )
         self.projector: AbstractProjector = projector
         self.proj_dim: int = self.projector.proj_dim or self.num_params_for_grad
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The steps that the methods stand for, for those who change the library."""
+        return self._pipeline
 
     @property
     def ckpt_loaded(self) -> int | str:

@@ -4,6 +4,7 @@ from trak.pipeline.assembly import make_computer, make_pipeline, make_saver
 from trak.pipeline.checks import as_folder, as_names, check_model, check_parts
 from trak.pipeline.choices import make_scorer, storage_dtype
 from trak.pipeline.describe import describe_run, store_metadata
+from trak.pipeline.errors_of_scores import ScoresWithError, error_pass
 from trak.pipeline.inventory import (
     CheckpointInfo,
     ExperimentInfo,
@@ -13,13 +14,16 @@ from trak.pipeline.inventory import (
 from trak.pipeline.methods import group_matrix, method_named, method_pass
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker
+from trak.pipeline.ranks_of_scores import Ranked
 from trak.pipeline.whiten import Whitener, as_strength
 
 __all__ = [
     "CheckpointInfo",
     "ExperimentInfo",
     "Pipeline",
+    "Ranked",
     "RowMaker",
+    "ScoresWithError",
     "Whitener",
     "as_folder",
     "as_names",
@@ -27,6 +31,7 @@ __all__ = [
     "check_model",
     "check_parts",
     "describe_run",
+    "error_pass",
     "group_matrix",
     "list_checkpoints",
     "list_experiments",

@@ -99,7 +99,7 @@ class Pipeline:
         self.verify()
         digest = validate_state(self.model, checkpoint)
         self.saver.register_model_id(model_id, digest)
-        self._load_weights(checkpoint)
+        self.load_weights(checkpoint)
         self.saver.load_current_store(model_id)
         self.phase = Phase("featurize", model_id, "", WeightWatch(self.model))
 
@@ -128,7 +128,7 @@ class Pipeline:
             )
         self.saver.register_model_id(model_id, digest)
         self.saver.init_experiment(exp_name, num_targets, model_id)
-        self._load_weights(checkpoint)
+        self.load_weights(checkpoint)
         self.phase = Phase("score", model_id, exp_name, WeightWatch(self.model))
 
     def fit_whitening(self, batch: Any) -> None:
@@ -473,7 +473,12 @@ class Pipeline:
             values["out_to_loss"] = weights.to(torch.float64).cpu().numpy()
         return values
 
-    def _load_weights(self, checkpoint: Any) -> None:
+    def load_weights(self, checkpoint: Any) -> None:
+        """Loads weights into the model and the gradient computer.
+
+        Args:
+            checkpoint: a state dict that fits the model.
+        """
         self.model.load_state_dict(checkpoint)
         self.model.eval()
         self.maker.computer.load_model_params(self.model)

@@ -17,6 +17,7 @@ from trak.projectors.dense import (
     BasicSingleBlockProjector,
     CudaProjector,
 )
+from trak.projectors.dimension import projector_of_width
 from trak.projectors.factored import FactoredProjector
 from trak.projectors.hadamard import HadamardProjector
 from trak.projectors.masked import MaskedProjector
@@ -38,5 +39,6 @@ __all__ = [
     "SparseProjector",
     "make_projector",
     "projection_costs",
+    "projector_of_width",
     "resolve_device",
 ]

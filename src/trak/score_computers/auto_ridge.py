@@ -26,7 +26,9 @@ from trak.score_computers.stream import rows_per_block, stream
 
 BASE = 1.8
 BY_STRENGTH = 5.4
-CURVED_BASE, CURVED_BY_STRENGTH = 1.4, 4.0  # with rows weighted by the loss's curvature
+UNFINISHED = 2.0
+# with rows weighted by the loss's curvature
+CURVED_BASE, CURVED_BY_STRENGTH, CURVED_UNFINISHED = 1.4, 4.0, 4.0
 _LEADING = 20
 _SPARE = 12  # further vectors, by which the leading ones converge faster
 _ROUNDS = 12
@@ -67,15 +69,15 @@ def relative_ridge(
     Returns:
         The multiple, above 0.
     """
-    base, slope = BASE, BY_STRENGTH
+    base, slope, more = BASE, BY_STRENGTH, UNFINISHED
     if situation.curvature:
-        base, slope = CURVED_BASE, CURVED_BY_STRENGTH
+        base, slope, more = CURVED_BASE, CURVED_BY_STRENGTH, CURVED_UNFINISHED
     known = (base + slope * situation.strength) * situation.checkpoints ** (-1 / 3)
     if situation.columns:
         narrow = 1 + rows.shape[0] / (3 * situation.columns)
         known *= narrow ** (1 / (2 * situation.checkpoints))
     left = unfinished(rows, gram, form, situation.loss, curvature=situation.curvature)
-    return known * (1 + 2 * left)
+    return known * (1 + more * left)
 
 
 def unfinished(

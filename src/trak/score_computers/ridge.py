@@ -70,7 +70,7 @@ class RidgeScoreComputer(LinearScoreComputer):
             The Cholesky factor and its description.
         """
         situation = situation or Situation()
-        rows = self._weighted(rows, situation.loss)
+        rows = self.weighted(rows, situation.loss)
         form = smaller_form(*rows.shape)
         gram = self._gram(rows, form)
         situation = replace(situation, curvature=self.curvature)
@@ -98,10 +98,10 @@ class RidgeScoreComputer(LinearScoreComputer):
         Returns:
             One factor and description a ridge.
         """
-        factor = self._factor(kept, self.where(rows))
+        factor = self.factor(kept, self.where(rows))
         trace = factor.mean_squared_norm * rows.shape[0]
         large = factor.ridge > _LARGE * trace
-        rows = self._weighted(rows, loss)
+        rows = self.weighted(rows, loss)
         gram = self._gram(rows, factor.form) if large else factor.gram()
         auto = kept[1].get("auto")
         if auto is None:  # of a store from before there was an automatic ridge
@@ -120,7 +120,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         Returns:
             `[k, m]`, float64; None in the dual form.
         """
-        factor = self._factor(kept, self.where(rows))
+        factor = self.factor(kept, self.where(rows))
         if factor.form == "dual":
             return None
         return factor.solve(targets.to(factor.lower).T)
@@ -139,12 +139,12 @@ class RidgeScoreComputer(LinearScoreComputer):
         Returns:
             A function of first and end row that gives scores `[rows, m]`, float64.
         """
-        factor = self._factor(kept, self.where(rows))
+        factor = self.factor(kept, self.where(rows))
         if factor.form == "primal":
             return super().scorer(kept, rows, targets)
-        rows = self._weighted(rows, loss)
+        rows = self.weighted(rows, loss)
         scores = factor.solve(product(rows, targets.to(factor.lower).T))
-        scores = self._unweighted(scores, loss)
+        scores = self.unweighted(scores, loss)
         return lambda start, stop: scores[start:stop]
 
     def solved(
@@ -167,7 +167,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         Raises:
             InputError: if there is no ridge and fewer rows than columns.
         """
-        factor = self._factor(kept, self.where(rows))
+        factor = self.factor(kept, self.where(rows))
         vectors = vectors.to(factor.lower)
         if factor.form == "primal":
             return factor.solve(vectors.T).T
@@ -176,7 +176,7 @@ class RidgeScoreComputer(LinearScoreComputer):
                 "Phi^T Phi has no inverse: there are fewer training examples than columns "
                 "and lambda_reg is 0. Use a ridge (leave lambda_reg out)."
             )
-        phi = decoded(self._weighted(rows, loss), torch.float64).to(factor.lower)
+        phi = decoded(self.weighted(rows, loss), torch.float64).to(factor.lower)
         inside = factor.solve(phi @ vectors.T).T @ phi
         return (vectors - inside) / factor.ridge
 
@@ -203,12 +203,12 @@ class RidgeScoreComputer(LinearScoreComputer):
         Returns:
             `[n, k]`, float64.
         """
-        factor = self._factor(kept, self.where(rows))
+        factor = self.factor(kept, self.where(rows))
         device = factor.lower.device
         if factor.form == "primal":
             return factor.solve(decoded(rows, torch.float64).to(device).T).T
-        phi = decoded(self._weighted(rows, loss), torch.float64).to(device)
-        return self._unweighted(factor.solve(phi), loss)
+        phi = decoded(self.weighted(rows, loss), torch.float64).to(device)
+        return self.unweighted(factor.solve(phi), loss)
 
     def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
         """The features for a given Gram matrix.
@@ -235,11 +235,31 @@ class RidgeScoreComputer(LinearScoreComputer):
             )
         return roots(loss)
 
-    def _weighted(self, rows: RowSource, loss: Any) -> RowSource:
+    def weighted(self, rows: RowSource, loss: Any) -> RowSource:
+        """The rows whose Gram matrix is factored.
+
+        Args:
+            rows: Phi, `[n, k]`.
+            loss: Q, `[n, 1]`, for rows weighted by curvature.
+
+        Returns:
+            `R^(1/2) Phi`, or Phi itself.
+        """
         return weighted(rows, self._roots(loss))
 
-    def _unweighted(self, values: Tensor, loss: Any) -> Tensor:
-        # (Phi^T R Phi + ridge)^-1 Phi^T has R^(-1/2) on the left in its dual form
+    def unweighted(self, values: Tensor, loss: Any) -> Tensor:
+        """What a solve in the dual form is followed by.
+
+        `Phi (Phi^T R Phi + ridge I)^-1` is
+        `R^(-1/2) (R^(1/2) Phi Phi^T R^(1/2) + ridge I)^-1 R^(1/2) Phi`.
+
+        Args:
+            values: `[n, m]`.
+            loss: Q, `[n, 1]`, for rows weighted by curvature.
+
+        Returns:
+            `R^(-1/2)` times these, or the values themselves.
+        """
         found = self._roots(loss)
         return values if found is None else values / found.to(values)
 
@@ -290,7 +310,16 @@ class RidgeScoreComputer(LinearScoreComputer):
             "curvature": self.curvature,
         }
 
-    def _factor(self, kept: Kept, device: torch.device) -> RidgeFactor:
+    def factor(self, kept: Kept, device: torch.device) -> RidgeFactor:
+        """What `finalize` made, to solve with.
+
+        Args:
+            kept: the matrix and its description.
+            device: where to solve.
+
+        Returns:
+            The factor.
+        """
         matrix, info = kept
         lower = torch.as_tensor(matrix).to(device)
         form, ridge = info["form"], info["ridge"]

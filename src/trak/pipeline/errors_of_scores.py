@@ -1,0 +1,253 @@
+"""Standard errors of scores, from the spread of what they are averages of."""
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trak.encodings import RowSource
+from trak.errors import InputError
+from trak.pipeline.pipeline import Pipeline
+from trak.pipeline.ranks_of_scores import Ranked, critical
+from trak.pipeline.solving import ScoreSet, row_source, solve
+from trak.savers import AbstractSaver
+from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer, RunningTop
+from trak.score_computers.jackknife import GROUPS, without_groups
+from trak.score_computers.linear import BlockScorer
+from trak.score_computers.stream import decoded
+
+_BLOCK_BYTES = 32 << 20
+_COMPARISONS = 1 << 24
+
+Stretches = Generator[tuple[int, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ScoresWithError:
+    """Scores, and how sure they are.
+
+    Attributes:
+        scores: `[n, m]`.
+        errors: their standard errors, `[n, m]`.
+        degrees: degrees of freedom of the errors.
+        source: what varied: `"checkpoints"` (with them their projections), or `"sketch"`,
+            which leaves out how much another training would change.
+    """
+
+    scores: NDArray[np.float32]
+    errors: NDArray[np.float32]
+    degrees: int
+    source: str
+
+    def interval(self, level: float = 0.9) -> tuple[NDArray[np.float32], ...]:
+        """Intervals that hold the scores' expectations.
+
+        Args:
+            level: share of intervals that do.
+
+        Returns:
+            Their ends, `[n, m]` each, by Student's t.
+        """
+        reach = np.float32(critical(level, self.degrees)) * self.errors
+        return self.scores - reach, self.scores + reach
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorPass:
+    """Passes over the rows of some checkpoints that give scores and their errors.
+
+    With several checkpoints by the jackknife that leaves out one of them, of the whole
+    formula `mean(tau) mean(q)`; with one by the jackknife that leaves out one of eight
+    groups of the projection's columns (Efron and Tibshirani 1993, Ch. 11: the variance is
+    `(B - 1) / B` times the sum of squared distances from the replicates' mean).
+
+    Attributes:
+        scorer: the score computer.
+        saver: the store.
+        exp_name: the experiment.
+        model_ids: the checkpoints.
+        device: where to compute.
+        projected: whether rows are random projections.
+    """
+
+    scorer: AbstractScoreComputer
+    saver: AbstractSaver
+    exp_name: str
+    model_ids: list[int]
+    device: torch.device
+    projected: bool
+
+    @property
+    def source(self) -> str:
+        """What varies."""
+        return "checkpoints" if len(self.model_ids) > 1 else "sketch"
+
+    @property
+    def degrees(self) -> int:
+        """Degrees of freedom of the errors."""
+        return (len(self.model_ids) if len(self.model_ids) > 1 else GROUPS) - 1
+
+    def scores(self) -> ScoresWithError:
+        """All scores of the experiment.
+
+        Returns:
+            Scores and errors.
+        """
+        found = [
+            (scores.float().cpu().numpy(), errors.float().cpu().numpy())
+            for _, scores, errors in self.blocks()
+        ]
+        scores, errors = (np.concatenate(part) for part in zip(*found, strict=True))
+        return ScoresWithError(scores, errors, self.degrees, self.source)
+
+    def top(self, k: int, *, helpful: bool, level: float = 0.9) -> Ranked:
+        """The strongest training examples, and the ranks that they could have.
+
+        Two passes: the second compares every example with the strongest ones.
+
+        Args:
+            k: how many a target.
+            helpful: the largest scores; if False, the smallest.
+            level: of the comparisons.
+
+        Returns:
+            Rows, scores, errors and ranks.
+        """
+        sign = 1 if helpful else -1
+        top: RunningTop | None = None
+        for start, scores, _ in self.blocks():
+            if top is None:
+                top = RunningTop(scores.shape[1], k, scores.dtype, self.device)
+            top.add(start, sign * scores)
+        assert top is not None  # noqa: S101 - there is at least one training example
+        rows, best = top.result()
+        places = torch.from_numpy(rows).to(self.device)  # [m, k]
+        values = torch.from_numpy(best).to(self.device, torch.float64)
+        errors = torch.zeros_like(values)
+        for start, _, spread in self.blocks():
+            own = (places >= start) & (places < start + len(spread))
+            inside = (places - start).clamp(0, len(spread) - 1)
+            errors = torch.where(own, spread.T.gather(1, inside), errors)
+        reach = critical(level, self.degrees)
+        above, below, count = torch.zeros_like(places), torch.zeros_like(places), 0
+        for _, scores, spread in self.blocks():
+            count += len(scores)
+            more, less = _compare(sign * scores.T, spread.T, values, errors, reach)
+            above, below = above + more, below + less
+        return Ranked(
+            indices=rows,
+            scores=(sign * values).float().cpu().numpy(),
+            errors=errors.float().cpu().numpy(),
+            rank_low=(1 + above).cpu().numpy(),
+            rank_high=(count - below).cpu().numpy(),
+            level=level,
+            source=self.source,
+        )
+
+    def blocks(self) -> Stretches:
+        """Scores and errors in stretches of rows.
+
+        Yields:
+            First row, scores and errors, `[rows, m]`, float64.
+        """
+        takes = self._takes()
+        loss = [self.saver.train_rows(i).array("out_to_loss") for i in self.model_ids]
+        num_rows, num_targets = len(loss[0]), self._num_targets()
+        size = max(64, _BLOCK_BYTES // (8 * num_targets * max(len(takes), GROUPS)))
+        for start in range(0, num_rows, size):
+            stop = min(start + size, num_rows)
+            parts = torch.stack([take(start, stop) for take in takes])
+            q = torch.from_numpy(
+                np.stack([np.asarray(one[start:stop], np.float64) for one in loss])
+            ).to(parts)
+            yield (start, *self._jackknife(parts, q))
+
+    def _jackknife(self, parts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        if self.source == "sketch":
+            whole, replicates = parts[0] * q[0], parts[1:] * q[0]
+        else:
+            count = len(parts)
+            total, weights = parts.sum(dim=0), q.sum(dim=0)
+            whole = total * weights / count**2
+            replicates = (total - parts) * (weights - q) / (count - 1) ** 2
+        share = (len(replicates) - 1) / len(replicates)
+        squares = (replicates - replicates.mean(dim=0)).square().sum(dim=0)
+        return whole, (share * squares).sqrt()
+
+    def _takes(self) -> Sequence[Callable[[int, int], Tensor]]:
+        if len(self.model_ids) > 1:
+            return [self._scorer_of(model_id) for model_id in self.model_ids]
+        model_id = self.model_ids[0]
+        if not isinstance(self.scorer, RidgeScoreComputer) or not self.projected:
+            why = "no projection" if not self.projected else "another score computer"
+            raise InputError(
+                "Errors are told from several checkpoints, or from the columns of one "
+                f"projection; this run has one checkpoint and {why}. Add checkpoints, or "
+                "use a random projection with RidgeScoreComputer."
+            )
+        rows = self._rows(model_id)
+        targets = decoded(
+            row_source(self.saver.target_rows(self.exp_name, model_id)), torch.float64
+        )
+        loss = self.saver.train_rows(model_id).array("out_to_loss")
+        kept = self.saver.load_factor(model_id)
+        deleted = without_groups(self.scorer, kept, rows, targets, loss)
+        return [self._scorer_of(model_id), *deleted]
+
+    def _scorer_of(self, model_id: int) -> BlockScorer:
+        rows = self._rows(model_id)
+        solved = solve(self.scorer, self.saver, [ScoreSet(self.exp_name)], model_id, rows)
+        if not isinstance(solved, Tensor):
+            return solved[0]
+        return lambda start, stop: (
+            decoded(rows[start:stop], torch.float64).to(solved) @ solved
+        )
+
+    def _rows(self, model_id: int) -> RowSource:
+        rows = row_source(self.saver.train_rows(model_id))
+        return rows.to(self.device) if isinstance(rows, Tensor) else rows
+
+    def _num_targets(self) -> int:
+        return int(self.saver.experiment(self.exp_name)["num_targets"])
+
+
+def error_pass(
+    pipeline: Pipeline, exp_name: str, model_ids: Iterable[int] | None
+) -> ErrorPass:
+    """Passes over the rows of a run's store.
+
+    Args:
+        pipeline: the run.
+        exp_name: the experiment.
+        model_ids: the checkpoints; all of the store if None.
+
+    Returns:
+        The passes.
+    """
+    ready = pipeline.ready([ScoreSet(exp_name)], model_ids, allow_skip=False)
+    return ErrorPass(
+        scorer=pipeline.scorer,
+        saver=pipeline.saver,
+        exp_name=exp_name,
+        model_ids=ready,
+        device=pipeline.maker.device,
+        projected=bool(pipeline.maker.projector.proj_dim),
+    )
+
+
+def _compare(
+    scores: Tensor, spread: Tensor, values: Tensor, errors: Tensor, reach: float
+) -> tuple[Tensor, Tensor]:
+    # how many of [m, b] are clearly above and below each of [m, k]
+    above, below = [], []
+    size = max(1, _COMPARISONS // max(1, scores.shape[1] * values.shape[1]))
+    for start in range(0, len(scores), size):
+        part = slice(start, start + size)
+        apart = scores[part, :, None] - values[part, None, :]
+        unsure = reach * torch.hypot(spread[part, :, None], errors[part, None, :])
+        above.append((apart > unsure).sum(dim=1))
+        below.append((apart < -unsure).sum(dim=1))
+    return torch.cat(above), torch.cat(below)

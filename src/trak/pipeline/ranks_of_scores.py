@@ -1,0 +1,117 @@
+"""Lists of the strongest examples that say which ranks these could have."""
+
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trak.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_NOISE = 2  # a rank of more than twice the list's length is noise
+_STEPS = 20_001
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """The strongest training examples of every target, strongest first.
+
+    Attributes:
+        indices: rows of the training set, `[m, k]`.
+        scores: their scores, `[m, k]`.
+        errors: standard errors of the scores, `[m, k]`.
+        rank_low: the best rank that each could have, from 1, `[m, k]`: one more than the
+            number of examples whose score is clearly greater.
+        rank_high: the worst one, `[m, k]`: all but those whose score is clearly less.
+        level: "clearly" means beyond the interval of this level of the difference of two
+            scores with independent errors.
+        source: what the errors are from: `"checkpoints"` or `"sketch"`.
+    """
+
+    indices: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    errors: NDArray[np.float32]
+    rank_low: NDArray[np.int64]
+    rank_high: NDArray[np.int64]
+    level: float
+    source: str
+
+    def noise(self) -> NDArray[np.float64]:
+        """How much of each list is noise.
+
+        Returns:
+            `[m]`: share of the entries whose rank could be more than twice the list's
+            length.
+        """
+        return (self.rank_high > _NOISE * self.indices.shape[1]).mean(axis=1)
+
+    def describe(self, target: int) -> str:
+        """One target's list in words.
+
+        Args:
+            target: its number.
+
+        Returns:
+            One line an example.
+        """
+        rows = zip(
+            self.indices[target],
+            self.scores[target],
+            self.errors[target],
+            self.rank_low[target],
+            self.rank_high[target],
+            strict=True,
+        )
+        return "\n".join(
+            f"{place:3}. example {index}: {score:.4g} +- {error:.2g}, "
+            + (f"rank {low}" if low == high else f"rank could be {low} to {high}")
+            for place, (index, score, error, low, high) in enumerate(rows, start=1)
+        )
+
+    def warn_of_noise(self) -> None:
+        """Warns if most of the list is noise for most of the targets."""
+        noisy = self.noise() > 0.5
+        if noisy.mean() <= 0.5:
+            return
+        more = (
+            "Average over more checkpoints of independent trainings, or use a larger "
+            "proj_dim."
+            if self.source == "checkpoints"
+            else "Use a larger proj_dim, and several checkpoints, whose spread is not even "
+            "counted here."
+        )
+        logger.warning(
+            "The lists of the strongest examples are mostly noise for %d of %d targets: "
+            "more than half of their entries could have ranks beyond %d. %s",
+            int(noisy.sum()),
+            len(noisy),
+            _NOISE * self.indices.shape[1],
+            more,
+        )
+
+
+def critical(level: float, degrees: int) -> float:
+    """How many standard errors an interval reaches to both sides.
+
+    Args:
+        level: share of intervals that hold what they are of, between 0 and 1.
+        degrees: degrees of freedom of the standard error.
+
+    Returns:
+        The quantile of Student's t at `(1 + level) / 2`, to five digits.
+
+    Raises:
+        InputError: if the level is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise InputError(f"level must be between 0 and 1, got {level!r}.")
+    # the density of t = sqrt(d) tan(a) is proportional to cos(a)^(d - 1)
+    angles = np.linspace(0, math.pi / 2, _STEPS)
+    density = np.cos(angles) ** (degrees - 1)
+    steps = (density[1:] + density[:-1]) / 2
+    masses = np.concatenate([[0.0], np.cumsum(steps)])
+    angle = float(np.interp(level, masses / masses[-1], angles))
+    return math.sqrt(degrees) * math.tan(angle)

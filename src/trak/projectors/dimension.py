@@ -1,0 +1,161 @@
+"""How wide the rows are, where the user leaves it open."""
+
+import logging
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trak.arguments import as_integer
+from trak.errors import InputError
+from trak.projectors.abstract import AbstractProjector
+from trak.projectors.choice import make_projector
+from trak.projectors.noop import NoOpProjector
+
+logger = logging.getLogger(__name__)
+
+USUAL = 4096
+NARROWEST = 512
+BUDGET = 8 << 30
+"""Bytes of rows of one checkpoint that `"auto"` stays below, if it can."""
+WIDEST = 32_768
+CHEAP = 128 << 20
+"""Bytes of rows up to which `"auto"` takes more than the usual dimension, for few rows."""
+
+EXACT = "exact"
+
+
+def projector_of_width(
+    shapes: Mapping[str, tuple[int, ...]],
+    proj_dim: Any,
+    seed: int,
+    device: torch.device,
+    kind: str | None,
+    *,
+    num_rows: int,
+    row_bytes: int,
+    folder: Path,
+) -> AbstractProjector:
+    """The projector that the facade's arguments stand for.
+
+    Args:
+        shapes: name to shape of every selected parameter.
+        proj_dim: a number, `"auto"`, or `"exact"` for no projection.
+        seed: seed of the entries.
+        device: where to project.
+        kind: a projection's name; chosen by cost if None.
+        num_rows: training examples, `n`.
+        row_bytes: bytes of a stored number.
+        folder: where the rows will be.
+
+    Returns:
+        The projector.
+
+    Raises:
+        InputError: if the arguments do not go together, or rows would not fit.
+    """
+    width = sum(math.prod(shape) for shape in shapes.values())
+    found = chosen_dimension(proj_dim, num_rows, width, row_bytes)
+    if found is None and kind is not None:
+        if proj_dim == EXACT:
+            raise InputError(
+                f"proj_dim='exact' means no projection, so projector={kind!r} has nothing "
+                "to do. Leave one of the two out."
+            )
+        found = width
+    if found is not None:
+        return make_projector(shapes, found, seed, device, kind)
+    if proj_dim == EXACT:
+        refuse_too_much(num_rows, width, row_bytes, folder)
+    return NoOpProjector(device=device)
+
+
+def chosen_dimension(
+    proj_dim: Any, num_rows: int, num_params: int, row_bytes: int
+) -> int | None:
+    """The projection dimension that an argument stands for.
+
+    A larger sketch is better on every bank (docs/whitening.md) and costs little on the
+    factored path. So `"auto"` takes 4096 columns; half as many, down to 512, while the
+    rows would fill more than 8 GiB; twice as many, up to 32,768, while there are fewer rows
+    than columns (which the solve then hardly notices) and they fill no more than 128 MiB.
+    Gradients of no more entries are not projected.
+
+    Args:
+        proj_dim: a number, `"auto"`, or `"exact"` for no projection.
+        num_rows: training examples, `n`.
+        num_params: selected parameters, `p`.
+        row_bytes: bytes of a stored number.
+
+    Returns:
+        `k`; None for no projection.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    if not isinstance(proj_dim, str):
+        return as_integer("proj_dim", proj_dim, least=1)
+    if proj_dim == EXACT:
+        return None
+    if proj_dim != "auto":
+        raise InputError(
+            "proj_dim must be a positive integer, 'auto', or 'exact' for no projection; "
+            f"got {proj_dim!r}."
+        )
+    width = USUAL
+    while width > NARROWEST and num_rows * width * row_bytes > BUDGET:
+        width //= 2
+    while num_rows < width < WIDEST and 2 * num_rows * width * row_bytes <= CHEAP:
+        width *= 2
+    if num_params <= width:
+        logger.info("Not projected: the gradient has %d entries only.", num_params)
+        return None
+    logger.info("proj_dim='auto' stands for %d.", width)
+    return width
+
+
+def exact_cost(num_rows: int, num_params: int, row_bytes: int) -> tuple[int, float]:
+    """What unprojected rows cost.
+
+    Args:
+        num_rows: training examples, `n`.
+        num_params: selected parameters, `p`.
+        row_bytes: bytes of a stored number.
+
+    Returns:
+        Bytes on disk for one checkpoint, and multiplications of its Gram matrix (the
+        smaller of `n x n` and `p x p`).
+    """
+    size, inner = sorted((num_rows, num_params))
+    return num_rows * num_params * row_bytes, float(size) * size * inner
+
+
+def refuse_too_much(num_rows: int, num_params: int, row_bytes: int, folder: Path) -> None:
+    """Says what unprojected rows will cost, before the first is made.
+
+    Args:
+        num_rows: training examples, `n`.
+        num_params: selected parameters, `p`.
+        row_bytes: bytes of a stored number.
+        folder: where they will be, or a folder that does not exist yet.
+
+    Raises:
+        InputError: if there is no room for one checkpoint.
+    """
+    size, products = exact_cost(num_rows, num_params, row_bytes)
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    room = shutil.disk_usage(there).free
+    cost = (
+        f"{num_rows:,} rows of {num_params:,} numbers: {size / 2**30:.3g} GiB on disk for "
+        f"each checkpoint, and {products:.2g} multiplications for its Gram matrix"
+    )
+    logger.info("Not projected: %s.", cost)
+    if size > room:
+        raise InputError(
+            f"Unprojected gradients do not fit: {cost}, with {room / 2**30:.3g} GiB free "
+            f"at {there}. Use proj_dim='auto' or a number, select parameters with "
+            "grad_wrt, or another save_dir."
+        )

@@ -1,0 +1,185 @@
+"""How much to whiten, from how well checkpoints agree.
+
+On every bank the LDS of scores and the agreement of scores from different checkpoints rise
+and fall together as the strength of whitening changes, at the ridge that belongs to each
+strength (docs/whitening.md). Agreement needs no retraining.
+"""
+
+import itertools
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trak.batches import Batch, batch_size, normalize
+from trak.errors import InputTypeError
+from trak.evaluation.ranks import correlations
+from trak.pipeline import Pipeline
+from trak.score_computers import RidgeScoreComputer
+from trak.score_computers.auto_ridge import Situation
+from trak.whitening import Moments, Whitening
+from trak.whitening.whitening import DAMPING, STRENGTH
+
+logger = logging.getLogger(__name__)
+
+STRENGTHS = (0.25, 0.5, 0.75)
+WORTH = 0.015
+"""A step up must raise the agreement by so much, since whitening can also do harm."""
+SAMPLE = 600
+_CHECKPOINTS = 3
+_GROUPS = 100
+_TARGETS = 0.25  # of the sample
+
+
+def choose_strength(
+    pipeline: Pipeline,
+    states: Sequence[Any],
+    batches: Iterable[Any],
+    *,
+    curvature: bool = True,
+) -> float:
+    """The smallest strength beyond which checkpoints hardly agree better.
+
+    Up to 600 examples are taken, a quarter of them as targets. Each of up to three
+    checkpoints scores them at every strength; the agreement is the Spearman correlation of
+    the scores' sums over random halves of the rest, averaged over targets and pairs of
+    checkpoints.
+
+    Args:
+        pipeline: of a run that whitens; its model ends up with the last state's weights.
+        states: as `state_of` takes them.
+        batches: of training examples, spread over the training set.
+        curvature: weigh rows by the curvature of the loss.
+
+    Returns:
+        One of `STRENGTHS`; `trak.whitening.whitening.STRENGTH` for a single checkpoint,
+        which has none to agree with.
+    """
+    device = next(pipeline.model.parameters()).device
+    sample = [normalize(batch, device) for batch in batches]
+    count = sum(batch_size(batch) for batch in sample)
+    if len(states) < 2 or count < 40:
+        logger.info("whitening='auto' stands for %g.", STRENGTH)
+        return STRENGTH
+    found: list[list[NDArray[np.float64]]] = [[] for _ in STRENGTHS]
+    for number, state in enumerate(states[:_CHECKPOINTS]):
+        pipeline.load_weights(state_of(state))
+        scores = _scores(pipeline, sample, number, min(len(states), 10), curvature)
+        for kept, one in zip(found, scores, strict=True):
+            kept.append(one)
+    agreements = [_agreement(kept) for kept in found]
+    chosen = 0
+    while (
+        chosen + 1 < len(STRENGTHS) and agreements[chosen + 1] >= agreements[chosen] + WORTH
+    ):
+        chosen += 1
+    logger.info(
+        "whitening='auto' stands for %g: scores of %d checkpoints agree by %s.",
+        STRENGTHS[chosen],
+        min(len(states), _CHECKPOINTS),
+        ", ".join(f"{a:.3f} ({s:g})" for s, a in zip(STRENGTHS, agreements, strict=True)),
+    )
+    return STRENGTHS[chosen]
+
+
+def sampled(batches: Iterable[Any], num_batches: int, size: int) -> list[Any]:
+    """Batches spread over a loader, that have about `SAMPLE` examples.
+
+    Args:
+        batches: all of them, in order.
+        num_batches: how many there are.
+        size: examples in each.
+
+    Returns:
+        Some of them, in order.
+    """
+    wanted = max(1, math.ceil(SAMPLE / max(1, size)))
+    step = max(1, num_batches // wanted)
+    return list(itertools.islice(batches, 0, step * wanted, step))
+
+
+def state_of(checkpoint: Any) -> Mapping[str, Any]:
+    """The weights that a checkpoint stands for.
+
+    Args:
+        checkpoint: a state dict, a model, or a function that returns a state dict.
+
+    Returns:
+        The state dict.
+
+    Raises:
+        InputTypeError: if it is something else.
+    """
+    if isinstance(checkpoint, nn.Module):
+        return checkpoint.state_dict()
+    found = checkpoint() if callable(checkpoint) else checkpoint
+    if not isinstance(found, Mapping):
+        raise InputTypeError(
+            "checkpoints must hold state dicts, models, or functions that return a state "
+            f"dict; got {found!r:.80}. Load files first, without unpickling code: "
+            "safetensors.torch.load_file(path), or torch.load(path, weights_only=True)."
+        )
+    return found
+
+
+def _scores(
+    pipeline: Pipeline, sample: list[Batch], number: int, together: int, curvature: bool
+) -> list[NDArray[np.float64]]:
+    # [examples, targets] at every strength
+    maker, whitener = pipeline.maker, pipeline.whitener
+    moments = Moments()
+    for batch in sample:
+        moments.merge(maker.moments(batch))
+    found = []
+    for strength in STRENGTHS:
+        maker.whitenings.clear()
+        maker.whitenings[number] = Whitening(
+            moments, whitener.shapes, strength, DAMPING, whitener.dtype
+        )
+        parts = [
+            maker.rows(batch, number, list(range(batch_size(batch))), with_weights=True)
+            for batch in sample
+        ]
+        rows = torch.cat([part for part, _ in parts])
+        loss = torch.cat([weights for _, weights in parts if weights is not None])
+        columns = maker.projector.proj_dim or None
+        found.append(_solved(rows, loss, strength, columns, together, curvature))
+    maker.whitenings.clear()
+    return found
+
+
+def _solved(
+    rows: Tensor,
+    loss: Tensor,
+    strength: float,
+    columns: int | None,
+    together: int,
+    curvature: bool,
+) -> NDArray[np.float64]:
+    every = torch.arange(len(rows), device=rows.device)
+    held = every % round(1 / _TARGETS) == 0
+    phi, psi, q = rows[~held], rows[held], loss[~held].double()
+    computer = RidgeScoreComputer(device=rows.device, curvature=curvature)
+    situation = Situation(
+        checkpoints=together, strength=strength, columns=columns, loss=q.cpu()
+    )
+    kept = computer.finalize(phi, situation)
+    scores = computer.scorer(kept, phi, psi.double(), q.cpu())(0, len(phi))
+    return (scores * q.to(scores)).cpu().numpy()
+
+
+def _agreement(scores: list[NDArray[np.float64]]) -> float:
+    size = len(scores[0])
+    rng = np.random.default_rng(0)
+    groups = np.zeros((_GROUPS, size))
+    for group in groups:
+        group[rng.permutation(size)[: size // 2]] = 1
+    sums = [groups @ one for one in scores]
+    pairs = itertools.combinations(sums, 2)
+    each = [np.nanmean(correlations("spearman", one, other)) for one, other in pairs]
+    return float(np.mean(each))

@@ -1,0 +1,222 @@
+"""The one call, against the steps that it stands for."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from tests import cases, runs
+from torch.utils.data import DataLoader, TensorDataset
+
+import trak
+from trak import TRAKer
+from trak.attribution import EXACT_UP_TO
+from trak.errors import InputError, InputTypeError
+from trak.projectors import FactoredProjector, NoOpProjector
+from trak.projectors.dimension import chosen_dimension, exact_cost
+from trak.strength import STRENGTHS, choose_strength, sampled
+
+N, M = 60, 6
+TASK = "image_classification"
+
+
+@pytest.fixture
+def world():
+    model, train, targets = runs.data("mlp", N, M)
+    return model, train, targets, cases.checkpoints("mlp", 3)
+
+
+def call(world, folder, **options):
+    model, train, targets, states = world
+    defaults = {
+        "checkpoints": states,
+        "train": runs.split(train, 9),
+        "targets": runs.split(targets, 4),
+        "progress": False,
+    }
+    return trak.attribute(model, task=TASK, save_dir=folder, **(defaults | options))
+
+
+def test_it_is_the_steps_of_traker(world, tmp_path):
+    model, train, targets, states = world
+    found = call(world, tmp_path / "a", whitening=0.5)
+    traker = TRAKer(
+        model,
+        TASK,
+        N,
+        tmp_path / "b",
+        proj_dim="exact",
+        whitening=0.5,
+        curvature=True,
+    )
+    for model_id, state in enumerate(states):
+        traker.load_checkpoint(state, model_id=model_id)
+        for batch in runs.split(train, 9):
+            traker.fit_whitening(batch=batch)
+        for batch in runs.split(train, 9):
+            traker.featurize(batch=batch, num_samples=len(batch[0]))
+    np.testing.assert_array_equal(found, runs.whole_run(traker, train, targets, states))
+    assert found.shape == (N, M)
+
+
+def test_loaders_lists_and_functions_give_the_same(world, tmp_path):
+    model, train, targets, states = world
+    loaders = {
+        "train": DataLoader(TensorDataset(*train), batch_size=9),
+        "targets": DataLoader(TensorDataset(*targets), batch_size=4),
+        "checkpoints": [lambda state=state: state for state in states],
+    }
+    np.testing.assert_array_equal(
+        call(world, tmp_path / "a"), call(world, tmp_path / "b", **loaders)
+    )
+
+
+def test_the_model_is_left_as_it_was(world, tmp_path):
+    model, train, _, states = world
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    call(world, tmp_path / "a")
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    with pytest.raises(InputError):
+        call(world, tmp_path / "b", targets=[(train[0][:2] * torch.nan, train[1][:1])])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_the_model_itself_is_the_default_and_may_be_among_the_checkpoints(world, tmp_path):
+    model, _, _, states = world
+    alone = call(world, tmp_path / "a", checkpoints=None)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    np.testing.assert_array_equal(alone, call(world, tmp_path / "b", checkpoints=[own]))
+    both = call(world, tmp_path / "c", checkpoints=[states[0], model])
+    np.testing.assert_array_equal(
+        both, call(world, tmp_path / "d", checkpoints=[states[0], own])
+    )
+
+
+def test_it_goes_on_and_adds_targets(world, tmp_path, monkeypatch):
+    whole = call(world, tmp_path / "a")
+    real, calls = TRAKer.featurize, []
+
+    def breaks(self, batch, **options):
+        calls.append(len(batch[0]))
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        real(self, batch, **options)
+
+    monkeypatch.setattr(TRAKer, "featurize", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        call(world, tmp_path / "b")
+    strength = json.loads((tmp_path / "b" / "metadata.json").read_text())["whitening"]
+    monkeypatch.setattr("trak.attribution.choose_strength", None)  # must not be asked
+    np.testing.assert_array_equal(whole, call(world, tmp_path / "b"))
+    monkeypatch.setattr(TRAKer, "featurize", None)
+    few = [tuple(p[:3] for p in world[2])]
+    more = call(world, tmp_path / "b", targets=few, exp_name="few")
+    np.testing.assert_allclose(more, whole[:, :3], rtol=1e-5)
+    assert strength["strength"] in STRENGTHS
+
+
+def test_progress_is_shown_and_can_be_turned_off(world, tmp_path, capsys):
+    call(world, tmp_path / "a")
+    assert not capsys.readouterr().err
+    call(world, tmp_path / "b", progress=True)
+    shown = capsys.readouterr().err
+    for what in ("whitening", "training examples", "targets"):
+        assert f"checkpoint 3 of 3, {what}" in shown
+    assert "60/60" in shown
+
+
+def test_what_has_no_fixed_order_is_refused(world, tmp_path):
+    _, train, targets, _ = world
+    dataset = TensorDataset(*train)
+    for loader in (
+        DataLoader(dataset, batch_size=9, shuffle=True),
+        DataLoader(dataset, batch_size=9, drop_last=True),
+        DataLoader(dataset, batch_size=None),
+    ):
+        with pytest.raises(InputError, match="same order"):
+            call(world, tmp_path, train=loader)
+    with pytest.raises(InputError, match="only once"):
+        call(world, tmp_path, targets=iter([targets]))
+    with pytest.raises(InputTypeError, match="must be a DataLoader"):
+        call(world, tmp_path, train=3)
+    with pytest.raises(InputError, match="Nothing to attribute"):
+        call(world, tmp_path, targets=[])
+    with pytest.raises(InputTypeError, match="state dicts"):
+        call(world, tmp_path, checkpoints=["model.pt"])
+    with pytest.raises(InputError, match="whitening must be"):
+        call(world, tmp_path, whitening="much")
+
+
+def test_strength_follows_agreement(world, tmp_path, caplog, monkeypatch):
+    model, train, _, states = world
+    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
+    batches = runs.split(train, 9)
+    assert choose_strength(traker.pipeline, states[:1], batches) == 0.4
+    for agreements, expected in (
+        ([0.5, 0.51, 0.9], 0.25),
+        ([0.5, 0.52, 0.53], 0.5),
+        ([0.5, 0.52, 0.54], 0.75),
+        ([0.5, 0.4, 0.9], 0.25),
+    ):
+        answers = iter(agreements)
+        monkeypatch.setattr("trak.strength._agreement", lambda _, a=answers: next(a))
+        with caplog.at_level(logging.INFO):
+            assert choose_strength(traker.pipeline, states, batches) == expected
+    assert "scores of 3 checkpoints agree by 0.500 (0.25)" in caplog.text
+
+
+def test_agreement_is_one_for_equal_checkpoints_and_less_for_others(
+    world, tmp_path, caplog
+):
+    model, train, _, states = world
+    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
+    with caplog.at_level(logging.INFO):
+        choose_strength(traker.pipeline, [states[0]] * 2, runs.split(train, 9))
+    assert "agree by 1.000 (0.25), 1.000 (0.5), 1.000 (0.75)" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        choose_strength(traker.pipeline, states, runs.split(train, 9))
+    assert "1.000" not in caplog.text
+
+
+def test_a_sample_is_spread_over_the_loader():
+    assert sampled(range(100), 100, 60) == list(range(0, 100, 10))
+    assert sampled(range(3), 3, 10) == [0, 1, 2]
+    assert sampled(range(5), 5, 10_000) == [0]
+
+
+def test_dimensions_that_are_chosen(tmp_path):
+    assert chosen_dimension("auto", 50_000, 10**8, 2) == 4096
+    assert chosen_dimension("auto", 2_000_000, 10**8, 2) == 2048
+    assert chosen_dimension("auto", 10**9, 10**8, 2) == 512
+    assert chosen_dimension("auto", 1500, 10**6, 2) == 32_768
+    assert chosen_dimension("auto", 1500, 30_000, 2) is None
+    assert chosen_dimension("auto", 4000, 10**6, 2) == 16_384
+    assert chosen_dimension("auto", 100, 4000, 2) is None
+    assert chosen_dimension("exact", 100, 10**9, 2) is None
+    assert chosen_dimension(7, 100, 10**9, 2) == 7
+    with pytest.raises(InputError, match="proj_dim must be"):
+        chosen_dimension("large", 1, 1, 1)
+    assert exact_cost(100, 1000, 4) == (400_000, 1e7)
+    model, _, _ = runs.data("mlp", N, M)
+    options = {"save_dir": tmp_path / "a", "train_set_size": N, "task": TASK}
+    assert isinstance(TRAKer(model, **options).projector, NoOpProjector)
+    with pytest.raises(InputError, match="means no projection"):
+        TRAKer(model, proj_dim="exact", projector="sparse", **options)
+    with pytest.raises(InputError, match="do not fit"):
+        TRAKer(
+            torch.nn.Linear(500, 500),
+            TASK,
+            10**9,
+            tmp_path / "b",
+            proj_dim="exact",
+        )
+    named = TRAKer(model, TASK, N, tmp_path / "c", projector="factored")
+    assert isinstance(named.projector, FactoredProjector)
+    assert named.proj_dim == named.num_params_for_grad
+    assert EXACT_UP_TO < 1 << 30

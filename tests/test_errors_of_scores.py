@@ -1,0 +1,198 @@
+"""Standard errors and rank ranges, against loops written out."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from tests import cases, runs
+
+from trak.errors import InputError
+from trak.pipeline.ranks_of_scores import Ranked, critical
+from trak.projectors import NoOpProjector
+
+N, M, C = 40, 5, 4
+
+
+@pytest.fixture(params=["primal", "dual", "curvature", "dual and curvature"])
+def finished(request, tmp_path):
+    model, train, targets = runs.data("mlp", N, M)
+    states = cases.checkpoints("mlp", C)
+    dual = "dual" in request.param
+    traker = runs.make_traker(
+        model,
+        N,
+        tmp_path,
+        proj_dim=64 if dual else 24,
+        lambda_reg="2x",
+        curvature="curvature" in request.param,
+    )
+    scores = runs.whole_run(traker, train, targets, states)
+    assert traker.saver.load_factor(0)[1]["form"] == ("dual" if dual else "primal")
+    rows = runs.oracle(model, train, targets, states, traker.projector)
+    return traker, scores, [tuple(part.double() for part in one) for one in rows]
+
+
+def solved(phi, psi, q, *, curvature, ridge=2.0):
+    weights = (q * (1 - q)).clamp(min=1e-4) if curvature else torch.ones_like(q)
+    gram = phi.T @ (phi * weights.reshape(-1, 1))
+    gram = gram + ridge * float(gram.trace()) / len(phi) * torch.eye(len(gram))
+    return phi @ torch.linalg.inv(gram) @ psi.T
+
+
+def jackknife(replicates):
+    replicates = torch.stack(replicates)
+    count = len(replicates)
+    distances = (replicates - replicates.mean(0)).square().sum(0)
+    return ((count - 1) / count * distances).sqrt().numpy()
+
+
+def test_errors_over_checkpoints_are_a_jackknife_of_the_formula(finished):
+    traker, scores, rows = finished
+    found = traker.scores("exp", with_error=True)
+    curved = traker.score_computer.curvature
+    taus = [solved(phi, psi, q.reshape(-1), curvature=curved) for phi, psi, q in rows]
+    qs = [q.reshape(-1, 1) for *_, q in rows]
+    replicates = []
+    for left in range(C):
+        tau = torch.stack([t for j, t in enumerate(taus) if j != left]).mean(0)
+        q = torch.stack([q for j, q in enumerate(qs) if j != left]).mean(0)
+        replicates.append(tau * q)
+    np.testing.assert_allclose(found.errors, jackknife(replicates), rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-7)
+    assert (found.degrees, found.source) == (C - 1, "checkpoints")
+    low, high = found.interval(0.9)
+    np.testing.assert_allclose(high - low, 2 * 2.3534 * found.errors, rtol=1e-3)
+
+
+def test_errors_of_one_sketch_leave_out_groups_of_columns(finished):
+    traker, _, rows = finished
+    found = traker.scores("exp", with_error=True, model_ids=[2])
+    phi, psi, q = rows[2]
+    curved = traker.score_computer.curvature
+    replicates = []
+    for group in torch.arange(phi.shape[1]).chunk(8):
+        keep = [j for j in range(phi.shape[1]) if j not in group]
+        tau = solved(phi[:, keep], psi[:, keep], q.reshape(-1), curvature=curved)
+        replicates.append(tau * q.reshape(-1, 1))
+    np.testing.assert_allclose(found.errors, jackknife(replicates), rtol=2e-3, atol=1e-7)
+    assert (found.degrees, found.source) == (7, "sketch")
+
+
+def test_ranks_are_what_comparing_all_pairs_gives(finished, monkeypatch):
+    traker, scores, _ = finished
+    monkeypatch.setattr("trak.pipeline.errors_of_scores._BLOCK_BYTES", 1)
+    monkeypatch.setattr("trak.pipeline.errors_of_scores._COMPARISONS", 300)
+    full = traker.scores("exp", with_error=True)
+    for helpful in (True, False):
+        found = traker.top_scores("exp", k=6, helpful=helpful, with_error=True)
+        plain = traker.top_scores("exp", k=6, helpful=helpful)
+        np.testing.assert_array_equal(found.indices, plain.indices)
+        np.testing.assert_allclose(found.scores, plain.scores, rtol=1e-4)
+        reach = critical(0.9, C - 1)
+        for j in range(M):
+            s, e = full.scores[:, j].astype(float), full.errors[:, j].astype(float)
+            s = s if helpful else -s
+            for place, i in enumerate(found.indices[j]):
+                unsure = reach * np.hypot(e, e[i])
+                low = 1 + (s - s[i] > unsure).sum()
+                high = N - (s[i] - s > unsure).sum()
+                assert (found.rank_low[j, place], found.rank_high[j, place]) == (low, high)
+                assert low <= place + 1 <= high
+                np.testing.assert_allclose(found.errors[j, place], e[i], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "level", "expected"),
+    [(1, 0.9, 6.3138), (2, 0.9, 2.9200), (4, 0.95, 2.7764), (9, 0.9, 1.8331)],
+)
+def test_quantiles_of_students_t(degrees, level, expected):
+    assert critical(level, degrees) == pytest.approx(expected, rel=1e-4)
+    assert critical(level, 1_000_000) < 1.97
+    with pytest.raises(InputError, match="between 0 and 1"):
+        critical(1.0, degrees)
+
+
+def ranked(high, source="checkpoints"):
+    high = np.asarray(high)
+    ones = np.ones(high.shape)
+    return Ranked(
+        indices=np.tile(np.arange(high.shape[1]), (len(high), 1)),
+        scores=ones.astype(np.float32),
+        errors=ones.astype(np.float32),
+        rank_low=ones.astype(np.int64),
+        rank_high=high,
+        level=0.9,
+        source=source,
+    )
+
+
+def test_noise_is_warned_of_and_clear_lists_are_not(caplog):
+    noise = [[9, 9, 9, 2], [9, 9, 2, 9], [2, 2, 2, 2]]
+    with caplog.at_level(logging.WARNING):
+        ranked([[8, 8, 8, 8], [9, 9, 8, 8], [9, 9, 9, 9]]).warn_of_noise()
+    assert not caplog.text
+    ranked(noise).warn_of_noise()
+    assert "mostly noise for 2 of 3 targets" in caplog.text
+    assert "more checkpoints" in caplog.text
+    caplog.clear()
+    ranked(noise, "sketch").warn_of_noise()
+    assert "larger proj_dim" in caplog.text
+
+
+def test_lists_in_words():
+    found = ranked([[1, 7]])
+    assert found.describe(0).splitlines() == [
+        "  1. example 0: 1 +- 1, rank 1",
+        "  2. example 1: 1 +- 1, rank could be 1 to 7",
+    ]
+
+
+def test_a_run_of_noise_warns(tmp_path, caplog):
+    torch.manual_seed(0)
+    model, train, targets = runs.data("mlp", N, M)
+    # checkpoints that have nothing in common
+    states = [
+        {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+        for _ in range(3)
+    ]
+    traker = runs.make_traker(model, N, tmp_path, proj_dim=24)
+    runs.whole_run(traker, train, targets, states)
+    with caplog.at_level(logging.WARNING):
+        traker.top_scores("exp", k=5, with_error=True)
+    assert "mostly noise" in caplog.text
+
+
+def test_intervals_of_independent_checkpoints_cover():
+    # scores that are sums of a common part and noise of each checkpoint, many times
+    rng = np.random.default_rng(0)
+    truth, inside, count = rng.normal(size=(200, 5)), 0, 0
+    for _ in range(20):
+        taus = truth + 0.3 * rng.standard_t(8, size=(5, 200, 5))
+        error = jackknife([
+            torch.from_numpy(np.delete(taus, j, axis=0).mean(0)) for j in range(5)
+        ])
+        reach = critical(0.9, 4) * error
+        inside += (np.abs(taus.mean(0) - truth) < reach).sum()
+        count += truth.size
+    assert 0.88 < inside / count < 0.92
+
+
+def test_bad_input(tmp_path):
+    model, train, targets = runs.data("mlp", N, M)
+    states = cases.checkpoints("mlp", 1)
+    exact = runs.make_traker(model, N, tmp_path / "a", projector=NoOpProjector())
+    runs.whole_run(exact, train, targets, states)
+    with pytest.raises(InputError, match="one checkpoint and no projection"):
+        exact.scores("exp", with_error=True)
+    narrow = runs.make_traker(model, N, tmp_path / "b", proj_dim=8)
+    runs.whole_run(narrow, train, targets, states)
+    with pytest.raises(InputError, match="too small"):
+        narrow.scores("exp", with_error=True)
+    for options in ({"method": "dot"}, {"groups": [[0]]}, {"checkpoint_weights": [1]}):
+        with pytest.raises(InputError, match="with_error=True is for"):
+            narrow.scores("exp", with_error=True, **options)
+    with pytest.raises(InputError, match="k must be"):
+        runs.make_traker(model, N, tmp_path / "b", proj_dim=8).top_scores("exp", k=0)
+    assert math.isfinite(critical(0.5, 3))
