@@ -73,9 +73,6 @@ class Results:
         Returns:
             `[n, m]`, or `[n, groups]`; `ScoresWithError` if errors are asked for. Only
             `"trak"` without them reads a file; others take a pass over the rows.
-
-        Raises:
-            InputError: if arguments do not go together.
         """
         num_targets = self.saver.experiment(exp_name)["num_targets"]
         averages = group_matrix(groups, num_targets)
