@@ -110,20 +110,20 @@ def test_it_goes_on_and_adds_targets(world, tmp_path, monkeypatch):
     monkeypatch.setattr(TRAKer, "featurize", breaks)
     with pytest.raises(KeyboardInterrupt):
         call(world, tmp_path / "b")
-    strength = json.loads((tmp_path / "b" / "metadata.json").read_text())["whitening"]
+    metadata = json.loads((tmp_path / "b" / "metadata.json").read_text())
     monkeypatch.setattr("trak.attribution.choose_strength", None)  # must not be asked
     np.testing.assert_array_equal(whole, call(world, tmp_path / "b"))
     monkeypatch.setattr(TRAKer, "featurize", None)
     few = [tuple(p[:3] for p in world[2])]
     more = call(world, tmp_path / "b", targets=few, exp_name="few")
     np.testing.assert_allclose(more, whole[:, :3], rtol=1e-5)
-    assert strength["strength"] in STRENGTHS
+    assert (metadata.get("whitening") or {"strength": 0.0})["strength"] in STRENGTHS
 
 
 def test_progress_is_shown_and_can_be_turned_off(world, tmp_path, capsys):
     call(world, tmp_path / "a")
     assert not capsys.readouterr().err
-    call(world, tmp_path / "b", progress=True)
+    call(world, tmp_path / "b", progress=True, whitening=0.5)
     shown = capsys.readouterr().err
     for what in ("whitening", "training examples", "targets"):
         assert f"checkpoint 3 of 3, {what}" in shown
@@ -157,17 +157,23 @@ def test_strength_follows_agreement(world, tmp_path, caplog, monkeypatch):
     traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
     batches = runs.split(train, 9)
     assert choose_strength(traker.pipeline, states[:1], batches) == 0.4
+    with monkeypatch.context() as patch:  # residuals, and no probabilities
+        patch.setattr(
+            traker.gradient_computer, "compute_loss_grad", lambda b: 3 * torch.randn(9)
+        )
+        assert choose_strength(traker.pipeline, states[:1], batches) == 0.0
     for agreements, expected in (
-        ([0.5, 0.51, 0.9], 0.25),
-        ([0.5, 0.52, 0.53], 0.5),
-        ([0.5, 0.52, 0.54], 0.75),
-        ([0.5, 0.4, 0.9], 0.25),
+        ([0.5, 0.505, 0.9, 0.9], 0.0),
+        ([0.5, 0.52, 0.525, 0.9], 0.25),
+        ([0.5, 0.52, 0.54, 0.54], 0.5),
+        ([0.5, 0.52, 0.54, 0.56], 0.75),
+        ([0.5, 0.4, 0.9, 0.9], 0.0),
     ):
         answers = iter(agreements)
         monkeypatch.setattr("trak.strength._agreement", lambda _, a=answers: next(a))
         with caplog.at_level(logging.INFO):
             assert choose_strength(traker.pipeline, states, batches) == expected
-    assert "scores of 3 checkpoints agree by 0.500 (0.25)" in caplog.text
+    assert "scores of 3 checkpoints agree by 0.500 (0)" in caplog.text
 
 
 def test_agreement_is_one_for_equal_checkpoints_and_less_for_others(
@@ -177,7 +183,7 @@ def test_agreement_is_one_for_equal_checkpoints_and_less_for_others(
     traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
     with caplog.at_level(logging.INFO):
         choose_strength(traker.pipeline, [states[0]] * 2, runs.split(train, 9))
-    assert "agree by 1.000 (0.25), 1.000 (0.5), 1.000 (0.75)" in caplog.text
+    assert "agree by 1.000 (0), 1.000 (0.25), 1.000 (0.5)" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
         choose_strength(traker.pipeline, states, runs.split(train, 9))

@@ -27,12 +27,13 @@ from trak.whitening.whitening import DAMPING, STRENGTH
 
 logger = logging.getLogger(__name__)
 
-STRENGTHS = (0.25, 0.5, 0.75)
-WORTH = 0.015
+STRENGTHS = (0.0, 0.25, 0.5, 0.75)
+WORTH = 0.01
 """A step up must raise the agreement by so much, since whitening can also do harm."""
 SAMPLE = 600
 _CHECKPOINTS = 3
 _GROUPS = 100
+_FEWEST = 40  # examples that agreement can be told from
 _TARGETS = 0.25  # of the sample
 
 
@@ -57,15 +58,20 @@ def choose_strength(
         curvature: weigh rows by the curvature of the loss.
 
     Returns:
-        One of `STRENGTHS`; `trak.whitening.whitening.STRENGTH` for a single checkpoint,
-        which has none to agree with.
+        One of `STRENGTHS`. For a single checkpoint, which has none to agree with,
+        `trak.whitening.whitening.STRENGTH`, or 0 where the loss weights are no
+        probabilities: the squared loss was best without.
     """
     device = next(pipeline.model.parameters()).device
     sample = [normalize(batch, device) for batch in batches]
     count = sum(batch_size(batch) for batch in sample)
-    if len(states) < 2 or count < 40:
-        logger.info("whitening='auto' stands for %g.", STRENGTH)
-        return STRENGTH
+    if len(states) < 2 or count < _FEWEST:
+        pipeline.load_weights(state_of(states[0]))
+        weights = [pipeline.maker.computer.compute_loss_grad(batch) for batch in sample]
+        probable = all(bool(((q >= 0) & (q <= 1)).all()) for q in weights)
+        strength = STRENGTH if probable else 0.0
+        logger.info("whitening='auto' stands for %g.", strength)
+        return strength
     found: list[list[NDArray[np.float64]]] = [[] for _ in STRENGTHS]
     for number, state in enumerate(states[:_CHECKPOINTS]):
         pipeline.load_weights(state_of(state))
@@ -138,9 +144,10 @@ def _scores(
     found = []
     for strength in STRENGTHS:
         maker.whitenings.clear()
-        maker.whitenings[number] = Whitening(
-            moments, whitener.shapes, strength, DAMPING, whitener.dtype
-        )
+        if strength:
+            maker.whitenings[number] = Whitening(
+                moments, whitener.shapes, strength, DAMPING, whitener.dtype
+            )
         parts = [
             maker.rows(batch, number, list(range(batch_size(batch))), with_weights=True)
             for batch in sample

@@ -1,0 +1,223 @@
+"""What an environment is handed: data, checkpoints, a model in plain torch; scores back.
+
+Nothing here imports this library: `traker` has the same import name.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+BATCH = 50
+_ARGUMENTS = {
+    "Linear": ("in_features", "out_features"),
+    "Conv2d": ("in_channels", "out_channels", "kernel_size", "stride", "padding"),
+    "BatchNorm2d": ("num_features",),
+    "ReLU": (),
+    "Flatten": (),
+}
+
+
+class Classifier(nn.Module):
+    """A Hugging Face classifier that takes tensors and returns logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Any, token_type_ids: Any, attention_mask: Any) -> Any:
+        """Logits of a batch."""
+        return self.model(
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+            attention_mask=attention_mask,
+        ).logits
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """A model in JSON.
+
+    Args:
+        model: an `nn.Sequential` of known layers, or a Hugging Face classifier in `model`.
+
+    Returns:
+        What `build` takes.
+    """
+    inner: Any = getattr(model, "model", None)
+    if inner is not None:
+        return {"bert": inner.config.to_dict()}
+    layers: list[Any] = []
+    for layer in model.children():
+        name = type(layer).__name__
+        layers.append((name, {key: getattr(layer, key) for key in _ARGUMENTS[name]}))
+    return {"layers": layers}
+
+
+def build(described: dict[str, Any]) -> nn.Module:
+    """The model that `describe` saw, with other weights.
+
+    Args:
+        described: JSON.
+
+    Returns:
+        The model.
+    """
+    if "bert" in described:
+        import transformers  # noqa: PLC0415 - an environment may lack it
+
+        config = transformers.BertConfig(**described["bert"], attn_implementation="eager")
+        model = Classifier(transformers.BertForSequenceClassification(config))
+        model.model.bert.embeddings.requires_grad_(False)
+        return model
+    layers = [getattr(nn, name)(**arguments) for name, arguments in described["layers"]]
+    return nn.Sequential(*layers)
+
+
+class Problem:
+    """A bank's data, checkpoints and model.
+
+    Args:
+        folder: where `write` put them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        found = json.loads((folder / "problem.json").read_text("utf-8"))
+        self.regression: bool = found["regression"]
+        self.described: dict[str, Any] = found["model"]
+        self.states = [
+            load_file(folder / f"checkpoint-{j}.safetensors")
+            for j in range(found["checkpoints"])
+        ]
+        data = load_file(folder / "data.safetensors")
+        self.train, self.targets = (
+            tuple(data[f"{part}-{j}"] for j in range(found["parts"]))
+            for part in ("train", "targets")
+        )
+
+    def model(self, number: int = 0) -> nn.Module:
+        """A checkpoint's model, in evaluation mode.
+
+        Args:
+            number: of the checkpoint.
+
+        Returns:
+            The model.
+        """
+        model = build(self.described)
+        model.load_state_dict(self.states[number])
+        return model.eval()
+
+    def batches(self, examples: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """Cuts examples into batches.
+
+        Args:
+            examples: tensors of one length.
+
+        Returns:
+            Batches of 50.
+        """
+        return list(zip(*(part.split(BATCH) for part in examples), strict=True))
+
+    def outputs(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """What is attributed: `log p / (1 - p)` of the right class, or the prediction.
+
+        Args:
+            predictions: `[b, classes]`.
+            labels: `[b]`.
+
+        Returns:
+            `[b]`.
+        """
+        if self.regression:
+            return predictions[:, 0]
+        right = predictions.gather(1, labels[:, None])[:, 0]
+        others = predictions.scatter(1, labels[:, None], -float("inf"))
+        return right - others.logsumexp(1)
+
+    def losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """The training loss.
+
+        Args:
+            predictions: `[b, classes]`.
+            labels: `[b]`.
+
+        Returns:
+            `[b]`.
+        """
+        if self.regression:
+            return (predictions[:, 0] - labels).square() / 2
+        return nn.functional.cross_entropy(predictions, labels, reduction="none")
+
+
+def write(
+    folder: Path,
+    model: nn.Module,
+    states: list[dict[str, Tensor]],
+    train: tuple[Tensor, ...],
+    targets: tuple[Tensor, ...],
+    *,
+    regression: bool,
+) -> None:
+    """Writes a problem.
+
+    Args:
+        folder: where to.
+        model: the model.
+        states: its checkpoints.
+        train: training examples, labels last.
+        targets: the same of the targets.
+        regression: whether labels are numbers.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {f"train-{j}": part.contiguous() for j, part in enumerate(train)}
+    parts |= {f"targets-{j}": part.contiguous() for j, part in enumerate(targets)}
+    save_file(parts, folder / "data.safetensors")
+    for j, state in enumerate(states):
+        whole = {name: value.clone().contiguous() for name, value in state.items()}
+        save_file(whole, folder / f"checkpoint-{j}.safetensors")
+    described = {
+        "model": describe(model),
+        "regression": regression,
+        "checkpoints": len(states),
+        "parts": len(train),
+    }
+    text = json.dumps(described)
+    (folder / "problem.json").write_text(text, encoding="utf-8")
+
+
+Scores = dict[str, Any]
+Method = Callable[[Problem, int], Scores]
+
+
+def work(package: str, methods: dict[str, Method]) -> None:
+    """Runs methods and leaves their scores, as a worker's whole program.
+
+    Args:
+        package: for messages.
+        methods: name to a function of the problem and a number of checkpoints, which gives
+            scores `[n, m]` by label.
+    """
+    folder, wanted, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    torch.set_num_threads(int(sys.argv[4]))
+    torch.manual_seed(0)
+    problem = Problem(folder)
+    start = time.perf_counter()
+    found = methods[wanted](problem, count)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for j, (label, scores) in enumerate(found.items()):
+        array = torch.as_tensor(np.asarray(scores)).float().numpy()
+        np.save(folder / f"{package}-{wanted}-{count}-{j}.npy", array)
+        print(f"{label}\t{folder / f'{package}-{wanted}-{count}-{j}.npy'}")
+    print(json.dumps({"seconds": seconds, "megabytes": peak}))

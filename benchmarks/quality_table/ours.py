@@ -1,0 +1,177 @@
+"""This library's sides of the table, through its public API."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import trak
+from benchmarks.banks.bank import load
+from benchmarks.banks.recipes import Recipe, recipe
+from trak import TRAKer
+
+BATCH = 50
+METHODS = ("dot", "tracin", "cosine", "relatif", "l_relatif", "unit_norm")
+RIDGES = ("0.1x", "0.3x", "1x", "3x", "10x", "30x", "100x")
+
+Scores = dict[str, NDArray[Any]]
+
+
+def batches(examples: tuple[torch.Tensor, ...]) -> list[tuple[torch.Tensor, ...]]:
+    """Cuts examples into batches.
+
+    Args:
+        examples: tensors of one length.
+
+    Returns:
+        Batches of 50.
+    """
+    return list(zip(*(part.split(BATCH) for part in examples), strict=True))
+
+
+def stepwise(made: Recipe, states: list[Any], folder: str, **options: Any) -> TRAKer:
+    """A finished run of `TRAKer`.
+
+    Args:
+        made: data and model.
+        states: the checkpoints.
+        folder: the store's.
+        options: of `TRAKer`, beyond its defaults.
+
+    Returns:
+        The run, whose experiment is called `bank`.
+    """
+    traker = TRAKer(
+        made.make_model(),
+        made.objective.task,
+        len(made.train[-1]),
+        folder,
+        device="cpu",
+        logging_level=logging.ERROR,
+        **options,
+    )
+    for number, state in enumerate(states):
+        traker.load_checkpoint(state, model_id=number)
+        for batch in batches(made.train):
+            traker.featurize(batch=batch, num_samples=len(batch[0]))
+    traker.finalize_features()
+    for number, state in enumerate(states):
+        traker.start_scoring_checkpoint("bank", state, number, len(made.targets[-1]))
+        for batch in batches(made.targets):
+            traker.score(batch=batch, num_samples=len(batch[0]))
+    return traker
+
+
+def default(made: Recipe, states: list[Any], **options: Any) -> Scores:
+    """`TRAKer` with its defaults.
+
+    Args:
+        made: data and model.
+        states: the checkpoints.
+        options: others than the defaults.
+
+    Returns:
+        Scores by label.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        traker = stepwise(made, states, folder, **options)
+        return {"auto": np.array(traker.finalize_scores("bank"))}
+
+
+def swept(made: Recipe, states: list[Any]) -> Scores:
+    """`TRAKer` at every ridge.
+
+    Args:
+        made: data and model.
+        states: the checkpoints.
+
+    Returns:
+        Scores by ridge.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        traker = stepwise(made, states, folder)
+        found = traker.sweep(["bank"], RIDGES)
+        return {f"ridge {ridge}": np.array(s) for (_, ridge), s in found.items()}
+
+
+def method(name: str) -> Callable[[Recipe, list[Any]], Scores]:
+    """Another method over the rows of the default.
+
+    Args:
+        name: of the method.
+
+    Returns:
+        A side of the table.
+    """
+
+    def side(made: Recipe, states: list[Any]) -> Scores:
+        with tempfile.TemporaryDirectory() as folder:
+            traker = stepwise(made, states, folder)
+            return {"auto": traker.scores("bank", method=name)}
+
+    return side
+
+
+def one_call(made: Recipe, states: list[Any]) -> Scores:
+    """`trak.attribute` with its defaults.
+
+    Args:
+        made: data and model.
+        states: the checkpoints.
+
+    Returns:
+        Scores by label.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        scores = trak.attribute(
+            made.make_model(),
+            task=made.objective.task,
+            train=batches(made.train),
+            targets=batches(made.targets),
+            checkpoints=states,
+            save_dir=folder,
+            progress=False,
+            logging_level=logging.ERROR,
+        )
+        return {"auto": np.array(scores)}
+
+
+SIDES: dict[str, Callable[[Recipe, list[Any]], Scores]] = {
+    "trak.attribute": one_call,
+    "TRAKer": default,
+    "TRAKer, tuned ridge": swept,
+    **{f"TRAKer, method {name}": method(name) for name in METHODS},
+}
+
+
+def main() -> None:
+    """Runs one side in a process of its own, as the other libraries' are run."""
+    folder, side, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    torch.set_num_threads(int(sys.argv[4]))
+    name = sys.argv[5]
+    made, bank = recipe(name), load(name)
+    states = [made.weights(stored) for stored in bank.checkpoints[:count]]
+    start = time.perf_counter()
+    found = SIDES[side](made, states)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for j, (label, scores) in enumerate(found.items()):
+        path = folder / f"ours-{side.replace(' ', '-')}-{count}-{j}.npy"
+        np.save(path, scores)
+        print(f"{label}\t{path}")
+    print(json.dumps({"seconds": seconds, "megabytes": peak}))
+
+
+if __name__ == "__main__":
+    main()
