@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 PEERS := traker dattri kronfluence bergson
+QUALITY_PEERS := traker dattri kronfluence
 
-.PHONY: demo test test-slow lint docs bench bench-full bench-peers clean
+.PHONY: demo test test-slow lint docs bench bench-full bench-peers bench-quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/qnli.py
@@ -39,6 +40,11 @@ bench-full: $(VENV)/.dev
 bench-peers: $(VENV)/.dev $(PEERS:%=.venv-bench-%/.installed)
 	$(BIN)/python -m benchmarks.peers.run
 	$(BIN)/python -m benchmarks.render
+
+# LDS against retraining, here and in the other libraries
+bench-quality: $(VENV)/.dev $(QUALITY_PEERS:%=.venv-bench-%/.installed)
+	$(BIN)/python -m benchmarks.quality_table.run
+	$(BIN)/python -m benchmarks.quality_table.render
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

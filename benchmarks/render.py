@@ -13,13 +13,28 @@ from benchmarks.common import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 NOTES = Path(__file__).resolve().parent / "notes.md"
-ORDER = ("step", "memory", "peers", "streaming", "quality", "row_dtypes")
+ORDER = (
+    "step",
+    "memory",
+    "peers",
+    "streaming",
+    "quality",
+    "ridge",
+    "whitening",
+    "whitening_cost",
+    "calibration",
+    "row_dtypes",
+)
 TITLES = {
     "step": "Featurizing against a training step",
     "memory": "Memory",
     "peers": "Other libraries",
     "streaming": "Gram matrix and scores of a large store",
     "quality": "Quality of the projections",
+    "ridge": "The automatic ridge",
+    "whitening": "Whitening and curvature",
+    "whitening_cost": "What whitening costs",
+    "calibration": "Errors of scores",
     "row_dtypes": "Precision of stored rows",
 }
 MARKS = {True: "met", False: "**not met**", None: ""}

@@ -63,6 +63,9 @@ def stepwise(made: Recipe, states: list[Any], folder: str, **options: Any) -> TR
     )
     for number, state in enumerate(states):
         traker.load_checkpoint(state, model_id=number)
+        if not traker.whitening_is_fitted:
+            for batch in batches(made.train):
+                traker.fit_whitening(batch=batch)
         for batch in batches(made.train):
             traker.featurize(batch=batch, num_samples=len(batch[0]))
     traker.finalize_features()
