@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tests import cases, runs
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import trak
 from trak import TRAKer
@@ -137,6 +137,8 @@ def test_what_has_no_fixed_order_is_refused(world, tmp_path):
         DataLoader(dataset, batch_size=9, shuffle=True),
         DataLoader(dataset, batch_size=9, drop_last=True),
         DataLoader(dataset, batch_size=None),
+        DataLoader(dataset, batch_sampler=BatchSampler(RandomSampler(dataset), 9, False)),
+        DataLoader(dataset, batch_sampler=[[1, 0], [2, 3]]),
     ):
         with pytest.raises(InputError, match="same order"):
             call(world, tmp_path, train=loader)

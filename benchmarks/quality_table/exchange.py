@@ -6,7 +6,6 @@ Nothing here imports this library: `traker` has the same import name.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-BATCH = 50
+BATCH = 100
 _ARGUMENTS = {
     "Linear": ("in_features", "out_features"),
     "Conv2d": ("in_channels", "out_channels", "kernel_size", "stride", "padding"),
@@ -118,6 +117,35 @@ class Problem:
         model.load_state_dict(self.states[number])
         return model.eval()
 
+    def check(self) -> None:
+        """Asserts that the models give here what they gave where they were written.
+
+        Raises:
+            AssertionError: if an output differs by 1e-3.
+        """
+        for j in range(len(self.states)):
+            *inputs, labels = (part[:BATCH] for part in self.targets)
+            with torch.no_grad():
+                outputs = self.outputs(self.model(j)(*inputs), labels)
+            expected = torch.from_numpy(np.load(self.folder / f"outputs-{j}.npy"))
+            apart = float((outputs - expected).abs().max())
+            if not apart < 1e-3:
+                raise AssertionError(f"checkpoint {j}: outputs differ by {apart:.1e}")
+
+    def slopes(self, number: int) -> Tensor:
+        """`d loss / d output` of the targets, negated: Q.
+
+        Args:
+            number: of the checkpoint.
+
+        Returns:
+            `[m]`, float64; `1 - p` of the right class, or label minus prediction.
+        """
+        *inputs, labels = self.targets
+        with torch.no_grad():
+            outputs = self.outputs(self.model(number)(*inputs), labels).double()
+        return labels - outputs if self.regression else torch.sigmoid(-outputs)
+
     def batches(self, examples: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         """Cuts examples into batches.
 
@@ -125,7 +153,7 @@ class Problem:
             examples: tensors of one length.
 
         Returns:
-            Batches of 50.
+            Batches of 100.
         """
         return list(zip(*(part.split(BATCH) for part in examples), strict=True))
 
@@ -157,7 +185,8 @@ class Problem:
         """
         if self.regression:
             return (predictions[:, 0] - labels).square() / 2
-        return nn.functional.cross_entropy(predictions, labels, reduction="none")
+        # cross entropy, whose digits survive where the loss is tiny
+        return nn.functional.softplus(-self.outputs(predictions, labels))
 
 
 def write(
@@ -168,6 +197,7 @@ def write(
     targets: tuple[Tensor, ...],
     *,
     regression: bool,
+    outputs: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
     """Writes a problem.
 
@@ -178,6 +208,7 @@ def write(
         train: training examples, labels last.
         targets: the same of the targets.
         regression: whether labels are numbers.
+        outputs: what is attributed, of predictions and labels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = {f"train-{j}": part.contiguous() for j, part in enumerate(train)}
@@ -186,6 +217,11 @@ def write(
     for j, state in enumerate(states):
         whole = {name: value.clone().contiguous() for name, value in state.items()}
         save_file(whole, folder / f"checkpoint-{j}.safetensors")
+        model.load_state_dict(state)
+        *inputs, labels = (part[:BATCH] for part in targets)
+        with torch.no_grad():
+            found = outputs(model.eval()(*inputs), labels)
+        np.save(folder / f"outputs-{j}.npy", found.numpy())
     described = {
         "model": describe(model),
         "regression": regression,
@@ -194,6 +230,17 @@ def write(
     }
     text = json.dumps(described)
     (folder / "problem.json").write_text(text, encoding="utf-8")
+
+
+def peak_megabytes() -> float:
+    """The largest resident memory of this process so far.
+
+    Returns:
+        Megabytes. `getrusage` would begin with the parent's.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    (line,) = (each for each in lines if each.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
 
 
 Scores = dict[str, Any]
@@ -212,10 +259,11 @@ def work(package: str, methods: dict[str, Method]) -> None:
     torch.set_num_threads(int(sys.argv[4]))
     torch.manual_seed(0)
     problem = Problem(folder)
+    problem.check()
     start = time.perf_counter()
     found = methods[wanted](problem, count)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_megabytes()
     for j, (label, scores) in enumerate(found.items()):
         array = torch.as_tensor(np.asarray(scores)).float().numpy()
         np.save(folder / f"{package}-{wanted}-{count}-{j}.npy", array)

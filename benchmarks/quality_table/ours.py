@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import sys
 import tempfile
 import time
@@ -19,9 +18,9 @@ from numpy.typing import NDArray
 import trak
 from benchmarks.banks.bank import load
 from benchmarks.banks.recipes import Recipe, recipe
+from benchmarks.quality_table.exchange import BATCH, peak_megabytes
 from trak import TRAKer
 
-BATCH = 50
 METHODS = ("dot", "tracin", "cosine", "relatif", "l_relatif", "unit_norm")
 RIDGES = ("0.1x", "0.3x", "1x", "3x", "10x", "30x", "100x")
 
@@ -35,7 +34,7 @@ def batches(examples: tuple[torch.Tensor, ...]) -> list[tuple[torch.Tensor, ...]
         examples: tensors of one length.
 
     Returns:
-        Batches of 50.
+        Batches of 100.
     """
     return list(zip(*(part.split(BATCH) for part in examples), strict=True))
 
@@ -92,38 +91,24 @@ def default(made: Recipe, states: list[Any], **options: Any) -> Scores:
         return {"auto": np.array(traker.finalize_scores("bank"))}
 
 
-def swept(made: Recipe, states: list[Any]) -> Scores:
-    """`TRAKer` at every ridge.
+def everything(made: Recipe, states: list[Any]) -> Scores:
+    """`TRAKer` with its defaults, at other ridges, and by other methods, from one run.
 
     Args:
         made: data and model.
         states: the checkpoints.
 
     Returns:
-        Scores by ridge.
+        Scores by label: `auto`, `ridge 1x`, `method dot` and the like.
     """
     with tempfile.TemporaryDirectory() as folder:
         traker = stepwise(made, states, folder)
-        found = traker.sweep(["bank"], RIDGES)
-        return {f"ridge {ridge}": np.array(s) for (_, ridge), s in found.items()}
-
-
-def method(name: str) -> Callable[[Recipe, list[Any]], Scores]:
-    """Another method over the rows of the default.
-
-    Args:
-        name: of the method.
-
-    Returns:
-        A side of the table.
-    """
-
-    def side(made: Recipe, states: list[Any]) -> Scores:
-        with tempfile.TemporaryDirectory() as folder:
-            traker = stepwise(made, states, folder)
-            return {"auto": traker.scores("bank", method=name)}
-
-    return side
+        found = {"auto": np.array(traker.finalize_scores("bank"))}
+        for (_, ridge), scores in traker.sweep(["bank"], RIDGES).items():
+            found[f"ridge {ridge}"] = np.array(scores)
+        for name in METHODS:
+            found[f"method {name}"] = traker.scores("bank", method=name)
+        return found
 
 
 def one_call(made: Recipe, states: list[Any]) -> Scores:
@@ -152,9 +137,7 @@ def one_call(made: Recipe, states: list[Any]) -> Scores:
 
 SIDES: dict[str, Callable[[Recipe, list[Any]], Scores]] = {
     "trak.attribute": one_call,
-    "TRAKer": default,
-    "TRAKer, tuned ridge": swept,
-    **{f"TRAKer, method {name}": method(name) for name in METHODS},
+    "TRAKer": everything,
 }
 
 
@@ -168,7 +151,7 @@ def main() -> None:
     start = time.perf_counter()
     found = SIDES[side](made, states)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_megabytes()
     for j, (label, scores) in enumerate(found.items()):
         path = folder / f"ours-{side.replace(' ', '-')}-{count}-{j}.npy"
         np.save(path, scores)

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks.quality_table.exchange import BATCH, Problem, Scores, work
 
-RIDGES = (0.0, 1e-2, 1.0, 100.0)  # absolute, as its regularization
+RIDGES = (0.0, 0.3, 1.0, 3.0, 10.0)  # mean squared row norms
 DAMPINGS = (0.0, 1e-3, 1e-2, 1e-1)
+LOGRA_DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)  # mean eigenvalues
 
 
 def loaders(problem: Problem) -> tuple[Any, Any]:
@@ -60,13 +61,14 @@ def trak(problem: Problem, count: int) -> Scores:
 
     found: Scores = {}
     for k in (512, 2048):
+        unit = mean_square(problem, output, model)
         for ridge in RIDGES:
             task = AttributionTask(output, model, problem.states[:count])
             attributor = TRAKAttributor(
                 task,
                 probability,
                 projector_kwargs={"proj_dim": k, "device": "cpu"},
-                regularization=ridge,
+                regularization=ridge * unit,
             )
             try:
                 with torch.no_grad():
@@ -78,29 +80,54 @@ def trak(problem: Problem, count: int) -> Scores:
     return found
 
 
+def mean_square(problem: Problem, output: Any, model: Any) -> float:
+    """The mean squared norm of a first batch's projected rows, as TRAK scales them.
+
+    Args:
+        problem: the problem.
+        output: what is attributed.
+        model: the model.
+
+    Returns:
+        The squared gradient norm over the number of parameters; projections keep it.
+    """
+    task = AttributionTask(output, model, problem.states[0])
+    parameters, _ = task.get_param()
+    gradients = task.get_grad_loss_func(in_dims=(None, 0))(
+        parameters, problem.batches(problem.train)[0]
+    )
+    return float(gradients.square().sum(1).mean()) / gradients.shape[1]
+
+
 def ekfac(problem: Problem, count: int) -> Scores:
-    """EK-FAC influence, at every damping, of linear layers."""
+    """EK-FAC influence, at every damping, of linear layers.
+
+    Its Fisher matrix is that of the target function, so the loss is on both sides, and
+    each target's column is divided by the slope of its loss.
+    """
     total: Scores = {}
     train, targets = loaders(problem)
     for j in range(count):
         model = problem.model(j)
+        slopes = problem.slopes(j).numpy()
         for damping in DAMPINGS:
             task = AttributionTask(
-                function(problem, model, "losses"),
-                model,
-                problem.states[j],
-                target_func=function(problem, model, "outputs"),
+                function(problem, model, "losses"), model, problem.states[j]
             )
             attributor = IFAttributorEKFAC(task, damping=damping)
             attributor.cache(train)
-            part = -attributor.attribute(train, targets).detach().double().numpy() / count
-            label = f"damping {damping}"
-            total[label] = total.get(label, 0) + part
+            found = attributor.attribute(train, targets).detach().double().numpy()
+            label = f"damping {damping if damping else 'default'}"
+            total[label] = total.get(label, 0) + found / slopes / count
     return total
 
 
 class Keyed(nn.Module):
-    """Takes a batch as a dict and returns the loss, as LoGra asks a model to."""
+    """Takes a batch as a dict and returns a "loss", as LoGra asks a model to.
+
+    What it returns is the targets' side, so it is the output; the training side is the
+    loss function of the task.
+    """
 
     def __init__(self, model: nn.Module, problem: Problem) -> None:
         super().__init__()
@@ -108,9 +135,10 @@ class Keyed(nn.Module):
         self.problem = problem
 
     def forward(self, labels: Tensor, **inputs: Tensor) -> Any:
-        """The mean loss."""
+        """The mean output, and the predictions."""
         predictions = self.model(*(inputs[f"part{j}"] for j in range(len(inputs))))
-        return SimpleNamespace(loss=self.problem.losses(predictions, labels).mean())
+        outputs = self.problem.outputs(predictions, labels)
+        return SimpleNamespace(loss=outputs.mean(), predictions=predictions)
 
 
 class Examples(Dataset[dict[str, Tensor]]):
@@ -138,10 +166,11 @@ def logra(problem: Problem, count: int) -> Scores:
 
     def loss(model: Any, batch: dict[str, Tensor], device: str) -> Tensor:
         del device
-        return model(**batch).loss
+        predictions = model(**batch).predictions
+        return problem.losses(predictions, batch["labels"]).mean()
 
     for j in range(count):
-        for damping in (None, *DAMPINGS[1:]):
+        for damping in (None, *LOGRA_DAMPINGS):
             model = Keyed(problem.model(j), problem)
             state = {name: value.clone() for name, value in model.state_dict().items()}
             task = AttributionTask(loss, model, state)
@@ -149,15 +178,14 @@ def logra(problem: Problem, count: int) -> Scores:
                 attributor = LoGraAttributor(
                     task,
                     damping=damping,
-                    proj_dim=1024,
                     offload="none",
                     cache_dir=folder,
                 )
                 attributor.cache(train)
                 part = attributor.attribute(train, targets).detach().double().numpy()
-            # targets' losses fall where their outputs rise
-            label = f"damping {damping}"
-            total[label] = total.get(label, 0) + part / count
+            # an example's step is against its loss gradient
+            label = f"damping {'default' if damping is None else damping}"
+            total[label] = total.get(label, 0) - part / count
     return total
 
 

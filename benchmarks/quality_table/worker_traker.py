@@ -49,11 +49,14 @@ def scores(problem: Problem, count: int, **options: Any) -> Scores:
     """Scores with no ridge and at every other one."""
     Output.problem = problem
     found: Scores = {}
+    named = dict(problem.model().named_parameters())
+    trained = [name for name, value in named.items() if value.requires_grad]
     with tempfile.TemporaryDirectory() as folder:
         traker = TRAKer(
             model=problem.model(),
             task=Output(),
             train_set_size=len(problem.train[-1]),
+            grad_wrt=trained if len(trained) < len(named) else None,
             save_dir=folder,
             device="cpu",
             logging_level=logging.ERROR,
@@ -87,12 +90,10 @@ def scores(problem: Problem, count: int, **options: Any) -> Scores:
 
 
 if __name__ == "__main__":
-    single: dict[str, Any] = {"use_half_precision": False}
     work(
         "traker",
         {
             "default": scores,
             "k = 512": lambda problem, count: scores(problem, count, proj_dim=512),
-            "float32, k = 2048": lambda p, c: scores(p, c, proj_dim=2048, **single),
         },
     )

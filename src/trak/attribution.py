@@ -157,8 +157,9 @@ class _Run:
 
 def _batches(name: str, batches: Any) -> Any:
     if isinstance(batches, DataLoader):
-        ordered = isinstance(batches.sampler, SequentialSampler)
-        if batches.batch_sampler is None or not ordered or batches.drop_last:
+        inner = getattr(batches.batch_sampler, "sampler", None)
+        ordered = all(isinstance(s, SequentialSampler) for s in (batches.sampler, inner))
+        if not ordered or getattr(batches.batch_sampler, "drop_last", True):
             raise InputError(
                 f"{name} must give every example in the same order each time, so that row "
                 "i is example i: make its DataLoader with a batch size, shuffle=False and "
