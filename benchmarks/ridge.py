@@ -61,6 +61,33 @@ def measure(
     return auto, chosen, swept
 
 
+def rows_of(details: list[dict[str, Any]]) -> list[Row]:
+    """Lines of the page, one a bank.
+
+    Args:
+        details: one entry a setting.
+
+    Returns:
+        The lines.
+    """
+    rows = []
+    for name in dict.fromkeys(entry["bank"] for entry in details):
+        own = [entry for entry in details if entry["bank"] == name]
+        worst = min(own, key=lambda entry: entry["share"])
+        where = f"k = {worst['k']}, {worst['checkpoints']} checkpoints"
+        rows.append(
+            Row(
+                f"automatic ridge, {name}",
+                f"at least {BAR:.0%} of the best of {len(RIDGES)}",
+                f"{np.mean([e['share'] for e in own]):.1%} on average, "
+                f"{worst['share']:.1%} at worst ({where})",
+                worst["share"] >= BAR,
+                f"{len(own)} settings",
+            )
+        )
+    return rows
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -100,22 +127,7 @@ def main() -> None:
                 })
                 shown = {key: value for key, value in details[-1].items() if key != "sweep"}
                 print(shown, flush=True)
-    rows = []
-    for name in banks:
-        own = [entry for entry in details if entry["bank"] == name]
-        worst = min(own, key=lambda entry: entry["share"])
-        where = f"k = {worst['k']}, {worst['checkpoints']} checkpoints"
-        rows.append(
-            Row(
-                f"automatic ridge, {name}",
-                f"at least {BAR:.0%} of the best of {len(RIDGES)}",
-                f"{np.mean([e['share'] for e in own]):.1%} on average, "
-                f"{worst['share']:.1%} at worst ({where})",
-                worst["share"] >= BAR,
-                f"{len(own)} settings" + (", curvature" if options.curvature else ""),
-            )
-        )
-    write("ridge", rows, details, options.out)
+        write("ridge", rows_of(details), details, options.out)
 
 
 if __name__ == "__main__":
