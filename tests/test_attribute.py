@@ -165,8 +165,8 @@ def test_strength_follows_agreement(world, tmp_path, caplog, monkeypatch):
         )
         assert choose_strength(traker.pipeline, states[:1], batches) == 0.0
     for agreements, expected in (
-        ([0.5, 0.505, 0.9, 0.9], 0.0),
-        ([0.5, 0.52, 0.525, 0.9], 0.25),
+        ([0.5, 0.503, 0.9, 0.9], 0.0),
+        ([0.5, 0.52, 0.523, 0.9], 0.25),
         ([0.5, 0.52, 0.54, 0.54], 0.5),
         ([0.5, 0.52, 0.54, 0.56], 0.75),
         ([0.5, 0.4, 0.9, 0.9], 0.0),

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks.quality_table.exchange import BATCH, Problem, Scores, work
 
-RIDGES = (0.0, 0.3, 1.0, 3.0, 10.0)  # mean squared row norms
+RIDGES = (0.0, 1.0, 3.0, 10.0)  # mean squared row norms
 DAMPINGS = (0.0, 1e-3, 1e-2, 1e-1)
 LOGRA_DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)  # mean eigenvalues
 

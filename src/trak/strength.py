@@ -28,7 +28,7 @@ from trak.whitening.whitening import DAMPING, STRENGTH
 logger = logging.getLogger(__name__)
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75)
-WORTH = 0.01
+WORTH = 0.005
 """A step up must raise the agreement by so much, since whitening can also do harm."""
 SAMPLE = 600
 _CHECKPOINTS = 3
