@@ -7,98 +7,225 @@ from tests import cases, runs
 
 from trak.arguments import as_ridge
 from trak.errors import InputError
+from trak.evaluation import lds
 from trak.score_computers import BasicScoreComputer, RidgeScoreComputer
 from trak.score_computers.auto_ridge import (
-    BASE,
-    BY_STRENGTH,
+    USUAL,
     Situation,
-    leading,
+    noise_factor,
     relative_ridge,
-    unfinished,
+    sampled,
 )
-from trak.score_computers.gram import dual_gram, primal_gram
+from trak.score_computers.curvature import roots
+from trak.score_computers.retraining import retrained
+from trak.score_computers.stationarity import LEAST, MOST, training_of
 
 
-def chosen(rows, form="primal", **situation):
-    gram = primal_gram(rows) if form == "primal" else dual_gram(rows)
-    return relative_ridge(rows, gram, form, Situation(**situation))
+def chosen(rows, **situation):
+    return relative_ridge(rows, Situation(**situation))
 
 
-def logistic(n=300, k=12, ridge=5.0, steps=60, seed=0):
+def fitted(rows, ridge, steps=60):
+    """The weights of a regularized logistic regression on rows that should be positive."""
+    w = torch.zeros(rows.shape[1], dtype=torch.float64)
+    for _ in range(steps):
+        q = torch.sigmoid(-rows @ w)
+        gradient = rows.T @ q - ridge * w
+        hessian = rows.T @ (rows * (q * (1 - q))[:, None]) + ridge * torch.eye(len(w))
+        w = w + torch.linalg.solve(hessian, gradient)
+    return w
+
+
+def logistic(n=300, k=12, ridge=5.0, seed=0):
     """Rows, and loss weights at the optimum of their regularized logistic loss."""
     rng = torch.Generator().manual_seed(seed)
     rows = torch.randn(n, k, generator=rng, dtype=torch.float64)
     rows = rows * torch.linspace(3, 0.5, k)
     rows = rows + torch.randn(k, generator=rng)  # so that margins are mostly positive
-    w = torch.zeros(k, dtype=torch.float64)
-    for _ in range(steps):
-        q = torch.sigmoid(-rows @ w)
-        gradient = rows.T @ q - ridge * w
-        hessian = rows.T @ (rows * (q * (1 - q))[:, None]) + ridge * torch.eye(k)
-        w = w + torch.linalg.solve(hessian, gradient)
-    return rows, torch.sigmoid(-rows @ w)
+    return rows, torch.sigmoid(-rows @ fitted(rows, ridge))
 
 
 def test_what_is_known_beforehand():
-    rows = torch.randn(90, 20, dtype=torch.float64)
-    assert chosen(rows) == BASE
-    assert chosen(rows, strength=0.5) == BASE + 0.5 * BY_STRENGTH
-    assert chosen(rows, checkpoints=8) == pytest.approx(BASE / 2)
-    assert chosen(rows, columns=10) == pytest.approx(BASE * 2)
-    assert chosen(rows, columns=10, checkpoints=8) < BASE / 2 * 1.1
+    one = noise_factor(90, Situation())
+    assert one == pytest.approx(1.125)
+    assert noise_factor(90, Situation(checkpoints=5)) == pytest.approx(0.945)
+    narrow = noise_factor(90, Situation(columns=10))
+    assert narrow > 2 * one
+    assert noise_factor(90, Situation(columns=10, checkpoints=8)) < narrow
+    assert noise_factor(90, Situation(columns=10**6)) == pytest.approx(one, rel=1e-3)
 
 
-@pytest.mark.parametrize("ridge", [2.0, 20.0])
-@pytest.mark.parametrize("form", ["primal", "dual"])
-def test_the_ridge_of_a_linear_model_is_found_again(ridge, form):
-    rows, q = logistic(ridge=ridge)
-    gram = primal_gram(rows) if form == "primal" else dual_gram(rows)
-    found = unfinished(rows, gram, form, q)
-    unit = float(rows.square().sum(1).mean())
-    expected = ridge / float((q * (1 - q)).mean()) / unit * float(q.quantile(0.1))
-    assert found == pytest.approx(expected, rel=1e-4)
+def test_retraining_of_the_linearized_regression():
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(48, 7, generator=rng, dtype=torch.float64)
+    answers = torch.randn(48, generator=rng, dtype=torch.float64)
+    found = retrained(rows @ rows.T, 0.7, answers)
+    assert sorted([*found.train.tolist(), *found.held.tolist()]) == list(range(48))
+    for mask, outputs in zip(found.masks, found.outputs, strict=True):
+        half = found.train[mask.bool()]
+        assert len(half) == 18
+        phi = rows[half]
+        system = phi.T @ phi + 0.7 * torch.eye(7)
+        weights = torch.linalg.solve(system, phi.T @ answers[half])
+        torch.testing.assert_close(outputs, rows[found.held] @ weights)
 
 
-def test_both_forms_agree():
-    rows, q = logistic(n=40, k=30)
-    one, other = (
-        unfinished(rows, gram(rows), form, q)
-        for form, gram in (("primal", primal_gram), ("dual", dual_gram))
+@pytest.mark.parametrize("ridge", [0.02, 5.0])
+def test_retraining_of_the_linearized_classifier(ridge):
+    rows, _ = logistic(n=60)
+    found = retrained(rows @ rows.T, ridge)
+    for mask, outputs in zip(found.masks, found.outputs, strict=True):
+        weights = fitted(rows[found.train[mask.bool()]], ridge, steps=200)
+        torch.testing.assert_close(
+            outputs, rows[found.held] @ weights, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_separable_examples_do_not_diverge():
+    rows = torch.rand(80, 5, dtype=torch.float64) + 0.5  # every output can be raised
+    assert torch.isfinite(retrained(rows @ rows.T, 1e-9).outputs).all()
+
+
+def test_the_ridge_of_a_training_is_found_again():
+    found = []
+    for ridge in (30.0, 120.0):
+        rows, q = logistic(ridge=ridge)
+        kernel = rows @ rows.T
+        unit = kernel.diagonal().mean()
+        training = training_of(kernel / unit, kernel @ q / unit, q)
+        assert training.answers is None
+        found.append(float(training.ridge * unit))
+    assert found[1] / found[0] == pytest.approx(4, rel=0.25)  # an offset is fitted, too
+    assert found[0] == pytest.approx(30 / 1.5, rel=0.25)
+
+
+def test_the_ridge_of_a_training_stays_in_bounds():
+    for ridge, bound in ((1e-3, LEAST), (1e6, MOST)):
+        rows, q = logistic(ridge=ridge)
+        kernel = rows @ rows.T
+        unit = kernel.diagonal().mean()
+        training = training_of(kernel / unit, kernel @ q / unit, q)
+        steep = float((q * (1 - q)).mean())
+        assert training.ridge / steep == pytest.approx(bound)
+
+
+def test_answers_of_a_regression_lead_to_its_residuals():
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(50, 60, generator=rng, dtype=torch.float64)
+    kernel = rows @ rows.T / 60
+    residuals = torch.randn(50, generator=rng, dtype=torch.float64)
+    training = training_of(kernel, kernel @ residuals, residuals)
+    ridge = training.ridge * torch.eye(50)
+    duals = torch.linalg.solve(kernel + ridge, training.answers)
+    torch.testing.assert_close(training.answers - kernel @ duals, residuals)
+
+
+def test_a_direction_that_is_held_back_counts_less():
+    rows = torch.randn(200, 150, generator=torch.Generator().manual_seed(0)).double()
+    kernel = rows @ rows.T / 150
+    values, vectors = torch.linalg.eigh(kernel)
+    parts = torch.cat([torch.ones(199), torch.tensor([30.0])]).double()
+    outputs = vectors @ parts
+    q = torch.sigmoid(-outputs)
+    steep = float((q * (1 - q)).mean())
+    free = training_of(kernel, 3 * steep * outputs, q)
+    torch.testing.assert_close(free.kernel, kernel)
+    assert free.ridge == pytest.approx(3 * steep / 1.5)
+    ratios = torch.cat([torch.full((199,), 3.0), torch.tensor([150.0])]).double()
+    held = training_of(kernel, vectors @ (steep * ratios * parts), q)
+    assert held.ridge == pytest.approx(free.ridge, rel=0.2)
+    leading = vectors[:, -1]
+    assert leading @ held.kernel @ leading < 0.1 * values[-1]
+    others = vectors[:, :-20]
+    torch.testing.assert_close(
+        others.T @ held.kernel @ others, torch.diag(values[:-20]), rtol=0, atol=0.02
     )
-    assert one == pytest.approx(other, rel=1e-6)
 
 
-def test_a_model_that_was_hardly_trained_gets_a_larger_ridge():
-    rows, q = logistic(ridge=0.1)
-    late = chosen(rows, loss=q)
-    early = chosen(rows, loss=logistic(ridge=2000.0)[1])
-    assert early > 5 * late
-    assert late < 1.5 * BASE
+def play(rows, targets, ridge, subsets=40):
+    """Outputs of logistic regressions that were really trained on halves."""
+    rng = np.random.default_rng(1)
+    masks = np.zeros((subsets, len(rows)), dtype=bool)
+    outputs = np.zeros((subsets, 1, len(targets)))
+    for mask, answer in zip(masks, outputs, strict=True):
+        mask[rng.permutation(len(rows))[: len(rows) // 2]] = True
+        answer[0] = targets @ fitted(rows[torch.from_numpy(mask)], ridge, steps=40)
+    return masks, outputs
+
+
+@pytest.mark.parametrize("curvature", [False, True])
+@pytest.mark.parametrize("ridge", [1.0, 60.0])
+def test_it_is_as_good_as_the_best_of_a_sweep(ridge, curvature):
+    rows, _ = logistic(n=240, k=60, seed=3)
+    targets, rows = rows[:40], rows[40:]
+    q = torch.sigmoid(-rows @ fitted(rows, ridge))
+    masks, outputs = play(rows, targets, ridge)
+
+    def quality(lambda_reg):
+        computer = RidgeScoreComputer(lambda_reg=lambda_reg, curvature=curvature)
+        kept = computer.finalize(rows, Situation(loss=q))
+        scores = computer.scorer(kept, rows, targets, q)(0, len(rows)) * q[:, None]
+        return lds(scores.numpy(), masks, outputs, draws=2).value
+
+    swept = {f"{r:.3g}x": quality(f"{r:.3g}x") for r in np.logspace(-2, 3, 25)}
+    assert quality(None) >= 0.97 * max(swept.values())
+    assert min(swept.values()) < 0.9 * max(swept.values())  # so it is worth choosing
+
+
+def test_weighted_rows_are_played_without_their_weights():
+    rows, q = logistic(n=100)
+    computer = RidgeScoreComputer(curvature=True)
+    plain = sampled(rows, Situation(loss=q))
+    other = sampled(computer.weighted(rows, q), Situation(loss=q, curvature=True))
+    torch.testing.assert_close(other.kernel, plain.kernel)
+    torch.testing.assert_close(other.pull, plain.pull)
+    torch.testing.assert_close(other.roots[:, None], roots(q))
+
+
+def test_a_sample_of_many_rows_stands_for_all():
+    rows, q = logistic(n=2000)
+    found = sampled(rows, Situation(loss=q))
+    assert found.share == pytest.approx(0.3)
+    assert found.kernel.shape == (600, 600)
+    own = (
+        torch.randperm(2000, generator=torch.Generator().manual_seed(0))[:600].sort().values
+    )
+    unit = rows[own].square().sum(dim=1).mean()
+    torch.testing.assert_close(found.pull, rows[own] @ (rows.T @ q) / unit)
+    again = chosen(rows, loss=q)
+    assert again == chosen(rows, loss=q)
+
+
+def test_whitening_is_undone_for_the_training():
+    rows, q = logistic(n=100)
+    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    white = rows @ (vectors * values ** (-0.25)) @ vectors.T  # half of it
+    plain = sampled(rows, Situation(loss=q)).training()
+    found = sampled(white, Situation(loss=q, strength=0.5)).training()
+    torch.testing.assert_close(found.kernel, plain.kernel)
+    assert found.ridge == pytest.approx(plain.ridge)
+
+
+@pytest.mark.parametrize("loss", [None, torch.zeros(50)])
+def test_where_nothing_is_known(loss):
+    rows = torch.randn(50, 8, dtype=torch.float64)
+    assert chosen(rows, loss=loss) == pytest.approx(1.125 * USUAL)
+    assert chosen(torch.zeros(50, 8), loss=torch.rand(50)) == pytest.approx(1.125 * USUAL)
+    assert chosen(rows[:20], loss=torch.rand(20)) == pytest.approx(1.125 * USUAL)
 
 
 @pytest.mark.parametrize(
     "loss",
     [
-        None,
-        torch.zeros(50),
         torch.ones(50),
-        torch.linspace(-3, 3, 50),  # residuals of a regression
+        torch.linspace(-3, 3, 50),
         torch.full((50, 1), 5.0),
+        1e-30 * torch.ones(50),
     ],
 )
-def test_other_loss_weights_say_nothing(loss):
+def test_any_loss_weights_lead_to_a_ridge(loss):
     rows = torch.randn(50, 8, dtype=torch.float64)
-    assert unfinished(rows, primal_gram(rows), "primal", loss) == 0
-
-
-def test_leading_eigenvectors():
-    rows = torch.randn(400, 150, dtype=torch.float64) * torch.linspace(4, 0.01, 150) ** 2
-    gram = rows.T @ rows
-    values, vectors = leading(gram)
-    exact = torch.linalg.eigvalsh(gram).flip(0)[: len(values)]
-    torch.testing.assert_close(values, exact, rtol=0.02, atol=0)
-    assert vectors.shape == (150, 20)
-    assert leading(torch.eye(3, dtype=torch.float64))[1].shape == (3, 3)
+    assert 0.01 < chosen(rows, loss=loss) < 5000
 
 
 def test_it_is_the_default_and_recorded(tmp_path):
@@ -113,7 +240,7 @@ def test_it_is_the_default_and_recorded(tmp_path):
     assert info["ridge"] == pytest.approx(info["auto"] * unit)
     rows = traker.saver.train_rows(1)
     expected = chosen(
-        torch.from_numpy(rows.array("grads")).double(),
+        torch.from_numpy(rows.array("grads")),
         checkpoints=2,
         columns=16,
         loss=rows.array("out_to_loss"),

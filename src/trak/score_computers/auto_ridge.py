@@ -1,17 +1,14 @@
 """The ridge that nobody has to choose.
 
-In units of the mean squared row norm the ridge with the largest linear datamodeling score
-was found to depend on four things (docs/ridge.md has the measurements): how much the
-features are whitened, how many checkpoints are averaged over, how much narrower the
-projection is than the number of examples, and how far training was from its end. The
-first three are known beforehand. The last is read off the rows and loss weights: at a
-stationary point of the regularized logistic loss with linearized outputs `f = Phi w`,
-`lambda w = Phi^T q`, so that `lambda = (u^T Phi Phi^T q) / (u^T f)` along every
-eigenvector `u` of `Phi Phi^T`, and `lambda` over the mean of `q (1 - q)` is a ridge of
-the unweighted Gram matrix.
+What the linear datamodeling score asks for is played through on a sample of the stored
+rows: the linearized model is trained on random halves (`trak.score_computers.retraining`),
+and the ridge is taken at which TRAK's scores predict best what these models answer. Two
+things are added (docs/ridge.md has the measurements): the ridge of the training itself,
+which the played one needs, is read off the rows and loss weights, and the result is
+multiplied by what is known of the noise that the linearized model does not have.
 """
 
-import math
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,21 +16,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trak.encodings import RowSource
-from trak.score_computers.curvature import FLOOR
-from trak.score_computers.factor import Form
+from trak.encodings import RowSource, row_encoding
+from trak.score_computers.curvature import roots
+from trak.score_computers.retraining import Halves, retrained
+from trak.score_computers.stationarity import Training, training_of
 from trak.score_computers.stream import rows_per_block, stream
 
-BASE = 1.8
-BY_STRENGTH = 5.4
-UNFINISHED = 2.0
-# with rows weighted by the loss's curvature
-CURVED_BASE, CURVED_BY_STRENGTH, CURVED_UNFINISHED = 1.4, 4.0, 4.0
-_LEADING = 20
-_SPARE = 12  # further vectors, by which the leading ones converge faster
-_ROUNDS = 12
-_WELL_FITTED = 0.1  # quantile of the loss weights
-_CERTAIN = 1e-9  # a loss weight of 0 stands for a finite output
+logger = logging.getLogger(__name__)
+
+SAMPLE = 600
+"""Rows that are played with."""
+_SAMPLE_BYTES = 1 << 29  # of them
+_FEWEST = 40  # rows that something can be told from
+_RIDGES = np.logspace(-2, 3.5, 45)
+_AS_GOOD = 0.01  # of the correlation
+_LEAST_LEFT = 0.25  # of a spectrum's logarithm, by whitening
+_NOISE, _BY_TRAINING, _BY_SKETCH, _AVERAGED = 0.9, 0.225, 0.9, 0.4
+USUAL = 2.0
+"""The multiple for rows that nothing can be told from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,102 +55,173 @@ class Situation:
     curvature: bool = False
 
 
-def relative_ridge(
-    rows: RowSource, gram: Tensor, form: Form, situation: Situation
-) -> float:
-    """The ridge in units of the mean squared row norm.
+@dataclass(frozen=True)
+class Sample:
+    """Some training examples, with what is known of all of them.
+
+    Attributes:
+        kernel: their rows' inner products, in units of the mean squared row norm and
+            without weights, `[s, s]`, float64.
+        pull: their rows times `Phi^T q` of all examples, in the same units, `[s]`.
+        loss: their loss weights, `[s]`.
+        roots: what their rows are weighted by, `[s]`.
+        share: of the training set.
+        strength: of the whitening that the rows have seen.
+    """
+
+    kernel: Tensor
+    pull: Tensor
+    loss: Tensor
+    roots: Tensor
+    share: float
+    strength: float = 0.0
+
+    def training(self) -> Training:
+        """How the model was trained whose rows these are.
+
+        Training knows no whitening. Where a direction has the second moment `s`, whitening
+        leaves about `s^(1 - alpha)`, which is undone on the kernel's spectrum.
+
+        Returns:
+            The training.
+        """
+        if not self.strength:
+            return training_of(self.kernel, self.pull, self.loss)
+        values, vectors = torch.linalg.eigh(self.kernel)
+        power = 1 / max(1 - self.strength, _LEAST_LEFT)
+        kernel = (vectors * values.clamp(min=0) ** power) @ vectors.T
+        kernel = kernel / kernel.diagonal().mean()
+        return training_of(kernel, kernel @ self.loss / self.share, self.loss)
+
+
+def relative_ridge(rows: RowSource, situation: Situation) -> float:
+    """The ridge in units of the mean squared row norm, in one pass over the rows.
 
     Args:
-        rows: Phi, `[n, k]`.
-        gram: `Phi^T Phi`, or `Phi Phi^T` in the dual form; float64.
-        form: which of them.
+        rows: Phi, `[n, k]`; weighted rows if the situation says so.
         situation: what else counts.
 
     Returns:
         The multiple, above 0.
     """
-    base, slope, more = BASE, BY_STRENGTH, UNFINISHED
-    if situation.curvature:
-        base, slope, more = CURVED_BASE, CURVED_BY_STRENGTH, CURVED_UNFINISHED
-    known = (base + slope * situation.strength) * situation.checkpoints ** (-1 / 3)
+    if situation.loss is None or rows.shape[0] < _FEWEST:
+        return USUAL * noise_factor(rows.shape[0], situation)
+    sample = sampled(rows, situation)
+    if sample is None:
+        return USUAL * noise_factor(rows.shape[0], situation)
+    training = sample.training()
+    played = best_ridge(sample, training)
+    logger.info(
+        "Automatic ridge: %.3g times the mean squared row norm for linearized models on "
+        "halves, trained with a ridge of %.3g.",
+        played,
+        training.ridge,
+    )
+    return played * noise_factor(rows.shape[0], situation)
+
+
+def noise_factor(num_rows: int, situation: Situation) -> float:
+    """How much larger the ridge should be than for linearized models.
+
+    Features differ from training to training, and sketches from seed to seed. Averaging
+    over checkpoints takes away both.
+
+    Args:
+        num_rows: `n`.
+        situation: knows the checkpoints and columns.
+
+    Returns:
+        The factor.
+    """
+    factor = _NOISE + _BY_TRAINING / situation.checkpoints
     if situation.columns:
-        narrow = 1 + rows.shape[0] / (3 * situation.columns)
-        known *= narrow ** (1 / (2 * situation.checkpoints))
-    left = unfinished(rows, gram, form, situation.loss, curvature=situation.curvature)
-    return known * (1 + more * left)
+        narrow = 1 + num_rows / (3 * situation.columns)
+        factor *= narrow ** (_BY_SKETCH * situation.checkpoints**-_AVERAGED)
+    return factor
 
 
-def unfinished(
-    rows: RowSource, gram: Tensor, form: Form, loss: Any, *, curvature: bool = False
-) -> float:
-    """How far training was from its end.
+def best_ridge(sample: Sample, training: Training) -> float:
+    """The ridge at which scores predict the outputs of linearized models best.
+
+    Args:
+        sample: of the training set.
+        training: how the linearized models are trained.
+
+    Returns:
+        In units of the mean squared norm of the (weighted) rows: the geometric mean of
+        the ridges that are as good as the best, within 0.01 of its correlation.
+    """
+    halves = retrained(
+        training.kernel, training.ridge * sample.share, answers=training.answers
+    )
+    values = torch.stack([halves.agreement(s) for s in _scores(sample, halves)])
+    values = values.nan_to_num(-1.0).cpu().numpy()
+    good = np.log(_RIDGES[values >= values.max() - _AS_GOOD])
+    return float(np.exp(good.mean()))
+
+
+def _scores(sample: Sample, halves: Halves) -> list[Tensor]:
+    # TRAK's scores [t, h] at every ridge
+    train, held = halves.train, halves.held
+    weights = sample.roots[train][:, None]
+    gram = weights * sample.kernel[train][:, train] * weights.T
+    unit = gram.trace() / len(train)
+    values, vectors = torch.linalg.eigh(gram / unit)
+    across = vectors.T @ (weights * sample.kernel[train][:, held])
+    share = sample.share * len(train) / len(sample.kernel)
+    after = vectors * (sample.loss[train][:, None] / weights)
+    return [
+        after @ (across / (values.clamp(min=0) + ridge * share)[:, None])
+        for ridge in _RIDGES
+    ]
+
+
+def sampled(rows: RowSource, situation: Situation) -> Sample | None:
+    """Draws rows, in one pass that also multiplies all by `Phi^T q`.
 
     Args:
         rows: Phi, `[n, k]`.
-        gram: as for `relative_ridge`.
-        form: which Gram matrix it is.
-        loss: Q; a measure is known for tasks where it is a probability of being wrong,
-            `q = 1 / (1 + exp(f))`.
-        curvature: the rows are weighted by `sqrt(q (1 - q))`, and the Gram matrix with
-            them.
+        situation: knows the loss weights.
 
     Returns:
-        The ridge by which the leading eigenvectors would be stationary, in units of the
-        mean squared row norm (median over 20), times the loss weight of the examples that
-        are fitted best (10 % quantile). 0 where nothing is known.
+        The sample; None if there is nothing to tell from: rows or loss weights are 0.
     """
-    if loss is None:
-        return 0.0
-    weights = torch.as_tensor(loss).to(gram.device, torch.float64).flatten()
-    probable = (weights >= 0) & (weights <= 1)
-    if not bool(probable.all()) or not bool((weights * (1 - weights)).any()):
-        return 0.0
-    best = float(np.quantile(weights.cpu().numpy(), _WELL_FITTED))
-    outputs = torch.logit(weights, eps=_CERTAIN).neg()
-    mean = 1.0 if curvature else float((weights * (1 - weights)).mean())
-    values, vectors = leading(gram)
-    both = torch.stack([weights, outputs], dim=1)
-    if curvature:  # along u, sqrt(R) K sqrt(R) R^(-1/2) q = lambda sqrt(R) f
-        root = (weights * (1 - weights)).clamp(min=FLOOR).sqrt()
-        both = torch.stack([weights / root, outputs * root], dim=1)
-    if form == "primal":  # u = Phi v, up to a factor that the quotient does not have
-        both = _transposed(rows, both)
-    residual, output = (vectors.T @ both).abs().T
-    unit = float(gram.trace()) / rows.shape[0]
-    # where an output is zero the quotient is infinite, or not a number: half are not
-    stationary = float((values * residual / output / mean / unit).median())
-    return best * stationary if math.isfinite(stationary) else 0.0
+    count, width = rows.shape
+    loss = torch.as_tensor(np.asarray(situation.loss)).double().flatten().clone()
+    weights = roots(loss) if situation.curvature else None
+    factors = torch.ones(count).double() if weights is None else weights.flatten()
+    most = max(_FEWEST, _SAMPLE_BYTES // (4 * width))
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randperm(count, generator=generator)[: min(SAMPLE, most)].sort().values
+    kept, total = _gathered(rows, numbers, loss / factors)
+    kept = kept / factors[numbers].to(kept)[:, None]
+    kernel = (kept @ kept.T).double()
+    unit = kernel.diagonal().mean()
+    pull = kept.double() @ total / unit
+    if not bool(unit > 0) or not bool(loss.any()):
+        return None
+    device = kernel.device
+    return Sample(
+        kernel / unit,
+        pull,
+        loss[numbers].to(device),
+        factors[numbers].to(device),
+        len(numbers) / count,
+        situation.strength,
+    )
 
 
-def leading(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The leading eigenvalues and eigenvectors, by subspace iteration.
-
-    Args:
-        gram: symmetric, positive semidefinite, `[q, q]`, float64.
-
-    Returns:
-        `[20]`, descending, and `[q, 20]`; fewer if the matrix is smaller.
-    """
-    size = len(gram)
-    if size <= 4 * _LEADING:
-        values, vectors = torch.linalg.eigh(gram)
-    else:
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randn(size, _LEADING + _SPARE, generator=generator)
-        basis = torch.linalg.qr(start.to(gram)).Q
-        for _ in range(_ROUNDS):
-            basis = torch.linalg.qr(gram @ basis).Q
-        values, small = torch.linalg.eigh(basis.T @ gram @ basis)
-        vectors = basis @ small
-    kept = min(_LEADING, size)
-    return values[-kept:].flip(0).clamp(min=0), vectors[:, -kept:].flip(1)
-
-
-def _transposed(rows: RowSource, columns: Tensor) -> Tensor:
-    # Phi^T columns, in one pass
-    total = torch.zeros(rows.shape[1], columns.shape[1]).to(columns)
-    block_rows = rows_per_block(rows.shape[1], torch.float32)
-    for _, start, block in stream([rows], torch.float32, columns.device, block_rows):
-        part = columns[start : start + len(block)]
-        total += (block.T @ part.to(block.dtype)).to(total.dtype)
-    return total
+def _gathered(rows: RowSource, numbers: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    # some rows, and Phi^T columns
+    double = row_encoding(rows).name == "float64"
+    dtype = torch.float64 if double else torch.float32
+    device = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=device)
+    kept: list[Tensor] = []
+    block_rows = rows_per_block(rows.shape[1], dtype)
+    for _, start, block in stream([rows], dtype, device, block_rows):
+        part = columns[start : start + len(block)].to(block)
+        total += (block.T @ part).double()
+        own = numbers[(numbers >= start) & (numbers < start + len(block))] - start
+        kept.append(block[own.to(device)].clone())
+    return torch.cat(kept), total

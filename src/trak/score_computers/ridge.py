@@ -74,7 +74,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         form = smaller_form(*rows.shape)
         gram = self._gram(rows, form)
         situation = replace(situation, curvature=self.curvature)
-        auto = relative_ridge(rows, gram, form, situation)
+        auto = relative_ridge(rows, situation)
         return self._factored(gram, form, rows, self.lambda_reg, auto)
 
     def at_ridges(
@@ -105,7 +105,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         gram = self._gram(rows, factor.form) if large else factor.gram()
         auto = kept[1].get("auto")
         if auto is None:  # of a store from before there was an automatic ridge
-            auto = relative_ridge(rows, gram, factor.form, Situation())
+            auto = relative_ridge(rows, Situation())
         regs = [as_ridge(reg) for reg in lambda_regs]
         return [self._factored(gram, factor.form, rows, reg, auto) for reg in regs]
 
@@ -221,7 +221,7 @@ class RidgeScoreComputer(LinearScoreComputer):
             `Phi (Phi^T Phi + ridge I)^-1`, `[n, k]`, float64.
         """
         gram = xtx.to(torch.float64)
-        auto = relative_ridge(grads, gram, "primal", Situation())
+        auto = relative_ridge(grads, Situation())
         factor = self._factorize(gram, "primal", grads, self.lambda_reg, auto)
         return factor.solve(grads.to(torch.float64).T).T
 

@@ -1,0 +1,84 @@
+"""How strongly a finished training was regularized, read off its rows and loss weights.
+
+At a stationary point of the regularized logistic loss with linearized outputs
+`f = b + Phi w`, `lambda w = Phi^T q`. So along every eigenvector `u` of `Phi Phi^T`
+`lambda = (u^T Phi Phi^T q) / (u^T (f - b))`. Training that was stopped early looks like
+training with a larger ridge.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEAST, MOST = 0.3, 12.0
+"""Ridges of a training, in units of the mean squared row norm times `q (1 - q)`."""
+_UNKNOWN = 0.4
+_DEPTH = 1.5
+"""Outputs of a network of `L` layers grow like the `L`-th power of its weights, so that
+`Phi w = L f`. How many layers there are cannot be told from rows; 1.5 was best."""
+_FIRST, _LAST = 5, 100  # leading directions have few examples each on their side
+_PRESENT = 1e-6  # smaller eigenvalues are rounding
+_RIGHT, _WRONG = 1e-30, 1e-9  # loss weights of 0 and 1 stand for finite outputs
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training of the linearized model.
+
+    Attributes:
+        ridge: of its objective, for all examples.
+        kernel: of its features, `[n, n]`.
+        answers: of a regression, `[n]`; None for the logistic loss.
+    """
+
+    ridge: float
+    kernel: Tensor
+    answers: Tensor | None
+
+
+def training_of(kernel: Tensor, pull: Tensor, loss: Tensor) -> Training:
+    """The training whose result these examples are.
+
+    Outputs are known where loss weights are probabilities of being wrong,
+    `q = 1 / (1 + exp(f))`. There the ridge is the median over eigenvectors 6 to 100. The
+    direction in which all outputs grow may be held back more strongly than others, as by
+    batch normalization or the length of training; the kernel is then smaller along it. For
+    other losses the ridge is a constant, and the answers are those that would have led to
+    the loss weights.
+
+    Args:
+        kernel: `Phi Phi^T` of a sample, in units of the mean squared row norm, `[n, n]`,
+            float64.
+        pull: `Phi Phi^T q`, with all training examples in the inner sum, `[n]`.
+        loss: Q, `[n]`.
+
+    Returns:
+        The training.
+    """
+    probable = bool(((loss >= 0) & (loss <= 1)).all())
+    steep = float((loss * (1 - loss)).mean())
+    if not probable or steep <= 0:
+        return Training(_UNKNOWN, kernel, pull / _UNKNOWN + loss)
+    bounded = loss.clamp(_RIGHT, 1 - _WRONG)
+    outputs = torch.log1p(-bounded) - bounded.log()
+    ridge = _median_ridge(kernel, pull, outputs) / steep / _DEPTH
+    ridge = min(max(ridge, LEAST), MOST) if ridge > 0 else _UNKNOWN
+    growing = float(outputs @ pull / (outputs @ outputs)) / steep
+    if growing > _DEPTH * ridge:
+        along = kernel @ outputs
+        excess = (1 - _DEPTH * ridge / growing) / float(outputs @ along)
+        kernel = kernel - excess * torch.outer(along, along)
+    return Training(ridge * steep, kernel, None)
+
+
+def _median_ridge(kernel: Tensor, pull: Tensor, outputs: Tensor) -> float:
+    apart = outputs - outputs.mean()
+    slope = apart @ pull / (apart @ apart)
+    offset = outputs.mean() - pull.mean() / slope
+    values, vectors = torch.linalg.eigh(kernel)
+    present = int((values > _PRESENT * values[-1]).sum())
+    last = max(1, min(_LAST, len(kernel) // 3, present))
+    chosen = vectors.flip(1)[:, min(_FIRST, last - 1) : last]
+    ratios = (chosen.T @ pull) / (chosen.T @ (outputs - offset))
+    return float(ratios.nanmedian())
