@@ -340,6 +340,20 @@ def test_costs_grow_with_what_they_should():
     assert set(projection_costs({"b": (512,)}, 1024)) == {"rademacher", "sparse"}
 
 
+@pytest.mark.parametrize(
+    ("width", "proj_dim", "kind"),
+    [
+        (64, 512, "rademacher"),
+        (128, 512, "sparse"),
+        (128, 64, "rademacher"),
+        (768, 4096, "factored"),
+    ],
+)
+def test_what_nobody_notices_is_chosen_by_quality(width, proj_dim, kind):
+    made = make_projector({"w": (width, width)}, proj_dim, 0, torch.device("cpu"))
+    assert made.proj_type == kind
+
+
 @pytest.mark.parametrize("proj_dim", [1, 7, 512, 513, 1000])
 def test_any_proj_dim_works(proj_dim):
     for kind in KINDS[:3]:

@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 
 _POSITIONS = 64  # assumed times that a layer's weight is used for one sample
 _SCATTER = 75  # one scattered addition costs as much as this many multiplications
-_DENSE_UP_TO = 1 << 23  # operations a sample that nobody notices, about 0.1 ms
+_UNNOTICED = 1 << 23  # operations a sample, about 0.1 ms
+_BEST_FIRST = ("rademacher", "sparse")  # by LDS at equal k, see docs/compression.md
 
 Shapes = Mapping[str, Sequence[int] | int]
 
@@ -44,7 +45,8 @@ def make_projector(
         device: where to project.
         kind: `"rademacher"`, `"normal"`, `"sparse"`, `"factored"`, `"hadamard"` or
             `"masked"`; chosen if None, see `projection_costs`: dense Rademacher where it
-            costs no more than 2^23 operations a sample, else the cheapest.
+            costs no more than 2^23 operations a sample, else sparse where that costs no
+            more, else the cheapest.
 
     Returns:
         The projector.
@@ -58,7 +60,7 @@ def make_projector(
     size = f"{sum(layout.values()):,} parameters to {proj_dim:,} numbers"
     if kind is None:
         costs = projection_costs(full, proj_dim)
-        kind = _cheapest(costs)
+        kind = _chosen(costs)
         logger.info(
             "Projecting %s with projector=%r: %.2g operations a sample, against %s.",
             size,
@@ -118,7 +120,8 @@ def projection_costs(
     return costs
 
 
-def _cheapest(costs: Mapping[str, float]) -> str:
-    if costs["rademacher"] <= _DENSE_UP_TO:
-        return "rademacher"
+def _chosen(costs: Mapping[str, float]) -> str:
+    for kind in _BEST_FIRST:
+        if costs[kind] <= _UNNOTICED:
+            return kind
     return min((kind for kind in costs if kind != "rademacher"), key=lambda k: costs[k])
