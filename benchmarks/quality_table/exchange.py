@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ class Problem:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.seconds_one = 0.0
         found = json.loads((folder / "problem.json").read_text("utf-8"))
         self.regression: bool = found["regression"]
         self.described: dict[str, Any] = found["model"]
@@ -103,6 +105,19 @@ class Problem:
             tuple(data[f"{part}-{j}"] for j in range(found["parts"]))
             for part in ("train", "targets")
         )
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Counts what runs inside as the time of one setting, without the rest of a sweep.
+
+        Yields:
+            Nothing.
+        """
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds_one += time.perf_counter() - start
 
     def model(self, number: int = 0) -> nn.Module:
         """A checkpoint's model, in evaluation mode.
@@ -146,16 +161,19 @@ class Problem:
             outputs = self.outputs(self.model(number)(*inputs), labels).double()
         return labels - outputs if self.regression else torch.sigmoid(-outputs)
 
-    def batches(self, examples: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    def batches(
+        self, examples: tuple[Tensor, ...], size: int = BATCH
+    ) -> list[tuple[Tensor, ...]]:
         """Cuts examples into batches.
 
         Args:
             examples: tensors of one length.
+            size: of a batch.
 
         Returns:
-            Batches of 100.
+            The batches.
         """
-        return list(zip(*(part.split(BATCH) for part in examples), strict=True))
+        return list(zip(*(part.split(size) for part in examples), strict=True))
 
     def outputs(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """What is attributed: `log p / (1 - p)` of the right class, or the prediction.
@@ -253,7 +271,7 @@ def work(package: str, methods: dict[str, Method]) -> None:
     Args:
         package: for messages.
         methods: name to a function of the problem and a number of checkpoints, which gives
-            scores `[n, m]` by label.
+            scores `[n, m]` by label and does the work of one setting in `Problem.once`.
     """
     folder, wanted, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(int(sys.argv[4]))
@@ -268,4 +286,7 @@ def work(package: str, methods: dict[str, Method]) -> None:
         array = torch.as_tensor(np.asarray(scores)).float().numpy()
         np.save(folder / f"{package}-{wanted}-{count}-{j}.npy", array)
         print(f"{label}\t{folder / f'{package}-{wanted}-{count}-{j}.npy'}")
-    print(json.dumps({"seconds": seconds, "megabytes": peak}))
+    figures = {"seconds": seconds, "megabytes": peak}
+    if problem.seconds_one:
+        figures["seconds_one"] = problem.seconds_one
+    print(json.dumps(figures))
