@@ -69,3 +69,50 @@ class Residual(nn.Module):
         """
         y = torch.relu(self.first_norm(self.first(x)))
         return torch.relu(self.second_norm(self.second(y)) + self.shortcut(x))
+
+
+class Transformer(nn.Module):
+    """One layer of attention and one of an MLP, normalised before each.
+
+    Args:
+        words: how many are known.
+        length: of the longest text.
+        width: numbers a word.
+        heads: of the attention.
+    """
+
+    def __init__(self, words: int, length: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.words = nn.Embedding(words, width)
+        self.positions = nn.Embedding(length, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.mix = nn.Linear(width, 3 * width)
+        self.merge = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.head = nn.Linear(width, words)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next words.
+
+        Args:
+            tokens: `[b, s]`.
+
+        Returns:
+            `[b, s, words]`.
+        """
+        x = self.words(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        x = x + self.merge(self._attend(self.norms[0](x)))
+        x = x + self.mlp(self.norms[1](x))
+        return self.head(self.norms[2](x))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        query, key, value = (
+            self.mix(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        weights = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(later, -1e9)
+        return (weights.softmax(-1) @ value).transpose(1, 2).flatten(2)
