@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.banks.bank import FOLDER
+from benchmarks.banks.bank import FOLDER, MissingDataError
 
 PATH = FOLDER / "data" / "cifar2.npz"
 COMMAND = "python -m benchmarks.banks.fetch_cifar2"
@@ -32,13 +32,10 @@ PACKAGE = "bigbench==1.0.0"
 PACKAGE_DIGEST = "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
 MEMBER = "bigbench-1.0.0/bigbench/benchmark_tasks/cifar10_classification/base64/task.json"
 CLASSES = ("cat", "dog")
-DIGEST = "00862cfaab8606a92af4148c22c142d369bbf45ed278edfd8541cfd82fd1903a"  # of images and labels
+# of images and labels
+DIGEST = "00862cfaab8606a92af4148c22c142d369bbf45ed278edfd8541cfd82fd1903a"
 
 Images = tuple[NDArray[np.uint8], NDArray[np.uint8]]
-
-
-class MissingDataError(FileNotFoundError):
-    """A bank's data is not in the repository and was not fetched."""
 
 
 def read(path: Path = PATH) -> Images:

@@ -5,6 +5,8 @@ Other libraries' environments build them too, so nothing here imports this libra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +19,9 @@ class ResNet(nn.Module):
         classes: how many.
     """
 
-    def __init__(self, widths: tuple[int, ...], classes: int) -> None:
+    def __init__(self, widths: Sequence[int], classes: int) -> None:
         super().__init__()
+        self.arguments = {"widths": list(widths), "classes": classes}
         self.stem = nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(widths[0])
         before = (widths[0], *widths[:-1])
@@ -83,6 +86,8 @@ class Transformer(nn.Module):
 
     def __init__(self, words: int, length: int, width: int, heads: int) -> None:
         super().__init__()
+        sizes = {"words": words, "length": length, "width": width, "heads": heads}
+        self.arguments = sizes
         self.heads = heads
         self.words = nn.Embedding(words, width)
         self.positions = nn.Embedding(length, width)
@@ -116,3 +121,7 @@ class Transformer(nn.Module):
         later = torch.ones(length, length, dtype=torch.bool).triu(1)
         weights = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(later, -1e9)
         return (weights.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+# by name, to be built again from their `arguments`
+NETWORKS: dict[str, type[nn.Module]] = {"ResNet": ResNet, "Transformer": Transformer}

@@ -54,10 +54,7 @@ def trak(problem: Problem, count: int) -> Scores:
 
     def probability(params: Any, data: Any) -> Tensor:
         predictions, labels = predicted(problem, model, params, data)
-        outputs = problem.outputs(predictions, labels)
-        if problem.regression:  # one minus it is the loss weight
-            return 1 - (labels - outputs)
-        return torch.sigmoid(outputs)
+        return 1 - problem.slopes_of(predictions, labels)  # it takes one minus this
 
     found: Scores = {}
     for k in (512, 2048):

@@ -5,7 +5,7 @@ The images are not in the repository: `benchmarks.banks.fetch_cifar2` fetches th
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.banks.fetch_cifar2 import read
 from benchmarks.banks.networks import ResNet
@@ -26,7 +26,7 @@ def recipe() -> Recipe:
     return Recipe(
         train=(x[:1500], y[:1500]),
         targets=(x[1500:], y[1500:]),
-        make_model=_model,
+        make_model=make_model,
         epochs=16,
         batch_size=50,
         learning_rate=0.2,
@@ -37,5 +37,10 @@ def recipe() -> Recipe:
     )
 
 
-def _model() -> nn.Module:
+def make_model() -> nn.Module:
+    """The network, which needs no data.
+
+    Returns:
+        A ResNet of 44 thousand parameters.
+    """
     return ResNet((24, 48), 2)
