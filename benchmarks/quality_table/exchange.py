@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.banks.networks import NETWORKS
+
 BATCH = 100
 _ARGUMENTS = {
     "Linear": ("in_features", "out_features"),
@@ -48,11 +50,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """A model in JSON.
 
     Args:
-        model: an `nn.Sequential` of known layers, or a Hugging Face classifier in `model`.
+        model: an `nn.Sequential` of known layers, one of `NETWORKS`, or a Hugging Face
+            classifier in `model`.
 
     Returns:
         What `build` takes.
     """
+    kind = type(model).__name__
+    if kind in NETWORKS:
+        return {"network": kind, "arguments": model.arguments}
     inner: Any = getattr(model, "model", None)
     if inner is not None:
         return {"bert": inner.config.to_dict()}
@@ -72,6 +78,8 @@ def build(described: dict[str, Any]) -> nn.Module:
     Returns:
         The model.
     """
+    if "network" in described:
+        return NETWORKS[described["network"]](**described["arguments"])
     if "bert" in described:
         import transformers  # noqa: PLC0415 - an environment may lack it
 
@@ -148,18 +156,33 @@ class Problem:
                 raise AssertionError(f"checkpoint {j}: outputs differ by {apart:.1e}")
 
     def slopes(self, number: int) -> Tensor:
-        """`d loss / d output` of the targets, negated: Q.
+        """`slopes_of` the targets.
 
         Args:
             number: of the checkpoint.
 
         Returns:
-            `[m]`, float64; `1 - p` of the right class, or label minus prediction.
+            `[m]`, float64.
         """
         *inputs, labels = self.targets
         with torch.no_grad():
-            outputs = self.outputs(self.model(number)(*inputs), labels).double()
-        return labels - outputs if self.regression else torch.sigmoid(-outputs)
+            predictions = self.model(number)(*inputs).double()
+            return self.slopes_of(predictions, labels)
+
+    def slopes_of(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """`d loss / d output`, negated: Q.
+
+        Args:
+            predictions: `[b, classes]`, or `[b, s, words]`.
+            labels: `[b]`, or `[b, s]`.
+
+        Returns:
+            `[b]`; `1 - p` of the right class, in the mean over words, or label minus
+            prediction.
+        """
+        if self.regression:
+            return labels - predictions[:, 0]
+        return _over_words(torch.sigmoid(-_margins(predictions, labels)))
 
     def batches(
         self, examples: tuple[Tensor, ...], size: int = BATCH
@@ -179,24 +202,22 @@ class Problem:
         """What is attributed: `log p / (1 - p)` of the right class, or the prediction.
 
         Args:
-            predictions: `[b, classes]`.
-            labels: `[b]`.
+            predictions: `[b, classes]`, or `[b, s, words]`.
+            labels: `[b]`, or `[b, s]`: the mean over words is attributed.
 
         Returns:
             `[b]`.
         """
         if self.regression:
             return predictions[:, 0]
-        right = predictions.gather(1, labels[:, None])[:, 0]
-        others = predictions.scatter(1, labels[:, None], -float("inf"))
-        return right - others.logsumexp(1)
+        return _over_words(_margins(predictions, labels))
 
     def losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """The training loss.
 
         Args:
-            predictions: `[b, classes]`.
-            labels: `[b]`.
+            predictions: `[b, classes]`, or `[b, s, words]`.
+            labels: `[b]`, or `[b, s]`.
 
         Returns:
             `[b]`.
@@ -204,7 +225,19 @@ class Problem:
         if self.regression:
             return (predictions[:, 0] - labels).square() / 2
         # cross entropy, whose digits survive where the loss is tiny
-        return nn.functional.softplus(-self.outputs(predictions, labels))
+        return _over_words(nn.functional.softplus(-_margins(predictions, labels)))
+
+
+def _margins(predictions: Tensor, labels: Tensor) -> Tensor:
+    # log p / (1 - p) of each label
+    right = labels[..., None]
+    others = predictions.scatter(-1, right, -float("inf")).logsumexp(-1)
+    return predictions.gather(-1, right)[..., 0] - others
+
+
+def _over_words(values: Tensor) -> Tensor:
+    # [b] of [b] or [b, s]
+    return values if values.ndim == 1 else values.mean(1)
 
 
 def write(

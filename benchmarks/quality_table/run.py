@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.banks.bank import load
-from benchmarks.banks.recipes import NAMES, recipe
+from benchmarks.banks.recipes import NAMES, recipe, with_data
 from benchmarks.common import ROOT, environment
 from benchmarks.lds import lds, over_subsets, over_targets
 from benchmarks.quality_table import exchange
@@ -207,7 +207,7 @@ def main() -> None:
     counts = COUNTS[:1] if options.small else COUNTS
     wanted = {"ours": tuple(SIDES), **PEERS}
     ceilings, table = {}, []
-    for bank in banks:
+    for bank in with_data(banks):
         ceilings[bank] = prepare(bank)
         for library, sides in wanted.items():
             if options.side and library not in options.side:

@@ -113,10 +113,7 @@ def attributor_of(problem: Problem, count: int, k: int, ridge: float) -> Any:
 
     def probability(params: Any, data: Any) -> Tensor:
         predictions, labels = predicted(problem, model, params, data)
-        outputs = problem.outputs(predictions, labels)
-        if problem.regression:  # one minus it is the loss weight
-            return 1 - (labels - outputs)
-        return torch.sigmoid(outputs)
+        return 1 - problem.slopes_of(predictions, labels)  # it takes one minus this
 
     output = function(problem, model, "outputs")
     return library.TRAKAttributor(

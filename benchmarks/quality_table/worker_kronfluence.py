@@ -36,7 +36,8 @@ class Bank(Task):
                 if self.problem.regression:
                     labels = predictions[:, 0] + torch.randn_like(predictions[:, 0])
                 else:
-                    labels = torch.multinomial(predictions.softmax(-1), 1).flatten()
+                    shares = predictions.softmax(-1).flatten(0, -2)
+                    labels = torch.multinomial(shares, 1).view(predictions.shape[:-1])
         return self.problem.losses(predictions, labels).sum()
 
     def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:

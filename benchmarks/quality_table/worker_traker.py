@@ -7,7 +7,6 @@ import tempfile
 from typing import Any
 
 import numpy as np
-import torch
 from torch.func import functional_call
 
 from benchmarks.quality_table.exchange import Problem, Scores, work
@@ -42,10 +41,8 @@ class Output(AbstractModelOutput):
         """One minus the probability of the right class, or label minus prediction."""
         *inputs, labels = batch
         predictions = functional_call(model, (weights, buffers), tuple(inputs))
-        outputs = Output.problem.outputs(predictions, labels)
-        if Output.problem.regression:
-            return (labels - outputs).reshape(-1, 1).clone().detach()
-        return torch.sigmoid(-outputs).reshape(-1, 1).clone().detach()
+        slopes = Output.problem.slopes_of(predictions, labels)
+        return slopes.reshape(-1, 1).clone().detach()
 
 
 def scores(problem: Problem, count: int, **options: Any) -> Scores:
