@@ -133,7 +133,7 @@ def understood(status: int, said: str, wrong: str) -> Any:
 
 
 def run_side(
-    bank: str, library: str, side: str, count: int, threads: int, *, fresh: bool
+    bank: str, library: str, side: str, count: int, options: argparse.Namespace
 ) -> Any:
     """Runs a side, unless it is kept.
 
@@ -142,21 +142,23 @@ def run_side(
         library: `"ours"` or a peer.
         side: its method.
         count: checkpoints.
-        threads: that it may use.
-        fresh: run it again.
+        options: of the command.
 
     Returns:
-        What `launch` gives, with commit, date and threads.
+        What `launch` gives, with commit, date and threads; None if it would have to run and
+        may not.
     """
     kept = WORK / bank / f"{library}-{side}-{count}.json".replace(" ", "-")
     of = fingerprint(bank, library)
-    if kept.exists() and not fresh:
+    if kept.exists() and not options.fresh:
         found = json.loads(kept.read_text("utf-8"))
         if found.get("of") == of:
             return found
-    found = launch(library, side, bank, count, threads, LIMIT * count)
+    if options.kept:
+        return None
+    found = launch(library, side, bank, count, options.threads, LIMIT * count)
     where = environment()
-    found |= {"of": of, "threads": threads}
+    found |= {"of": of, "threads": options.threads}
     found |= {"commit": where["commit"], "date": where["date"]}
     if "error" not in found or "slow" in found:
         kept.write_text(json.dumps(found), encoding="utf-8")
@@ -205,9 +207,9 @@ def run_bank(bank: str, options: argparse.Namespace) -> list[Entry]:
             for count in COUNTS[:1] if options.small else COUNTS:
                 start = time.perf_counter()
                 if "slow" not in found:  # more checkpoints take longer still
-                    found = run_side(
-                        bank, library, side, count, options.threads, fresh=options.fresh
-                    )
+                    found = run_side(bank, library, side, count, options)
+                if found is None:
+                    break
                 made, ranks = entries(bank, library, side, count, found)
                 table += made
                 shown = [(e.side, e.label, e.lds) for e in made]
@@ -227,6 +229,7 @@ def main() -> None:
     parser.add_argument("--side", action="append", choices=("ours", *PEERS))
     parser.add_argument("--small", action="store_true", help="diabetes, one checkpoint")
     parser.add_argument("--fresh", action="store_true", help="run what is kept, too")
+    parser.add_argument("--kept", action="store_true", help="run nothing")
     parser.add_argument("--threads", type=int, default=2, help="of each side")
     options = parser.parse_args()
     banks = options.bank or (["diabetes"] if options.small else sorted(NAMES, key=str))
