@@ -136,6 +136,11 @@ def test_settings_that_are_shown():
     ]
 
 
+def test_the_default_is_the_library_s_own_also_where_a_sweep_holds_another_s():
+    reached = {"damping 1e-08": 0.1, "damping default": 0.2, "damping 1.0": 0.3}
+    assert results.chosen("dattri EK-FAC", reached)[0][2] == "damping default"
+
+
 def test_the_page():
     judged = judge(table()).values()
     page = render.page(made(table(), judged))

@@ -29,7 +29,7 @@ RANKS = RESULTS / "quality_ranks"
 DRAWS = 400
 HUGE = 1e30
 DEFAULT, BEST = "default", "best of its sweep"
-DEFAULTS = ("auto", "ridge 0.0", "damping 1e-08", "damping default", "k = 512, ridge 0.0")
+DEFAULTS = ("auto", "ridge 0.0", "damping default", "damping 1e-08", "k = 512, ridge 0.0")
 # sides whose ranks are kept: those that a bar holds against each other
 HEADLINE = (
     "trak.attribute",
