@@ -21,7 +21,7 @@ from benchmarks.quality_table.exchange import BATCH, Problem, Scores, work
 DIMS = (512, 2048)  # the first is the default
 # mean squared row norms; the default, 0, is not the first because it may not go through
 RIDGES = (1.0, 0.0, 0.01, 0.1, 0.3, 3.0, 10.0, 30.0, 100.0)
-DAMPINGS = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0)
+DAMPINGS = (0.0, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0)
 # mean eigenvalues; None is the default, 1e-5 of them
 LOGRA_DAMPINGS = (None, 0.1, 1.0, 10.0, 100.0)
 
