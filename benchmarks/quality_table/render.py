@@ -31,6 +31,7 @@ SUMMARY: tuple[tuple[str, Any], ...] = (
     ("dattri TRAK, best of k and ridge", ("dattri TRAK", BEST)),
     ("dattri LoGra, best damping", ("dattri LoGra", BEST)),
 )
+MARK = "<!-- summary and bars -->"
 METHODS = ("dot", "tracin", "cosine", "relatif", "l_relatif", "unit_norm")
 MARKS = {True: "met", False: "**not met**"}
 
@@ -286,10 +287,11 @@ def page(result: dict[str, Any], times: dict[str, Any] | None = None) -> str:
         Markdown.
     """
     where = result["environment"]
-    text = HEAD.read_text("utf-8")
+    text, notes = HEAD.read_text("utf-8").split(MARK)
+    text = text.rstrip() + "\n\n## Summary\n"
     for count in counts_of(result):
         text += f"\n### {_checkpoints(count)}\n\n" + summary(result, count)
-    text += "\n## Bars\n" + judged(result, times)
+    text += "\n## Bars\n" + judged(result, times) + "\n" + notes.strip() + "\n"
     counts = " and ".join(map(str, counts_of(result)))
     text += "\n## Methods over the same stored rows\n\n"
     text += (
