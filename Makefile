@@ -41,9 +41,11 @@ bench-peers: $(VENV)/.dev $(PEERS:%=.venv-bench-%/.installed)
 	$(BIN)/python -m benchmarks.peers.run
 	$(BIN)/python -m benchmarks.render
 
-# LDS against retraining, here and in the other libraries
+# LDS against retraining, here and in the other libraries; `-m benchmarks.quality_time` is
+# the time of the one call
 bench-quality: $(VENV)/.dev $(QUALITY_PEERS:%=.venv-bench-%/.installed)
 	$(BIN)/python -m benchmarks.quality_table.run
+	$(BIN)/python -m benchmarks.quality_time
 	$(BIN)/python -m benchmarks.quality_table.render
 
 $(BIN)/python:

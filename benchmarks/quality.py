@@ -32,7 +32,7 @@ from benchmarks.banks.evaluate import (
     projector_of,
     shapes_of,
 )
-from benchmarks.banks.recipes import NAMES, Recipe, recipe
+from benchmarks.banks.recipes import NAMES, Recipe, recipe, with_data
 from benchmarks.common import Row, write
 from benchmarks.lds import lds, over_subsets, over_targets
 from trak.errors import InputError
@@ -342,7 +342,7 @@ def main() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
     banks = options.bank or (NAMES[:1] if small else NAMES)
     rows, details = [], []
-    for name in banks:
+    for name in with_data(banks):
         lines, detail = run(name, options)
         rows += lines
         details.append(detail)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.banks.bank import Bank, load
-from benchmarks.banks.recipes import NAMES, Recipe, recipe
+from benchmarks.banks.recipes import NAMES, Recipe, recipe, with_data
 from benchmarks.banks.variants import VARIANTS, make
 from benchmarks.common import Row, write
 from benchmarks.lds import lds
@@ -103,7 +103,7 @@ def main() -> None:
     banks = options.bank or (["diabetes"] if options.small else [*NAMES, *VARIANTS])
     dims = options.proj_dim or (DIMS[1:2] if options.small else DIMS)
     details: list[dict[str, Any]] = []
-    for name in banks:
+    for name in with_data(banks):
         made, bank = (recipe(name), load(name)) if name in NAMES else make(name)
         width = sum(p.numel() for p in made.make_model().parameters() if p.requires_grad)
         for dim in dims:

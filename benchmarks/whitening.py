@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.banks.bank import load
-from benchmarks.banks.recipes import NAMES, recipe
+from benchmarks.banks.recipes import NAMES, recipe, with_data
 from benchmarks.common import Row, write
 from benchmarks.lds import lds
 from benchmarks.quality_table.ours import stepwise
@@ -37,8 +37,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
+    banks = with_data(options.bank or NAMES)
     details: list[dict[str, Any]] = []
-    for bank in options.bank or NAMES:
+    for bank in banks:
         made, whole = recipe(bank), load(bank)
         width = sum(p.numel() for p in made.make_model().parameters() if p.requires_grad)
         dim = "exact" if width <= EXACT_UP_TO else "auto"
@@ -69,7 +70,7 @@ def main() -> None:
             })
             print(details[-1], flush=True)
     rows = []
-    for bank in options.bank or NAMES:
+    for bank in banks:
         own = [d for d in details if d["bank"] == bank and d["checkpoints"] == COUNTS[-1]]
         top = max(own, key=lambda entry: entry["best lds"])
         plain = next(d for d in own if not (d["strength"] or d["curvature"]))

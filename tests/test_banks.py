@@ -1,16 +1,24 @@
 """Banks of retrained models: their files, how they are trained, and the LDS."""
 
+import base64
 import dataclasses
+import io
 import json
+import subprocess
+import sys
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 from benchmarks.banks import bank as banks
-from benchmarks.banks import build, evaluate, objectives, recipes
-from benchmarks.banks.bank import Bank, load, save
+from benchmarks.banks import build, evaluate, fetch_cifar2, objectives, recipes
+from benchmarks.banks.bank import Bank, MissingDataError, load, save
 from benchmarks.banks.differences import restore, shrink
+from benchmarks.banks.recipes import cifar2
+from benchmarks.common import ROOT
 from benchmarks.lds import lds, over_subsets, over_targets
+from benchmarks.quality_table import exchange
 from torch import nn
 
 from trak.evaluation import group_scores, noise_ceiling
@@ -80,20 +88,151 @@ def test_another_version_is_refused(bank, tmp_path):
         load("small", tmp_path)
 
 
+def recipe_of(name):
+    try:
+        return recipes.recipe(name)
+    except MissingDataError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_the_banks_hold_what_they_say(name):
+    # needs no data
+    bank = load(name)
+    says = bank.manifest
+    assert says["name"] == name
+    assert (bank.masks == build.draw_halves(says["subsets"], says["n"])).all()
+    assert (bank.masks.sum(1) == says["subset_size"]).all()
+    assert bank.outputs.shape == (says["subsets"], says["seeds"], says["targets"])
+    assert np.isfinite(bank.outputs).all()
+    assert len(bank.checkpoints) == len(says["losses"]) == says["checkpoints"]
+    assert noise_ceiling(bank.outputs) > 0.75
+
+
 @pytest.mark.parametrize("name", recipes.NAMES)
 def test_the_banks_fit_their_recipes(name):
-    made, bank = recipes.recipe(name), load(name)
+    made, bank = recipe_of(name), load(name)
     for about in (expected := build.description(name, made), bank.manifest):
         about["recipe"].pop("model")  # torch's words, which may change
     assert {key: bank.manifest[key] for key in expected} == expected
     assert (bank.masks == build.masks_of(made)).all()
-    m = len(made.targets[-1])
-    assert bank.outputs.shape == (made.subsets, made.seeds, m)
-    assert np.isfinite(bank.outputs).all()
-    assert len(bank.checkpoints) == made.checkpoints
     losses = bank.manifest["losses"]
     assert made.loss(bank.checkpoints[-1]) == pytest.approx(losses[-1], rel=1e-3)
-    assert noise_ceiling(bank.outputs) > 0.8
+
+
+def test_the_checkpoints_of_cifar2_fit_its_model():
+    torch.manual_seed(0)
+    images, found = torch.randn(8, 3, 32, 32), []
+    for state in load("cifar2").checkpoints:
+        model = cifar2.make_model()
+        model.load_state_dict(state)
+        with torch.no_grad():
+            found.append(model.eval()(images))
+    assert torch.stack(found).isfinite().all()
+    assert torch.stack(found).std(0).min() > 0  # no two are the same
+
+
+def test_data_that_was_not_fetched_is_said_to_be_missing(tmp_path):
+    with pytest.raises(MissingDataError, match=fetch_cifar2.COMMAND):
+        fetch_cifar2.read(tmp_path / "cifar2.npz")
+
+
+def test_benchmarks_go_on_without_a_bank_whose_data_is_missing(monkeypatch, capsys):
+    def recipe(name):
+        if name == "cifar2":
+            raise MissingDataError("Fetch it.")
+
+    monkeypatch.setattr(recipes, "recipe", recipe)
+    assert recipes.with_data(["digits", "cifar2", "a variant"]) == ["digits", "a variant"]
+    assert capsys.readouterr().out == "The bank cifar2 is left out. Fetch it.\n"
+    with pytest.raises(MissingDataError):
+        recipes.with_data(["cifar2"])
+
+
+def task_of(images, names):
+    image = pytest.importorskip("PIL.Image", reason="Pillow, which only fetching needs")
+    examples = []
+    for pixels, name in zip(images, names, strict=True):
+        image.fromarray(pixels).save(file := io.BytesIO(), "png")
+        text = base64.b64encode(file.getvalue()).decode()
+        scores = {key: int(key == name) for key in ("airplane", "cat", "dog")}
+        examples.append({"input": text, "target_scores": scores})
+    return {"examples": examples}
+
+
+def test_cats_and_dogs_are_taken_from_an_archive(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    content = json.dumps(task_of(images, ["dog", "airplane", "cat", "dog"])).encode()
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as package:
+        member = tarfile.TarInfo(fetch_cifar2.MEMBER)
+        member.size = len(content)
+        package.addfile(member, io.BytesIO(content))
+    path = tmp_path / "cifar2.npz"
+    with pytest.raises(ValueError, match="SHA-256"):
+        fetch_cifar2.fetch(tmp_path / "a.tar.gz", path)
+    assert not path.exists()
+    monkeypatch.setattr(fetch_cifar2, "check", lambda found: found)
+    fetch_cifar2.fetch(tmp_path / "a.tar.gz", path)
+    found, labels = fetch_cifar2.read(path)
+    assert (found == images[[0, 2, 3]]).all()
+    assert labels.tolist() == [1, 0, 1]
+
+
+def problem_of(name, folder):
+    # a problem with few examples and fresh weights, written for another environment
+    if name == "cifar2":
+        objective, model = (
+            objectives.OBJECTIVES["image_classification"],
+            cifar2.make_model(),
+        )
+        parts = torch.randn(6, 3, 32, 32), torch.randint(2, (6,))
+    else:
+        made = recipes.recipe(name)
+        objective, model = made.objective, made.make_model()
+        parts = tuple(part[:6] for part in made.targets)
+    exchange.write(
+        folder,
+        model,
+        [dict(model.state_dict())],
+        tuple(part.clone() for part in parts),
+        parts,
+        regression=name == "diabetes",
+        outputs=objective.output,
+    )
+    return objective, model, parts
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_other_environments_have_the_same_models_and_outputs(name, tmp_path):
+    torch.manual_seed(0)
+    objective, model, parts = problem_of(name, tmp_path)
+    problem, task = exchange.Problem(tmp_path), resolve_task(objective.task)
+    problem.check()
+    again = problem.model()
+    assert str(again) == str(model) or name == "qnli"  # attention of another kind
+    *inputs, labels = parts
+    predictions = again(*inputs)
+    expected = objective.output(predictions, labels)
+    torch.testing.assert_close(problem.outputs(predictions, labels), expected)
+    losses = problem.losses(predictions, labels)
+    assert losses.shape == expected.shape
+    torch.testing.assert_close(losses.mean(), objective.loss(predictions, labels))
+    weights, buffers = dict(again.named_parameters()), dict(again.named_buffers())
+    q = task.get_out_to_loss_grad(again, weights, buffers, parts).flatten()
+    found = problem.slopes(0)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), q.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["language", "cifar2"])
+def test_models_are_built_where_this_library_is_not(name, tmp_path):
+    problem_of(name, tmp_path)
+    script = (
+        "import sys, pathlib; sys.modules['trak'] = None; "
+        "from benchmarks.quality_table.exchange import Problem; "
+        "Problem(pathlib.Path(sys.argv[1])).check()"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True)
 
 
 def test_training_together_is_training_one_by_one(recipe):

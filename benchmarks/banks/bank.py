@@ -18,6 +18,10 @@ FOLDER = Path(__file__).resolve().parent
 VERSION = 1
 
 
+class MissingDataError(FileNotFoundError):
+    """A bank's data is not in the repository and was not fetched."""
+
+
 @dataclass(frozen=True)
 class Bank:
     """Outputs of retrained models.

@@ -49,9 +49,21 @@ def masks_of(made: Recipe) -> NDArray[np.bool_]:
     Returns:
         `[subsets, n]`.
     """
+    return draw_halves(made.subsets, len(made.train[-1]))
+
+
+def draw_halves(subsets: int, n: int) -> NDArray[np.bool_]:
+    """`masks_of`, of numbers.
+
+    Args:
+        subsets: how many halves.
+        n: training examples.
+
+    Returns:
+        `[subsets, n]`.
+    """
     rng = np.random.default_rng(MASK_SEED)
-    n = len(made.train[-1])
-    masks = np.zeros((made.subsets, n), dtype=bool)
+    masks = np.zeros((subsets, n), dtype=bool)
     for row in masks:
         row[rng.permutation(n)[: n // 2]] = True
     return masks

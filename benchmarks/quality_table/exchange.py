@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from benchmarks.banks.networks import NETWORKS
 
 BATCH = 100
 _ARGUMENTS = {
@@ -47,11 +50,15 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """A model in JSON.
 
     Args:
-        model: an `nn.Sequential` of known layers, or a Hugging Face classifier in `model`.
+        model: an `nn.Sequential` of known layers, one of `NETWORKS`, or a Hugging Face
+            classifier in `model`.
 
     Returns:
         What `build` takes.
     """
+    kind = type(model).__name__
+    if kind in NETWORKS:
+        return {"network": kind, "arguments": model.arguments}
     inner: Any = getattr(model, "model", None)
     if inner is not None:
         return {"bert": inner.config.to_dict()}
@@ -71,6 +78,8 @@ def build(described: dict[str, Any]) -> nn.Module:
     Returns:
         The model.
     """
+    if "network" in described:
+        return NETWORKS[described["network"]](**described["arguments"])
     if "bert" in described:
         import transformers  # noqa: PLC0415 - an environment may lack it
 
@@ -91,6 +100,7 @@ class Problem:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.seconds_one = 0.0
         found = json.loads((folder / "problem.json").read_text("utf-8"))
         self.regression: bool = found["regression"]
         self.described: dict[str, Any] = found["model"]
@@ -103,6 +113,19 @@ class Problem:
             tuple(data[f"{part}-{j}"] for j in range(found["parts"]))
             for part in ("train", "targets")
         )
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Counts what runs inside as the time of one setting, without the rest of a sweep.
+
+        Yields:
+            Nothing.
+        """
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds_one += time.perf_counter() - start
 
     def model(self, number: int = 0) -> nn.Module:
         """A checkpoint's model, in evaluation mode.
@@ -133,52 +156,68 @@ class Problem:
                 raise AssertionError(f"checkpoint {j}: outputs differ by {apart:.1e}")
 
     def slopes(self, number: int) -> Tensor:
-        """`d loss / d output` of the targets, negated: Q.
+        """`slopes_of` the targets.
 
         Args:
             number: of the checkpoint.
 
         Returns:
-            `[m]`, float64; `1 - p` of the right class, or label minus prediction.
+            `[m]`, float64.
         """
         *inputs, labels = self.targets
         with torch.no_grad():
-            outputs = self.outputs(self.model(number)(*inputs), labels).double()
-        return labels - outputs if self.regression else torch.sigmoid(-outputs)
+            predictions = self.model(number)(*inputs).double()
+            return self.slopes_of(predictions, labels)
 
-    def batches(self, examples: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    def slopes_of(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """`d loss / d output`, negated: Q.
+
+        Args:
+            predictions: `[b, classes]`, or `[b, s, words]`.
+            labels: `[b]`, or `[b, s]`.
+
+        Returns:
+            `[b]`; `1 - p` of the right class, in the mean over words, or label minus
+            prediction.
+        """
+        if self.regression:
+            return labels - predictions[:, 0]
+        return _over_words(torch.sigmoid(-_margins(predictions, labels)))
+
+    def batches(
+        self, examples: tuple[Tensor, ...], size: int = BATCH
+    ) -> list[tuple[Tensor, ...]]:
         """Cuts examples into batches.
 
         Args:
             examples: tensors of one length.
+            size: of a batch.
 
         Returns:
-            Batches of 100.
+            The batches.
         """
-        return list(zip(*(part.split(BATCH) for part in examples), strict=True))
+        return list(zip(*(part.split(size) for part in examples), strict=True))
 
     def outputs(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """What is attributed: `log p / (1 - p)` of the right class, or the prediction.
 
         Args:
-            predictions: `[b, classes]`.
-            labels: `[b]`.
+            predictions: `[b, classes]`, or `[b, s, words]`.
+            labels: `[b]`, or `[b, s]`: the mean over words is attributed.
 
         Returns:
             `[b]`.
         """
         if self.regression:
             return predictions[:, 0]
-        right = predictions.gather(1, labels[:, None])[:, 0]
-        others = predictions.scatter(1, labels[:, None], -float("inf"))
-        return right - others.logsumexp(1)
+        return _over_words(_margins(predictions, labels))
 
     def losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """The training loss.
 
         Args:
-            predictions: `[b, classes]`.
-            labels: `[b]`.
+            predictions: `[b, classes]`, or `[b, s, words]`.
+            labels: `[b]`, or `[b, s]`.
 
         Returns:
             `[b]`.
@@ -186,7 +225,19 @@ class Problem:
         if self.regression:
             return (predictions[:, 0] - labels).square() / 2
         # cross entropy, whose digits survive where the loss is tiny
-        return nn.functional.softplus(-self.outputs(predictions, labels))
+        return _over_words(nn.functional.softplus(-_margins(predictions, labels)))
+
+
+def _margins(predictions: Tensor, labels: Tensor) -> Tensor:
+    # log p / (1 - p) of each label
+    right = labels[..., None]
+    others = predictions.scatter(-1, right, -float("inf")).logsumexp(-1)
+    return predictions.gather(-1, right)[..., 0] - others
+
+
+def _over_words(values: Tensor) -> Tensor:
+    # [b] of [b] or [b, s]
+    return values if values.ndim == 1 else values.mean(1)
 
 
 def write(
@@ -253,7 +304,7 @@ def work(package: str, methods: dict[str, Method]) -> None:
     Args:
         package: for messages.
         methods: name to a function of the problem and a number of checkpoints, which gives
-            scores `[n, m]` by label.
+            scores `[n, m]` by label and does the work of one setting in `Problem.once`.
     """
     folder, wanted, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(int(sys.argv[4]))
@@ -268,4 +319,7 @@ def work(package: str, methods: dict[str, Method]) -> None:
         array = torch.as_tensor(np.asarray(scores)).float().numpy()
         np.save(folder / f"{package}-{wanted}-{count}-{j}.npy", array)
         print(f"{label}\t{folder / f'{package}-{wanted}-{count}-{j}.npy'}")
-    print(json.dumps({"seconds": seconds, "megabytes": peak}))
+    figures = {"seconds": seconds, "megabytes": peak}
+    if problem.seconds_one:
+        figures["seconds_one"] = problem.seconds_one
+    print(json.dumps(figures))

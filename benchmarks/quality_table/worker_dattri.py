@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from dattri.algorithm import LoGraAttributor
+from dattri.algorithm import trak as library
 from dattri.algorithm.influence_function import IFAttributorEKFAC
-from dattri.algorithm.trak import TRAKAttributor
 from dattri.task import AttributionTask
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,15 +18,18 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks.quality_table.exchange import BATCH, Problem, Scores, work
 
-RIDGES = (0.0, 1.0, 3.0, 10.0)  # mean squared row norms
-DAMPINGS = (0.0, 1e-3, 1e-2, 1e-1)
-LOGRA_DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)  # mean eigenvalues
+DIMS = (512, 2048)  # the first is the default
+# mean squared row norms; the default, 0, is not the first because it may not go through
+RIDGES = (1.0, 0.0, 0.01, 0.1, 0.3, 3.0, 10.0, 30.0, 100.0)
+DAMPINGS = (0.0, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0)
+# mean eigenvalues; None is the default, 1e-5 of them
+LOGRA_DAMPINGS = (None, 0.1, 1.0, 10.0, 100.0)
 
 
-def loaders(problem: Problem) -> tuple[Any, Any]:
+def loaders(problem: Problem, size: int = BATCH) -> tuple[Any, Any]:
     """Batches of training examples and targets."""
     parts = (TensorDataset(*problem.train), TensorDataset(*problem.targets))
-    return tuple(DataLoader(part, batch_size=BATCH) for part in parts)
+    return tuple(DataLoader(part, batch_size=size) for part in parts)
 
 
 def function(problem: Problem, model: Any, kind: str) -> Any:
@@ -46,32 +50,55 @@ def predicted(problem: Problem, model: Any, params: Any, data: Any) -> Any:
     return functional_call(model, params, tuple(inputs)), labels
 
 
+class Memory:
+    """Projected gradients of a first run, so that the next ones need not compute them.
+
+    dattri computes them anew for every ridge. What it does with them stays its own.
+    """
+
+    def __init__(self, project: Any) -> None:
+        self.project = project
+        self.kept: list[Tensor] = []
+        self.place = 0
+        self.playing = False
+
+    def __call__(self, sample: Tensor, *arguments: Any, **options: Any) -> Any:
+        """Stands for dattri's `random_project`."""
+
+        def projected(rows: Tensor, ensemble_id: int) -> Tensor:
+            if not self.playing:
+                made = self.project(sample, *arguments, **options)
+                self.kept.append(made(rows, ensemble_id=ensemble_id).detach().clone())
+            self.place += 1
+            return self.kept[self.place - 1].clone()
+
+        return projected
+
+    def rewind(self, attributor: Any) -> None:
+        """Gives back what is kept to another attributor, which needs no gradients."""
+        self.place, self.playing = 0, True
+
+        def nothing(_: Any, data: Any) -> Tensor:
+            return torch.zeros(len(data[-1]), 1)
+
+        attributor.grad_loss_func = attributor.grad_target_func = nothing
+
+
 def trak(problem: Problem, count: int) -> Scores:
     """TRAK with k = 512 and 2048, at every ridge."""
-    model = problem.model()
-    train, targets = loaders(problem)
-    output = function(problem, model, "outputs")
-
-    def probability(params: Any, data: Any) -> Tensor:
-        predictions, labels = predicted(problem, model, params, data)
-        outputs = problem.outputs(predictions, labels)
-        if problem.regression:  # one minus it is the loss weight
-            return 1 - (labels - outputs)
-        return torch.sigmoid(outputs)
-
     found: Scores = {}
-    for k in (512, 2048):
-        unit = mean_square(problem, output, model)
-        for ridge in RIDGES:
-            task = AttributionTask(output, model, problem.states[:count])
-            attributor = TRAKAttributor(
-                task,
-                probability,
-                projector_kwargs={"proj_dim": k, "device": "cpu"},
-                regularization=ridge * unit,
-            )
+    original = library.random_project
+    unit = mean_square(problem)
+    train, targets = loaders(problem)
+    for k in DIMS:
+        library.random_project = memory = Memory(original)
+        for number, ridge in enumerate(RIDGES):
+            attributor = attributor_of(problem, count, k, ridge * unit)
+            if number:
+                memory.rewind(attributor)
+            once = problem.once() if (k, ridge) == (DIMS[0], RIDGES[0]) else nullcontext()
             try:
-                with torch.no_grad():
+                with torch.no_grad(), once:
                     attributor.cache(train)
                     scores = attributor.attribute(targets)
             except torch.linalg.LinAlgError:  # a singular kernel, without a ridge
@@ -80,17 +107,34 @@ def trak(problem: Problem, count: int) -> Scores:
     return found
 
 
-def mean_square(problem: Problem, output: Any, model: Any) -> float:
+def attributor_of(problem: Problem, count: int, k: int, ridge: float) -> Any:
+    """TRAK of some checkpoints."""
+    model = problem.model()
+
+    def probability(params: Any, data: Any) -> Tensor:
+        predictions, labels = predicted(problem, model, params, data)
+        return 1 - problem.slopes_of(predictions, labels)  # it takes one minus this
+
+    output = function(problem, model, "outputs")
+    return library.TRAKAttributor(
+        AttributionTask(output, model, problem.states[:count]),
+        probability,
+        projector_kwargs={"proj_dim": k, "device": "cpu"},
+        regularization=ridge,
+    )
+
+
+def mean_square(problem: Problem) -> float:
     """The mean squared norm of a first batch's projected rows, as TRAK scales them.
 
     Args:
         problem: the problem.
-        output: what is attributed.
-        model: the model.
 
     Returns:
         The squared gradient norm over the number of parameters; projections keep it.
     """
+    model = problem.model()
+    output = function(problem, model, "outputs")
     task = AttributionTask(output, model, problem.states[0])
     parameters, _ = task.get_param()
     gradients = task.get_grad_loss_func(in_dims=(None, 0))(
@@ -106,19 +150,27 @@ def ekfac(problem: Problem, count: int) -> Scores:
     each target's column is divided by the slope of its loss.
     """
     total: Scores = {}
-    train, targets = loaders(problem)
+    train, _ = loaders(problem)
+    # gradients of targets are computed anew for each batch of training examples
+    pair = loaders(problem, size=500)
     for j in range(count):
         model = problem.model(j)
         slopes = problem.slopes(j).numpy()
-        for damping in DAMPINGS:
+        parts = {}
+        with problem.once():
             task = AttributionTask(
                 function(problem, model, "losses"), model, problem.states[j]
             )
-            attributor = IFAttributorEKFAC(task, damping=damping)
+            attributor = IFAttributorEKFAC(task)
             attributor.cache(train)
-            found = attributor.attribute(train, targets).detach().double().numpy()
+            parts[DAMPINGS[0]] = attributor.attribute(*pair)
+        for damping in DAMPINGS[1:]:
+            attributor.damping = damping
+            parts[damping] = attributor.attribute(*pair)
+        for damping, part in parts.items():
             label = f"damping {damping if damping else 'default'}"
-            total[label] = total.get(label, 0) + found / slopes / count
+            found = part.detach().double().numpy() / slopes / count
+            total[label] = total.get(label, 0) + found
     return total
 
 
@@ -170,22 +222,25 @@ def logra(problem: Problem, count: int) -> Scores:
         return problem.losses(predictions, batch["labels"]).mean()
 
     for j in range(count):
-        for damping in (None, *LOGRA_DAMPINGS):
-            model = Keyed(problem.model(j), problem)
-            state = {name: value.clone() for name, value in model.state_dict().items()}
-            task = AttributionTask(loss, model, state)
-            with tempfile.TemporaryDirectory() as folder:
+        model = Keyed(problem.model(j), problem)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        parts = {}
+        with tempfile.TemporaryDirectory() as folder:
+            with problem.once():
                 attributor = LoGraAttributor(
-                    task,
-                    damping=damping,
-                    offload="none",
-                    cache_dir=folder,
+                    AttributionTask(loss, model, state), offload="none", cache_dir=folder
                 )
                 attributor.cache(train)
-                part = attributor.attribute(train, targets).detach().double().numpy()
+                parts[LOGRA_DAMPINGS[0]] = attributor.attribute(train, targets)
+            for damping in LOGRA_DAMPINGS[1:]:
+                attributor.compute_preconditioners(damping)
+                attributor.compute_ifvp()
+                parts[damping] = attributor.attribute(train, targets)
+        for damping, part in parts.items():
             # an example's step is against its loss gradient
             label = f"damping {'default' if damping is None else damping}"
-            total[label] = total.get(label, 0) - part / count
+            found = -part.detach().double().numpy() / count
+            total[label] = total.get(label, 0) + found
     return total
 
 

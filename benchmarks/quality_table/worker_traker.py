@@ -7,14 +7,16 @@ import tempfile
 from typing import Any
 
 import numpy as np
-import torch
 from torch.func import functional_call
 
 from benchmarks.quality_table.exchange import Problem, Scores, work
 from trak import TRAKer
 from trak.modelout_functions import AbstractModelOutput
 
-RIDGES = (0.0, 0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # mean squared row norms
+# mean squared row norms
+RIDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+BATCH = 500  # its random matrix is drawn anew for every batch
 
 
 class Output(AbstractModelOutput):
@@ -39,10 +41,8 @@ class Output(AbstractModelOutput):
         """One minus the probability of the right class, or label minus prediction."""
         *inputs, labels = batch
         predictions = functional_call(model, (weights, buffers), tuple(inputs))
-        outputs = Output.problem.outputs(predictions, labels)
-        if Output.problem.regression:
-            return (labels - outputs).reshape(-1, 1).clone().detach()
-        return torch.sigmoid(-outputs).reshape(-1, 1).clone().detach()
+        slopes = Output.problem.slopes_of(predictions, labels)
+        return slopes.reshape(-1, 1).clone().detach()
 
 
 def scores(problem: Problem, count: int, **options: Any) -> Scores:
@@ -52,41 +52,53 @@ def scores(problem: Problem, count: int, **options: Any) -> Scores:
     named = dict(problem.model().named_parameters())
     trained = [name for name, value in named.items() if value.requires_grad]
     with tempfile.TemporaryDirectory() as folder:
-        traker = TRAKer(
-            model=problem.model(),
-            task=Output(),
-            train_set_size=len(problem.train[-1]),
-            grad_wrt=trained if len(trained) < len(named) else None,
-            save_dir=folder,
-            device="cpu",
-            logging_level=logging.ERROR,
-            **options,
-        )
-        # finalizing a second time fails in its projector, which has nothing left to free
-        traker.projector.free_memory = lambda: None
-        for j in range(count):
-            traker.load_checkpoint(problem.states[j], model_id=j)
-            for batch in problem.batches(problem.train):
-                traker.featurize(batch=batch, num_samples=len(batch[0]))
-        units = []
-        for j in range(count):
-            traker.saver.load_current_store(j)
-            rows = np.asarray(traker.saver.current_store["grads"], dtype=np.float64)
-            units.append(float((rows**2).sum(1).mean()))
-        for ridge in RIDGES:
-            traker.score_computer.lambda_reg = ridge * float(np.mean(units))
+        with problem.once():
+            traker = TRAKer(
+                model=problem.model(),
+                task=Output(),
+                train_set_size=len(problem.train[-1]),
+                grad_wrt=trained if len(trained) < len(named) else None,
+                save_dir=folder,
+                device="cpu",
+                logging_level=logging.ERROR,
+                **options,
+            )
+            # finalizing again fails in its projector, which has nothing left to free
+            traker.projector.free_memory = lambda: None
+            found[f"ridge {RIDGES[0]}"] = first(problem, traker, count)
+        unit = mean_square(traker, count)
+        for ridge in RIDGES[1:]:
+            traker.score_computer.lambda_reg = ridge * unit
             for j in range(count):
                 traker.saver.model_ids[j]["is_finalized"] = 0
             traker.finalize_features()
-            if ridge == RIDGES[0]:
-                for j in range(count):
-                    traker.start_scoring_checkpoint(
-                        "t", problem.states[j], j, len(problem.targets[-1])
-                    )
-                    for batch in problem.batches(problem.targets):
-                        traker.score(batch=batch, num_samples=len(batch[0]))
             found[f"ridge {ridge}"] = np.array(traker.finalize_scores("t"), np.float64)
     return found
+
+
+def first(problem: Problem, traker: TRAKer, count: int) -> Any:
+    """All steps with the ridge that it has."""
+    for j in range(count):
+        traker.load_checkpoint(problem.states[j], model_id=j)
+        for batch in problem.batches(problem.train, BATCH):
+            traker.featurize(batch=batch, num_samples=len(batch[0]))
+    traker.finalize_features()
+    for j in range(count):
+        m = len(problem.targets[-1])
+        traker.start_scoring_checkpoint("t", problem.states[j], j, m)
+        for batch in problem.batches(problem.targets, BATCH):
+            traker.score(batch=batch, num_samples=len(batch[0]))
+    return np.array(traker.finalize_scores("t"), np.float64)
+
+
+def mean_square(traker: TRAKer, count: int) -> float:
+    """The mean squared norm of its stored rows, the unit of ridges."""
+    units = []
+    for j in range(count):
+        traker.saver.load_current_store(j)
+        rows = np.asarray(traker.saver.current_store["grads"], dtype=np.float64)
+        units.append(float((rows**2).sum(1).mean()))
+    return float(np.mean(units))
 
 
 if __name__ == "__main__":

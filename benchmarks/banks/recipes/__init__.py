@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -12,10 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
+from benchmarks.banks.bank import MissingDataError
 from benchmarks.banks.differences import restore
 from benchmarks.banks.objectives import OBJECTIVES, Objective
 
-NAMES = ("digits", "mnist", "qnli", "diabetes")  # the banks that are built
+NAMES = (
+    "digits",
+    "mnist",
+    "qnli",
+    "diabetes",
+    "language",
+    "cifar2",
+)  # the banks that are built
 MOMENTUM = 0.9
 OPTIMIZERS = {"sgd": f"SGD, momentum {MOMENTUM}", "adamw": "AdamW"}
 
@@ -119,6 +127,33 @@ def recipe(name: str) -> Recipe:
         The recipe.
     """
     return import_module(f"benchmarks.banks.recipes.{name}").recipe()
+
+
+def with_data(names: Iterable[str]) -> list[str]:
+    """Leaves out banks whose data is not there, and says what to do about it.
+
+    Args:
+        names: banks; any other name is kept.
+
+    Returns:
+        The rest.
+
+    Raises:
+        MissingDataError: if nothing is left.
+    """
+    kept, missing = [], []
+    for name in names:
+        try:
+            if name in NAMES:
+                recipe(name)
+        except MissingDataError as error:
+            missing.append(error)
+            print(f"The bank {name} is left out. {error}", flush=True)
+        else:
+            kept.append(name)
+    if missing and not kept:
+        raise missing[0]
+    return kept
 
 
 def train(recipe: Recipe, indices: Tensor, seed: int) -> nn.Module:

@@ -1,0 +1,97 @@
+"""Does the one call take at most half of the time of EK-FAC influence functions?
+
+Bar: at most 0.5. `trak.attribute` with its defaults against `kronfluence`'s EK-FAC with
+one damping, of one checkpoint of a bank, all targets against all training examples. Each
+run is a process of its own that times the work without imports and loading; the two take
+turns, and the median of the ratios of neighbours counts.
+
+    python -m benchmarks.quality_time [--bank digits] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.banks.recipes import NAMES, with_data
+from benchmarks.common import Row, ratio, write
+from benchmarks.quality_table.run import launch, prepare
+
+SIDES = {
+    "trak.attribute": ("ours", "trak.attribute"),
+    "kronfluence": ("kronfluence", "EK-FAC one damping"),
+}
+BAR = 0.5
+LIMIT = 600  # seconds
+
+
+def measure(bank: str, rounds: int, threads: int) -> dict[str, Any]:
+    """Times both sides in turns.
+
+    Args:
+        bank: the bank.
+        rounds: how often each is timed.
+        threads: of each.
+
+    Returns:
+        `seconds` and `megabytes` of each run by side, or `error`.
+    """
+    prepare(bank)
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    megabytes: dict[str, list[float]] = {name: [] for name in SIDES}
+    for turn in range(rounds):
+        # each comes first equally often
+        for name in list(SIDES)[:: 1 if turn % 2 else -1]:
+            library, side = SIDES[name]
+            found = launch(library, side, bank, 1, threads, LIMIT)
+            if "error" in found:
+                return {"bank": bank, "error": f"{name}: {found['error']}"}
+            seconds[name].append(round(found["seconds"], 3))
+            megabytes[name].append(round(found["megabytes"]))
+            print(bank, turn, name, seconds[name][-1], "s", flush=True)
+    return {"bank": bank, "threads": threads, "seconds": seconds, "megabytes": megabytes}
+
+
+def row_of(found: dict[str, Any]) -> Row:
+    """A line of the page.
+
+    Args:
+        found: as `measure` gives it.
+
+    Returns:
+        The median of the paired ratios against the bar.
+    """
+    what = f"trak.attribute / kronfluence's EK-FAC, {found['bank']}"
+    if "error" in found:
+        return Row(what, f"at most {BAR}", "did not run", None, found["error"])
+    seconds = found["seconds"]
+    measured = ratio(seconds, "trak.attribute", "kronfluence")
+    medians = ", ".join(
+        f"{name} {statistics.median(each):.1f} s, "
+        f"{statistics.median(found['megabytes'][name]):.0f} MB"
+        for name, each in seconds.items()
+    )
+    rounds = len(seconds["kronfluence"])
+    how = f"one checkpoint, median of {rounds} pairs, {found['threads']} threads; {medians}"
+    return Row(what, f"at most {BAR}", f"{measured:.2f}", measured <= BAR, how)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--bank", action="append", choices=NAMES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    details = [
+        measure(bank, options.rounds, options.threads)
+        for bank in with_data(options.bank or NAMES)
+    ]
+    write("quality_time", [row_of(found) for found in details], details, options.out)
+
+
+if __name__ == "__main__":
+    main()
