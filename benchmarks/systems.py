@@ -121,6 +121,26 @@ def checkpoint(made: Recipe, bank: Bank, number: int) -> Checkpoint:
     )
 
 
+def loss_weights(made: Recipe, bank: Bank, number: int) -> Tensor:
+    """The loss weights of one checkpoint, without its gradients.
+
+    Args:
+        made: data and model.
+        bank: has the checkpoint.
+        number: of the checkpoint.
+
+    Returns:
+        Q of training examples and targets, `[n + m]`.
+    """
+    model = made.make_model()
+    model.load_state_dict(made.weights(bank.checkpoints[number]))
+    task = resolve_task(made.objective.task)
+    computer = FunctionalGradientComputer(model=model.eval(), task=task, device="cpu")
+    computer.load_model_params(model)
+    parts = [computer.compute_loss_grad(each) for each in (made.train, made.targets)]
+    return torch.cat([part.flatten() for part in parts]).detach().double()
+
+
 def kernel_of(rows: Sequence[Tensor], n: int) -> Tensor:
     """Inner products of training rows with all rows.
 
