@@ -84,6 +84,7 @@ def _choices() -> dict[str, Choice]:
         "layers half way to equal norm": Choice(kernel="half layers", group=layers),
         "without biases": Choice(kernel="no biases", group=layers),
         "without normalization layers": Choice(kernel="no norms", group=layers),
+        "weight matrices only": Choice(kernel="matrices", group=layers),
     }
     shapes = {
         "training rows centred": "centred",
@@ -122,7 +123,7 @@ def kernels(
     """
     n = found.n
     by_layer: dict[str, Tensor] = {}
-    biases, norms = torch.zeros(()), torch.zeros(())
+    biases, norms, matrices = (torch.zeros(()) for _ in range(3))
     for name, rows in gradients.items():
         own = kernel_of([rows], n)
         layer, _, kind = name.rpartition(".")
@@ -131,6 +132,8 @@ def kernels(
             biases = biases + own
         if layer in norm_layers:
             norms = norms + own
+        if len(found.shapes[name]) > 1:
+            matrices = matrices + own
     total = torch.stack(list(by_layer.values())).sum(0)
     sizes = {layer: own[:, :n].trace() for layer, own in by_layer.items()}
     made = {ALL: total, "no biases": total - biases}
@@ -138,7 +141,7 @@ def kernels(
         scaled = [own / sizes[j] ** power for j, own in by_layer.items() if sizes[j]]
         made[key] = torch.stack(scaled).sum(0)
     if norms.ndim:
-        made["no norms"] = total - norms
+        made |= {"no norms": total - norms, "matrices": matrices}
     return made | stored_kernels(found, gradients)
 
 

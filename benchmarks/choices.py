@@ -39,6 +39,7 @@ COUNTS = (1, 3, 5)
 SETTINGS = {"plain": (0.0, False), "whitened, curvature": (0.5, True)}
 DRAWS = 400
 NORMS = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)  # noqa: SLF001
+NEEDS_NORMS = ("no norms", "matrices")  # as without biases where there are none
 KERNELS_ONLY = ("kernels", "equal kernels")
 
 
@@ -91,7 +92,7 @@ def swept(choice: Choice, parts: Sequence[Part], bank: Bank) -> Swept | None:
     alone = choice.average != "mean" or choice.q == "own"
     if len(parts) == 1 and alone:
         return None
-    if choice.kernel == "no norms" and choice.kernel not in parts[0].made:
+    if choice.kernel in NEEDS_NORMS and choice.kernel not in parts[0].made:
         return None
     if choice.targets == "loss" and curvatures(parts[0].loss) is None:
         return None  # of a prediction; the bank holds no loss
@@ -102,13 +103,16 @@ def swept(choice: Choice, parts: Sequence[Part], bank: Bank) -> Swept | None:
     return sweep(lambda ridge: scores(choice, used, ridge), bank)
 
 
-def measure(name: str, counts: Sequence[int], settings: Sequence[str]) -> dict[str, Any]:
-    """All choices on one bank.
+def measure(
+    name: str, counts: Sequence[int], settings: Sequence[str], choices: Sequence[str]
+) -> dict[str, Any]:
+    """Choices on one bank.
 
     Args:
         name: the bank.
         counts: of checkpoints.
         settings: names of settings.
+        choices: their names; what they are compared with comes before them.
 
     Returns:
         Details of the result.
@@ -119,7 +123,8 @@ def measure(name: str, counts: Sequence[int], settings: Sequence[str]) -> dict[s
     for setting in settings:
         for count in counts:
             kept: dict[str, NDArray[Any]] = {}
-            for label, choice in CHOICES.items():
+            for label in choices:
+                choice = CHOICES[label]
                 found = swept(choice, every[setting][:count], bank)
                 if found is None:
                     continue
@@ -229,10 +234,29 @@ def merge(
     return sorted(every, key=lambda entry: NAMES.index(entry["bank"]))
 
 
+def added(detail: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Adds some choices to what was measured before on the same bank.
+
+    Args:
+        detail: of this run.
+        path: the result file.
+
+    Returns:
+        This run's entries, and the others that are there.
+    """
+    known = json.loads(path.read_text("utf-8"))["details"] if path.exists() else []
+    before = [e for d in known if d["bank"] == detail["bank"] for e in d["entries"]]
+    keys = ("setting", "checkpoints", "choice")
+    mine = {tuple(entry[key] for key in keys) for entry in detail["entries"]}
+    kept = [e for e in before if tuple(e[key] for key in keys) not in mine]
+    return {**detail, "entries": [*kept, *detail["entries"]]}
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--bank", action="append", choices=NAMES)
+    parser.add_argument("--choice", action="append", choices=CHOICES, help="these only")
     parser.add_argument("--small", action="store_true", help="one bank, three checkpoints")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpoints", type=int, action="append", help="averaged over")
@@ -241,10 +265,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     banks = options.bank or (["diabetes"] if options.small else NAMES)
     counts = options.checkpoints or ((1, 3) if options.small else COUNTS)
+    choices = ["default", *(options.choice or [c for c in CHOICES if c != "default"])]
     details: list[dict[str, Any]] = []
     for name in banks:
-        details.append(measure(name, counts, list(SETTINGS)))
         path = options.out or RESULTS / "choices.json"
+        detail = measure(name, counts, list(SETTINGS), choices)
+        details.append(added(detail, path) if options.choice else detail)
         every = merge(details, banks, path) if not options.small else details
         write("choices", rows_of(every), every, options.out)
 

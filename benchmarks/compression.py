@@ -11,6 +11,8 @@ by itself loses to none by more than the interval of the difference.
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +28,18 @@ from benchmarks.banks.recipes import NAMES, recipe
 from benchmarks.choices import merge
 from benchmarks.common import RESULTS, Row, environment, write
 from benchmarks.lds import lds
-from benchmarks.sketches import DERIVED, FIXED, RANDOM, Source, compress, random_rows
-from benchmarks.systems import RIDGES, checkpoint, loss_weights
+from benchmarks.sketches import (
+    DERIVED,
+    FIXED,
+    PREDICTED,
+    RANDOM,
+    Source,
+    compress,
+    leading_cost,
+    predicted_variances,
+    random_rows,
+)
+from benchmarks.systems import RIDGES, Checkpoint, checkpoint, loss_weights, moments_of
 from trak.evaluation import lds_difference
 from trak.projectors.choice import make_projector, projection_costs
 from trak.projectors.dimension import chosen_dimension
@@ -38,6 +50,7 @@ STRENGTHS = (0.0, 0.5)
 COUNTS = (1, 3)
 SEEDS = 2
 DRAWS = 200
+POSITIONS = 64  # as the library assumes where it chooses
 HALF = 2  # bytes of a stored number, by default
 EXACT, AUTO = "no projection", "proj_dim='auto'"
 BEST, AUTOMATIC = "best", "auto"
@@ -170,7 +183,7 @@ def collect(
     for number in range(number_of):
         one = checkpoint(made, bank, number)
         for strength in STRENGTHS:
-            source = Source(one, one.whitened(strength), strength)
+            source = Source(one, one.whitened(strength), strength, max(dims))
             for kind, k, seed in every_job(source, dims):
                 rows = rows_for(source, kind, k, seed)
                 for count in (c for c in counts if number < c and rows is not None):
@@ -301,14 +314,36 @@ def measure(name: str, dims: Sequence[int], counts: Sequence[int]) -> dict[str, 
                 entry[f"default - this, {ridge}"] = judged.difference(mine, setting, ridge)
         entries.append(entry)
         print(name, entry, flush=True)
-    costs = {str(k): projection_costs(shapes, k) for k in dims}
     return {
         "bank": name,
         "default": {str(k): kind for k, kind in default.items()},
-        "operations a sample": costs,
+        "operations a sample": costs_of(name, dims),
         "entries": entries,
         "ran": environment(),
     }
+
+
+def costs_of(name: str, dims: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Operations a sample, as the library counts them.
+
+    Args:
+        name: the bank.
+        dims: columns.
+
+    Returns:
+        Columns to kind to operations; leading coordinates those of whitened rows.
+    """
+    made, bank, shapes = recipe(name), load(name), shapes_for(name)
+    moments = moments_of(made, bank, 0)
+    width = sum(math.prod(shape) for shape in shapes.values())
+    names = {key: torch.empty(0, math.prod(shape)) for key, shape in shapes.items()}
+    one = Checkpoint(names, torch.empty(0), moments, shapes, len(made.train[-1]), 0)
+    order = predicted_variances(one, names, STRENGTHS[-1]).argsort(descending=True)
+    found = {}
+    for k in (k for k in dims if k < width):
+        leading = leading_cost(shapes, order[:k], POSITIONS)
+        found[str(k)] = {**projection_costs(shapes, k, POSITIONS), PREDICTED: leading}
+    return found
 
 
 def shapes_for(name: str) -> dict[str, tuple[int, ...]]:
@@ -379,6 +414,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpoints", type=int, action="append", help="averaged over")
     parser.add_argument("--proj-dim", type=int, action="append")
+    parser.add_argument("--costs", action="store_true", help="count operations anew only")
     parser.add_argument("--out", type=Path, help="another file; banks in it are kept")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -386,9 +422,14 @@ def main() -> None:
     dims, counts = (DIMS[:1], COUNTS[:1]) if options.small else (DIMS, COUNTS)
     dims, counts = options.proj_dim or dims, options.checkpoints or counts
     details: list[dict[str, Any]] = []
+    path = options.out or RESULTS / "compression.json"
     for name in banks:
-        details.append(measure(name, dims, counts))
-        path = options.out or RESULTS / "compression.json"
+        if options.costs:
+            known = json.loads(path.read_text("utf-8"))["details"]
+            detail = next(d for d in known if d["bank"] == name)
+            details.append({**detail, "operations a sample": costs_of(name, dims)})
+        else:
+            details.append(measure(name, dims, counts))
         every = details if options.small else merge(details, banks, path)
         write("compression", rows_of(every), every, options.out)
 

@@ -21,11 +21,11 @@ from benchmarks.compression import (
     STRENGTHS,
     losses_of,
 )
-from benchmarks.sketches import DERIVED, RANDOM
+from benchmarks.sketches import DERIVED, PREDICTED, RANDOM
 
 PAGE = ROOT / "docs" / "compression.md"
 KINDS = (EXACT, AUTO, *RANDOM, *DERIVED)
-CHOOSABLE = ("rademacher", "sparse", "factored")  # whose costs the library knows
+CHOOSABLE = ("rademacher", "sparse", "factored", PREDICTED)  # whose costs are counted
 Entries = Mapping[tuple[str, int], dict[str, Any]]
 
 
@@ -131,7 +131,8 @@ def equal_cost(details: Sequence[dict[str, Any]]) -> str:
         costs = detail["operations a sample"]
         budget = costs[str(DIMS[0])]["rademacher"]
         for kind in CHOOSABLE:
-            fits = [k for k in DIMS if costs[str(k)][kind] <= budget]
+            known = [k for k in DIMS if kind in costs.get(str(k), {})]
+            fits = [k for k in known if costs[str(k)][kind] <= budget]
             entries = [chosen(detail, s, COUNTS[-1]) for s in STRENGTHS]
             fits = [k for k in fits if (kind, k) in entries[0]]
             if fits:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.banks.evaluate import DRAWN
 from benchmarks.systems import Checkpoint, Gradients, kernel_of
 from trak.projectors import SparseProjector, make_projector
 from trak.whitening.whitening import DAMPING, from_left, times
@@ -34,11 +34,15 @@ class Source:
         found: the checkpoint.
         gradients: its gradients, whitened or not.
         strength: of the whitening.
+        widest: columns of the dense rows that narrower ones are the beginning of.
+        dense: seed to these rows, once they are made.
     """
 
     found: Checkpoint
     gradients: Gradients
     strength: float = 0.0
+    widest: int = 0
+    dense: dict[int, Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def width(self) -> int:
@@ -142,6 +146,36 @@ def predicted_variances(found: Checkpoint, gradients: Gradients, strength: float
     return torch.cat([part.flatten() for part in parts])
 
 
+def leading_cost(
+    shapes: Mapping[str, Sequence[int]], chosen: Tensor, positions: int
+) -> float:
+    """What the chosen coordinates cost, by the smallest rectangle of each layer.
+
+    Both sides are multiplied by as many eigenvectors as the rectangle has, and the sum over
+    positions is taken of these, as `projection_costs` counts it for two-sided projections.
+
+    Args:
+        shapes: of the parameters.
+        chosen: coordinates of `rotate`, those of large eigenvalues first.
+        positions: `s`, how often a layer's weight is used for one sample.
+
+    Returns:
+        Operations a sample.
+    """
+    start, cost = 0, 0.0
+    for shape in shapes.values():
+        size = math.prod(shape)
+        own = chosen[(chosen >= start) & (chosen < start + size)] - start
+        start += size
+        if len(shape) < 2 or not len(own):
+            cost += len(own)
+            continue
+        columns = size // shape[0]
+        rows, width = int((own // columns).max()) + 1, int((own % columns).max()) + 1
+        cost += 2.0 * positions * (rows * shape[0] + width * columns + rows * width)
+    return cost
+
+
 def _values(side: Tensor) -> Tensor:
     # eigenvalues of (A + shift)^(-1/4), in the order of the eigenvectors
     return (side if side.ndim == 1 else torch.linalg.eigh(side.double())[0]).double()
@@ -181,12 +215,8 @@ def compress(source: Source, kind: str, k: int, seed: int) -> Tensor | None:
         rest[:, taken] = 0
         sketch = SparseProjector(rows.shape[1], k - k // 2, seed, device="cpu")
         return torch.cat([rows[:, taken], _sketched(sketch, rest, source, k - k // 2)], 1)
-    if kind == "rademacher" and source.width > DENSE_UP_TO:
-        kind = DRAWN
-    if kind == DRAWN:
-        rng = np.random.default_rng([seed, source.found.model_id])
-        drawn = rng.standard_normal((k, len(source.root)), dtype=np.float32)
-        return source.root @ torch.from_numpy(drawn).T / math.sqrt(k)
+    if kind == "rademacher":
+        return _dense_rows(source, k, seed)
     return random_rows(source, kind, k, seed)
 
 
@@ -212,6 +242,20 @@ def random_rows(source: Source, kind: str | None, k: int, seed: int) -> Tensor:
         for start in range(0, size, _PIECE)
     ]
     return torch.cat(pieces) / math.sqrt(k)
+
+
+def _dense_rows(source: Source, k: int, seed: int) -> Tensor:
+    # entries do not depend on k: the first columns of a wide matrix are the narrow one
+    wide = max(k, source.widest)
+    if seed not in source.dense or source.dense[seed].shape[1] < k:
+        if source.width > DENSE_UP_TO:
+            rng = np.random.default_rng([seed, source.found.model_id])
+            drawn = rng.standard_normal((wide, len(source.root)), dtype=np.float32)
+            source.dense[seed] = source.root @ torch.from_numpy(drawn).T
+        else:
+            rows = random_rows(source, "rademacher", wide, seed)
+            source.dense[seed] = rows * math.sqrt(wide)
+    return source.dense[seed][:, :k] / math.sqrt(k)
 
 
 def _sketched(sketch: SparseProjector, rows: Tensor, source: Source, k: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from trak.whitening import Moments, Whitening
 RIDGES = tuple(float(f"{ridge:.4g}") for ridge in np.logspace(-1, 2.5, 15))
 """Of every sweep, in units of the mean squared row norm: 0.1 to 316."""
 Gradients = dict[str, Tensor]
+Computer = TypeVar("Computer", FunctionalGradientComputer, HookGradientComputer)
 
 
 @dataclass(frozen=True)
@@ -95,30 +96,47 @@ def checkpoint(made: Recipe, bank: Bank, number: int) -> Checkpoint:
     Returns:
         Gradients, loss weights and moments.
     """
-    model = made.make_model()
-    model.load_state_dict(made.weights(bank.checkpoints[number]))
-    model.eval()
-    task = resolve_task(made.objective.task)
-    exact = FunctionalGradientComputer(model=model, task=task, device="cpu")
-    hooks = HookGradientComputer(model=model, task=task, device="cpu")
-    moments, parts, weights = Moments(), [], []
-    for computer in (exact, hooks):
-        computer.load_model_params(model)
+    exact = _computer(made, bank, number, FunctionalGradientComputer)
+    parts, weights = [], []
     for examples in (made.train, made.targets):
         for batch in zip(*(part.split(BATCH) for part in examples), strict=True):
             parts.append(exact.compute_per_sample_grad(batch))
             weights.append(exact.compute_loss_grad(batch).flatten())
-            if examples is made.train:
-                with moments.adding(len(batch[0])) as sink:
-                    hooks.run(batch, sink, {})
     gradients = {
         name: torch.cat([part[name].detach().flatten(1) for part in parts])
         for name in parts[0]
     }
-    loss = torch.cat(weights).detach().double()
-    return Checkpoint(
-        gradients, loss, moments, shapes_of(made), len(made.train[-1]), number
-    )
+    loss, moments = torch.cat(weights).detach().double(), moments_of(made, bank, number)
+    n = len(made.train[-1])
+    return Checkpoint(gradients, loss, moments, shapes_of(made), n, number)
+
+
+def moments_of(made: Recipe, bank: Bank, number: int) -> Moments:
+    """What whitening needs to know of the training examples.
+
+    Args:
+        made: data and model.
+        bank: has the checkpoint.
+        number: of the checkpoint.
+
+    Returns:
+        Sums over the training set.
+    """
+    hooks, moments = _computer(made, bank, number, HookGradientComputer), Moments()
+    for batch in zip(*(part.split(BATCH) for part in made.train), strict=True):
+        with moments.adding(len(batch[0])) as sink:
+            hooks.run(batch, sink, {})
+    return moments
+
+
+def _computer(made: Recipe, bank: Bank, number: int, kind: type[Computer]) -> Computer:
+    model = made.make_model()
+    model.load_state_dict(made.weights(bank.checkpoints[number]))
+    model.eval()
+    task = resolve_task(made.objective.task)
+    computer = kind(model=model, task=task, device="cpu")
+    computer.load_model_params(model)
+    return computer
 
 
 def loss_weights(made: Recipe, bank: Bank, number: int) -> Tensor:
@@ -132,11 +150,7 @@ def loss_weights(made: Recipe, bank: Bank, number: int) -> Tensor:
     Returns:
         Q of training examples and targets, `[n + m]`.
     """
-    model = made.make_model()
-    model.load_state_dict(made.weights(bank.checkpoints[number]))
-    task = resolve_task(made.objective.task)
-    computer = FunctionalGradientComputer(model=model.eval(), task=task, device="cpu")
-    computer.load_model_params(model)
+    computer = _computer(made, bank, number, FunctionalGradientComputer)
     parts = [computer.compute_loss_grad(each) for each in (made.train, made.targets)]
     return torch.cat([part.flatten() for part in parts]).detach().double()
 

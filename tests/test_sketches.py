@@ -11,6 +11,7 @@ from benchmarks.sketches import (
     RANDOM,
     Source,
     compress,
+    leading_cost,
     predicted_variances,
     rotate,
 )
@@ -114,3 +115,16 @@ def test_half_of_leading_columns_leaves_less_to_chance(source):
     usual = spread("sparse")
     assert spread(MIXED_GRAM) < 0.5 * usual
     assert spread(MIXED_KFAC) < 0.8 * usual
+
+
+def test_a_narrow_dense_projection_is_the_beginning_of_a_wide_one(source):
+    wide = Source(source.found, source.gradients, 0.5, 32)
+    for k in (8, 32):
+        found = compress(wide, "rademacher", k, 3)
+        torch.testing.assert_close(found, compress(source, "rademacher", k, 3))
+
+
+def test_coordinates_cost_their_rectangle():
+    shapes = {"weight": (4, 6), "bias": (4,)}
+    chosen = torch.tensor([0, 2, 6 + 1, 24 + 3])  # rows 0 and 1, columns 0 to 2, one bias
+    assert leading_cost(shapes, chosen, 5) == 2 * 5 * (2 * 4 + 3 * 6 + 2 * 3) + 1
