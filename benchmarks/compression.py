@@ -46,6 +46,7 @@ from trak.projectors.dimension import chosen_dimension
 from trak.score_computers.auto_ridge import Situation, relative_ridge
 
 DIMS = (512, 2048, 4096)
+KINDS = (*RANDOM, *DERIVED)
 STRENGTHS = (0.0, 0.5)
 COUNTS = (1, 3)
 SEEDS = 2
@@ -123,19 +124,22 @@ def predict(
     return [((mine / (values + ridge * unit)) @ right).numpy() for ridge in (*RIDGES, auto)]
 
 
-def every_job(source: Source, dims: Sequence[int]) -> Iterator[tuple[str, int, int]]:
+def every_job(
+    source: Source, dims: Sequence[int], kinds: Sequence[str]
+) -> Iterator[tuple[str, int, int]]:
     """Everything that is to be projected.
 
     Args:
         source: gradients.
         dims: columns.
+        kinds: of compression.
 
     Yields:
         Kind, columns and seed.
     """
     yield EXACT, 0, 0
     for k in (k for k in dims if k < source.width):
-        for kind in (*RANDOM, *DERIVED):
+        for kind in kinds:
             seeds = 1 if kind in FIXED else SEEDS
             yield from ((kind, k, seed) for seed in range(seeds))
     wide = chosen_dimension("auto", source.found.n, source.width, HALF)
@@ -163,7 +167,7 @@ def rows_for(source: Source, kind: str, k: int, seed: int) -> Tensor | None:
 
 
 def collect(
-    name: str, dims: Sequence[int], counts: Sequence[int]
+    name: str, dims: Sequence[int], counts: Sequence[int], kinds: Sequence[str]
 ) -> dict[Setting, list[Sums]]:
     """Group scores in every setting.
 
@@ -171,6 +175,7 @@ def collect(
         name: the bank.
         dims: columns.
         counts: of checkpoints.
+        kinds: of compression.
 
     Returns:
         Setting to the sums of each seed.
@@ -184,7 +189,7 @@ def collect(
         one = checkpoint(made, bank, number)
         for strength in STRENGTHS:
             source = Source(one, one.whitened(strength), strength, max(dims))
-            for kind, k, seed in every_job(source, dims):
+            for kind, k, seed in every_job(source, dims, kinds):
                 rows = rows_for(source, kind, k, seed)
                 for count in (c for c in counts if number < c and rows is not None):
                     situation = Situation(
@@ -278,18 +283,21 @@ class Judged:
         }
 
 
-def measure(name: str, dims: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
+def measure(
+    name: str, dims: Sequence[int], counts: Sequence[int], kinds: Sequence[str]
+) -> dict[str, Any]:
     """Everything on one bank.
 
     Args:
         name: the bank.
         dims: columns.
         counts: of checkpoints.
+        kinds: of compression.
 
     Returns:
         Details of the result.
     """
-    found = collect(name, dims, counts)
+    found = collect(name, dims, counts, kinds)
     judged = Judged(load(name), found)
     shapes = shapes_for(name)
     device = torch.device("cpu")
@@ -414,6 +422,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpoints", type=int, action="append", help="averaged over")
     parser.add_argument("--proj-dim", type=int, action="append")
+    parser.add_argument("--kind", action="append", choices=KINDS)
     parser.add_argument("--costs", action="store_true", help="count operations anew only")
     parser.add_argument("--out", type=Path, help="another file; banks in it are kept")
     options = parser.parse_args()
@@ -429,7 +438,7 @@ def main() -> None:
             detail = next(d for d in known if d["bank"] == name)
             details.append({**detail, "operations a sample": costs_of(name, dims)})
         else:
-            details.append(measure(name, dims, counts))
+            details.append(measure(name, dims, counts, options.kind or KINDS))
         every = details if options.small else merge(details, banks, path)
         write("compression", rows_of(every), every, options.out)
 

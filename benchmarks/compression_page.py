@@ -19,7 +19,6 @@ from benchmarks.compression import (
     DIMS,
     EXACT,
     STRENGTHS,
-    losses_of,
 )
 from benchmarks.sketches import DERIVED, PREDICTED, RANDOM
 
@@ -145,7 +144,7 @@ def equal_cost(details: Sequence[dict[str, Any]]) -> str:
 
 
 def summary(details: Sequence[dict[str, Any]]) -> str:
-    """Where the default loses.
+    """How often the default is worse than another kind.
 
     Args:
         details: one entry a bank.
@@ -153,22 +152,21 @@ def summary(details: Sequence[dict[str, Any]]) -> str:
     Returns:
         Markdown.
     """
+    key = f"default - this, {BEST}"
     lines = []
-    for detail in details:
-        for entry, found in losses_of(detail):
-            where = f"strength {entry['strength']:g}, {entry['checkpoints']} checkpoints"
-            name = detail["default"][str(entry["k"])]
-            lines.append([
-                detail["bank"],
-                f"{name}, k = {entry['k']}",
-                entry["kind"],
-                where,
-                _difference(found),
-            ])
-    if not lines:
-        return "It loses nowhere.\n"
-    header = ["bank", "default", "loses to", "with", "default less the other"]
-    return _table(header, lines)
+    for kind in (*RANDOM, *DERIVED):
+        cells = []
+        for detail in details:
+            own = [e[key] for e in detail["entries"] if e["kind"] == kind and key in e]
+            if not own:
+                cells.append("")
+                continue
+            lost = sum(found["interval"][1] < 0 for found in own)
+            won = sum(found["interval"][0] > 0 for found in own)
+            mean = sum(found["difference"] for found in own) / len(own)
+            cells.append(f"{lost}, {won} of {len(own)}; {mean:+.3f}")
+        lines.append([kind, *cells])
+    return _table(["", *(detail["bank"] for detail in details)], lines)
 
 
 def tables(details: Sequence[dict[str, Any]]) -> str:
@@ -180,7 +178,14 @@ def tables(details: Sequence[dict[str, Any]]) -> str:
     Returns:
         Markdown.
     """
-    text = "\n## Where the default loses\n\n" + summary(details)
+    text = (
+        "\n## Where the default loses\n\nIn how many settings the default is worse, better, "
+        "by more than the interval; mean difference.\n\n"
+    )
+    text += summary(details)
+    for detail in details:
+        kinds = ", ".join(f"{kind} at {k}" for k, kind in detail["default"].items())
+        text += f"\n{detail['bank']}: the default is {kinds}.\n"
     text += "\n## At equal cost\n\n" + equal_cost(details)
     for detail in details:
         text += f"\n## {detail['bank']}\n"
