@@ -132,7 +132,8 @@ def equal_cost(details: Sequence[dict[str, Any]]) -> str:
         for kind in CHOOSABLE:
             known = [k for k in DIMS if kind in costs.get(str(k), {})]
             fits = [k for k in known if costs[str(k)][kind] <= budget]
-            entries = [chosen(detail, s, COUNTS[-1]) for s in STRENGTHS]
+            most = max(entry["checkpoints"] for entry in detail["entries"])
+            entries = [chosen(detail, s, most) for s in STRENGTHS]
             fits = [k for k in fits if (kind, k) in entries[0]]
             if fits:
                 k = fits[-1]
@@ -179,14 +180,21 @@ def tables(details: Sequence[dict[str, Any]]) -> str:
         Markdown.
     """
     text = (
-        "\n## Where the default loses\n\nIn how many settings the default is worse, better, "
-        "by more than the interval; mean difference.\n\n"
+        "\n## Where the default loses\n\n"
+        "In how many settings the default is worse, better, by more than the interval; "
+        "mean difference.\n\n"
     )
     text += summary(details)
     for detail in details:
         kinds = ", ".join(f"{kind} at {k}" for k, kind in detail["default"].items())
         text += f"\n{detail['bank']}: the default is {kinds}.\n"
-    text += "\n## At equal cost\n\n" + equal_cost(details)
+    text += (
+        "\n## At equal cost\n\n"
+        f"The widest that costs no more than dense rows of {DIMS[0]}, "
+        f"up to {DIMS[-1]} (operations as the library counts them where it chooses), "
+        "with the most checkpoints measured, best ridges, without whitening and with.\n\n"
+    )
+    text += equal_cost(details)
     for detail in details:
         text += f"\n## {detail['bank']}\n"
         for strength in STRENGTHS:
