@@ -2,8 +2,8 @@
 
 Bar: on every bank, its LDS is at least 97 % of the best of 25 ridges, for plain TRAK from
 k = 128 to 4096, with one checkpoint and with several. Beside the banks, many ways to train
-an MLP (`benchmarks.banks.variants`) that differ in what a ridge depends on; some of them were
-not looked at when the rule was made. Banks that are not named keep what was measured before.
+an MLP (`benchmarks.banks.variants`) that differ in what a ridge depends on; some of them
+were not looked at when the rule was made. What is known of other banks is kept.
 
     python -m benchmarks.ridge [--bank digits] [--proj-dim 512] [--small]
     python -m benchmarks.ridge_page
@@ -12,6 +12,7 @@ not looked at when the rule was made. Banks that are not named keep what was mea
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,18 @@ import torch
 from benchmarks.banks.bank import Bank, load
 from benchmarks.banks.recipes import NAMES, Recipe, recipe, with_data
 from benchmarks.banks.variants import VARIANTS, make
-from benchmarks.common import Row, write
+from benchmarks.common import RESULTS, Row, environment, write
 from benchmarks.lds import lds
 from benchmarks.quality_table.ours import stepwise
 from trak.evaluation import group_scores
 
 RIDGES = [f"{ridge:.4g}x" for ridge in np.logspace(-2, 3, 25)]
 DIMS: list[int | str] = [128, 512, 2048, 4096, "exact"]
+VARIANT_DIMS: list[int | str] = [128, 512, "exact"]
 COUNTS = (1, 5)
 BAR = 0.97
 EXACT_UP_TO = 50_000  # parameters
+RESULT = RESULTS / "ridge.json"
 
 
 def measure(
@@ -63,6 +66,23 @@ def measure(
     return auto, chosen, swept
 
 
+def with_others(details: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Keeps what was measured before in other settings.
+
+    Args:
+        details: of this run.
+        path: the result file.
+
+    Returns:
+        Details of all settings, bank by bank.
+    """
+    known = json.loads(path.read_text("utf-8"))["details"] if path.exists() else []
+    mine = {(d["bank"], d["k"], d["checkpoints"]) for d in details}
+    kept = [d for d in known if (d["bank"], d["k"], d["checkpoints"]) not in mine]
+    order = [*NAMES, *VARIANTS]
+    return sorted([*kept, *details], key=lambda d: order.index(d["bank"]))
+
+
 def rows_of(details: list[dict[str, Any]]) -> list[Row]:
     """Lines of the page, one a bank.
 
@@ -90,46 +110,57 @@ def rows_of(details: list[dict[str, Any]]) -> list[Row]:
     return rows
 
 
+def judged(made: Recipe, bank: Bank, dim: int | str, count: int) -> dict[str, Any]:
+    """One setting.
+
+    Args:
+        made: data and model.
+        bank: ground truth.
+        dim: projection dimension.
+        count: checkpoints.
+
+    Returns:
+        The automatic ridge, the best one, and what they reach.
+    """
+    auto, chosen, swept = measure(made, bank, count, proj_dim=dim)
+    best = max(swept, key=lambda ridge: swept[ridge])
+    return {
+        "commit": environment()["commit"],
+        "k": dim,
+        "checkpoints": count,
+        "auto": round(chosen, 3),
+        "lds": round(auto, 4),
+        "best": best,
+        "best lds": round(swept[best], 4),
+        "share": round(auto / max(swept[best], auto), 4),
+        "sweep": {ridge: round(value, 4) for ridge, value in swept.items()},
+    }
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--bank", action="append", choices=[*NAMES, *VARIANTS])
     parser.add_argument("--proj-dim", type=int, action="append")
-    parser.add_argument("--curvature", action="store_true", help="and rows weighted by it")
     parser.add_argument("--small", action="store_true", help="one bank, one dimension")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     banks = options.bank or (["diabetes"] if options.small else [*NAMES, *VARIANTS])
-    dims = options.proj_dim or (DIMS[1:2] if options.small else DIMS)
     details: list[dict[str, Any]] = []
     for name in with_data(banks):
         made, bank = (recipe(name), load(name)) if name in NAMES else make(name)
         width = sum(p.numel() for p in made.make_model().parameters() if p.requires_grad)
-        for dim in dims:
-            if isinstance(dim, int) and dim >= width:
-                continue
-            if dim == "exact" and width > EXACT_UP_TO:
+        dims = options.proj_dim or (DIMS if name in NAMES else VARIANT_DIMS)
+        for dim in dims[1:2] if options.small else dims:
+            if width > EXACT_UP_TO if dim == "exact" else width <= dim:
                 continue
             for count in COUNTS:
-                extra: dict[str, Any] = {"curvature": True} if options.curvature else {}
-                auto, chosen, swept = measure(made, bank, count, proj_dim=dim, **extra)
-                best = max(swept, key=lambda ridge: swept[ridge])
-                share = auto / max(swept[best], auto)
-                details.append({
-                    "bank": name,
-                    "k": dim,
-                    "checkpoints": count,
-                    "auto": round(chosen, 3),
-                    "lds": round(auto, 4),
-                    "best": best,
-                    "best lds": round(swept[best], 4),
-                    "share": round(share, 4),
-                    "sweep": {ridge: round(value, 4) for ridge, value in swept.items()},
-                })
+                details.append({"bank": name, **judged(made, bank, dim, count)})
                 shown = {key: value for key, value in details[-1].items() if key != "sweep"}
                 print(shown, flush=True)
-        write("ridge", rows_of(details), details, options.out)
+        every = with_others(details, options.out or RESULT)
+        write("ridge", rows_of(every), every, options.out)
 
 
 if __name__ == "__main__":

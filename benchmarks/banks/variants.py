@@ -1,8 +1,8 @@
 """Small banks that are trained when they are asked for.
 
 They differ in what a ridge depends on: how long and how strongly regularized training was,
-how much noise is in the labels, width, depth, number of examples, data and loss. The rule of
-the automatic ridge was made with those above `UNSEEN`; the rest was kept for judging it.
+how much noise is in the labels, width, depth, number of examples, data and loss. The rule
+of the automatic ridge was made with those above `UNSEEN`; the rest was kept for judging it.
 """
 
 from __future__ import annotations
