@@ -96,7 +96,7 @@ def test_the_ridge_of_a_training_is_found_again():
         assert training.answers is None
         found.append(float(training.ridge * unit))
     assert found[1] / found[0] == pytest.approx(4, rel=0.25)  # an offset is fitted, too
-    assert found[0] == pytest.approx(30 / 1.5, rel=0.25)
+    assert found[0] == pytest.approx(30 / 2.5, rel=0.25)
 
 
 def test_the_ridge_of_a_training_stays_in_bounds():
@@ -130,7 +130,7 @@ def test_a_direction_that_is_held_back_counts_less():
     steep = float((q * (1 - q)).mean())
     free = training_of(kernel, 3 * steep * outputs, q)
     torch.testing.assert_close(free.kernel, kernel)
-    assert free.ridge == pytest.approx(3 * steep / 1.5)
+    assert free.ridge == pytest.approx(3 * steep / 2.5)
     ratios = torch.cat([torch.full((199,), 3.0), torch.tensor([150.0])]).double()
     held = training_of(kernel, vectors @ (steep * ratios * parts), q)
     assert held.ridge == pytest.approx(free.ridge, rel=0.2)

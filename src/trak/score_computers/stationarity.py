@@ -14,9 +14,9 @@ from torch import Tensor
 LEAST, MOST = 0.3, 12.0
 """Ridges of a training, in units of the mean squared row norm times `q (1 - q)`."""
 _UNKNOWN = 0.4
-_DEPTH = 1.5
+_DEPTH = 2.5
 """Outputs of a network of `L` layers grow like the `L`-th power of its weights, so that
-`Phi w = L f`. How many layers there are cannot be told from rows; 1.5 was best."""
+`Phi w = L f`. How many layers there are cannot be told from rows; 2.5 was best."""
 _FIRST, _LAST = 5, 100  # leading directions have few examples each on their side
 _PRESENT = 1e-6  # smaller eigenvalues are rounding
 _RIGHT, _WRONG = 1e-30, 1e-9  # loss weights of 0 and 1 stand for finite outputs
