@@ -120,6 +120,18 @@ def test_answers_of_a_regression_lead_to_its_residuals():
     torch.testing.assert_close(training.answers - kernel @ duals, residuals)
 
 
+@pytest.mark.parametrize(("leading", "logistic"), [(True, True), (False, False)])
+def test_outputs_that_nobody_can_have_learned_are_no_outputs(leading, logistic):
+    rows = torch.randn(240, 200, generator=torch.Generator().manual_seed(0)).double()
+    kernel = rows @ rows.T / 200
+    vectors = torch.linalg.eigh(kernel).eigenvectors
+    outputs = 5 * (vectors[:, -4:] if leading else vectors[:, 40:44]).sum(dim=1) - 2
+    q = torch.sigmoid(-outputs)  # most examples are wrong
+    assert (training_of(kernel, kernel @ q, q).answers is None) == logistic
+    few = torch.sigmoid(-outputs - 5)  # most are right: details may have been learned
+    assert training_of(kernel, kernel @ few, few).answers is None
+
+
 def test_a_direction_that_is_held_back_counts_less():
     rows = torch.randn(200, 150, generator=torch.Generator().manual_seed(0)).double()
     kernel = rows @ rows.T / 150

@@ -18,6 +18,7 @@ _DEPTH = 2.5
 """Outputs of a network of `L` layers grow like the `L`-th power of its weights, so that
 `Phi w = L f`. How many layers there are cannot be told from rows; 2.5 was best."""
 _FIRST, _LAST = 5, 100  # leading directions have few examples each on their side
+_LEARNED = 0.6  # of the outputs' variance, by the leading directions
 _PRESENT = 1e-6  # smaller eigenvalues are rounding
 _RIGHT, _WRONG = 1e-30, 1e-9  # loss weights of 0 and 1 stand for finite outputs
 
@@ -41,7 +42,10 @@ def training_of(kernel: Tensor, pull: Tensor, loss: Tensor) -> Training:
     """The training whose result these examples are.
 
     Outputs are known where loss weights are probabilities of being wrong,
-    `q = 1 / (1 + exp(f))`. There the ridge is the median over eigenvectors 6 to 100. The
+    `q = 1 / (1 + exp(f))`. (Where most examples are wrong, nothing but the leading
+    directions can have been learned; if the outputs do not lie in these, Q is another kind
+    of number, such as a mean over a text's words.) There the ridge is the median over
+    eigenvectors 6 to 100. The
     direction in which all outputs grow may be held back more strongly than others, as by
     batch normalization or the length of training; the kernel is then smaller along it. For
     other losses the ridge is a constant, and the answers are those that would have led to
@@ -56,12 +60,10 @@ def training_of(kernel: Tensor, pull: Tensor, loss: Tensor) -> Training:
     Returns:
         The training.
     """
-    probable = bool(((loss >= 0) & (loss <= 1)).all())
     steep = float((loss * (1 - loss)).mean())
-    if not probable or steep <= 0:
+    outputs = _outputs(kernel, loss)
+    if outputs is None:
         return Training(_UNKNOWN, kernel, pull / _UNKNOWN + loss)
-    bounded = loss.clamp(_RIGHT, 1 - _WRONG)
-    outputs = torch.log1p(-bounded) - bounded.log()
     ridge = _median_ridge(kernel, pull, outputs) / steep / _DEPTH
     ridge = min(max(ridge, LEAST), MOST) if ridge > 0 else _UNKNOWN
     growing = float(outputs @ pull / (outputs @ outputs)) / steep
@@ -70,6 +72,20 @@ def training_of(kernel: Tensor, pull: Tensor, loss: Tensor) -> Training:
         excess = (1 - _DEPTH * ridge / growing) / float(outputs @ along)
         kernel = kernel - excess * torch.outer(along, along)
     return Training(ridge * steep, kernel, None)
+
+
+def _outputs(kernel: Tensor, loss: Tensor) -> Tensor | None:
+    # None where loss weights are no probabilities of a logistic model
+    if not bool(((loss >= 0) & (loss <= 1)).all()) or not bool((loss * (1 - loss)).any()):
+        return None
+    bounded = loss.clamp(_RIGHT, 1 - _WRONG)
+    outputs = torch.log1p(-bounded) - bounded.log()
+    if float(loss.median()) > 0.5:
+        vectors = torch.linalg.eigh(kernel).eigenvectors[:, -max(1, len(loss) // 12) :]
+        apart = outputs - outputs.mean()
+        if (vectors.T @ apart).square().sum() < _LEARNED * apart.square().sum():
+            return None
+    return outputs
 
 
 def _median_ridge(kernel: Tensor, pull: Tensor, outputs: Tensor) -> float:
