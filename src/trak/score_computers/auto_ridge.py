@@ -154,26 +154,24 @@ def best_ridge(sample: Sample, training: Training) -> float:
     halves = retrained(
         training.kernel, training.ridge * sample.share, answers=training.answers
     )
-    values = torch.stack([halves.agreement(s) for s in _scores(sample, halves)])
+    values = torch.stack([halves.agreement(sums) for sums in _sums(sample, halves)])
     values = values.nan_to_num(-1.0).cpu().numpy()
     good = np.log(_RIDGES[values >= values.max() - _AS_GOOD])
     return float(np.exp(good.mean()))
 
 
-def _scores(sample: Sample, halves: Halves) -> list[Tensor]:
-    # TRAK's scores [t, h] at every ridge
+def _sums(sample: Sample, halves: Halves) -> list[Tensor]:
+    # of TRAK's scores over each half, [subsets, h], at every ridge
     train, held = halves.train, halves.held
     weights = sample.roots[train][:, None]
     gram = weights * sample.kernel[train][:, train] * weights.T
     unit = gram.trace() / len(train)
     values, vectors = torch.linalg.eigh(gram / unit)
     across = vectors.T @ (weights * sample.kernel[train][:, held])
+    after = halves.masks @ (vectors * (sample.loss[train][:, None] / weights))
     share = sample.share * len(train) / len(sample.kernel)
-    after = vectors * (sample.loss[train][:, None] / weights)
-    return [
-        after @ (across / (values.clamp(min=0) + ridge * share)[:, None])
-        for ridge in _RIDGES
-    ]
+    values = values.clamp(min=0)
+    return [after @ (across / (values + r * share)[:, None]) for r in _RIDGES]
 
 
 def sampled(rows: RowSource, situation: Situation) -> Sample | None:

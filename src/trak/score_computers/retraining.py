@@ -16,6 +16,7 @@ _STEPS = 25
 _FARTHEST = 4.0  # an output moves by so much in a Newton step
 _CONVERGED = 1e-3
 _LEAST = 1e-6  # curvature of an example that is fitted perfectly
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,17 @@ class Halves:
     masks: Tensor
     outputs: Tensor
 
-    def agreement(self, scores: Tensor) -> Tensor:
-        """How well sums of scores predict the outputs.
+    def agreement(self, predicted: Tensor) -> Tensor:
+        """How well something predicts the outputs.
 
         Args:
-            scores: `[..., t, h]`.
+            predicted: sums of scores over each half, `[subsets, h]`.
 
         Returns:
-            Pearson correlation over halves, mean over the examples held out, `[...]`.
+            Pearson correlation over halves, mean over the examples held out.
         """
-        predicted = _standard(self.masks @ scores)
-        return (predicted * _standard(self.outputs)).sum(dim=-2).mean(dim=-1)
+        both = _standard(predicted) * _standard(self.outputs)
+        return both.sum(dim=0).mean()
 
 
 def retrained(
@@ -77,8 +78,7 @@ def retrained(
     if answers is None:
         duals = _logistic(inside, ridge)
     else:
-        eye = torch.eye(half).to(inside)
-        duals = torch.linalg.solve(inside + ridge * eye, answers[own])
+        duals = _solve(inside, torch.full_like(inside[:, 0], ridge), answers[own])
     across = kernel[held.to(kernel.device)][:, own]  # [h, subsets, half]
     outputs = torch.einsum("hsi,si->sh", across, duals)
     device = kernel.device
@@ -92,8 +92,7 @@ def _logistic(kernels: Tensor, ridge: float) -> Tensor:
     for _ in range(_STEPS):
         weights = torch.sigmoid(-outputs)
         curvature = (weights * (1 - weights)).clamp(min=_LEAST)
-        system = kernels + torch.diag_embed(ridge / curvature)
-        wanted = torch.linalg.solve(system, outputs + weights / curvature)
+        wanted = _solve(kernels, ridge / curvature, outputs + weights / curvature)
         moves = (kernels @ (wanted - duals)[..., None])[..., 0]
         farthest = moves.abs().amax(dim=1, keepdim=True)
         share = (_FARTHEST / farthest.clamp(min=_FARTHEST)).to(duals)
@@ -104,8 +103,20 @@ def _logistic(kernels: Tensor, ridge: float) -> Tensor:
     return duals
 
 
+def _solve(kernels: Tensor, diagonals: Tensor, right: Tensor) -> Tensor:
+    # by Cholesky: torch runs batches of LU in threads, which some LAPACKs do not survive
+    systems = kernels.clone()
+    systems.diagonal(dim1=1, dim2=2).add_(diagonals)
+    lower, failed = torch.linalg.cholesky_ex(systems)
+    if int(failed.max()):  # rounding, where the ridge is tiny
+        least = _ROUNDING * kernels.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True)
+        systems.diagonal(dim1=1, dim2=2).add_(least)
+        lower = torch.linalg.cholesky(systems)
+    return torch.cholesky_solve(right[..., None], lower)[..., 0]
+
+
 def _standard(values: Tensor) -> Tensor:
     # columns of mean 0 and length 1; constant ones are 0
-    centred = values - values.mean(dim=-2, keepdim=True)
-    lengths = centred.norm(dim=-2, keepdim=True)
+    centred = values - values.mean(dim=0)
+    lengths = centred.norm(dim=0)
     return centred / torch.where(lengths > 0, lengths, torch.inf)
