@@ -34,7 +34,8 @@ class Choice:
     Attributes:
         kernel: which rows, a name of `kernels` or `reshaped`.
         q: loss weights: `"mean"` over checkpoints apart from the rest, `"own"` of each
-            checkpoint, or `"none"`.
+            checkpoint, `"none"`, `"root"` of their size, or `"half"`: half of each and
+            half of their mean size.
         average: over checkpoints: `"mean"` or `"median"` of scores; `"kernels"` averages
             the kernels before the solve, `"equal kernels"` after giving each the same
             mean squared row norm.
@@ -73,6 +74,8 @@ def _choices() -> dict[str, Choice]:
             corrected=True, curved_by_corrected=True, group=leverage
         ),
         "no Q": Choice(q="none", group=leverage),
+        "root of Q": Choice(q="root", group=leverage),
+        "Q half way to its mean": Choice(q="half", group=leverage),
         "each score with its own Q": Choice(q="own", group=average),
         "median of scores": Choice(average="median", group=average),
         "median, each with its own Q": Choice(average="median", q="own", group=average),
@@ -320,13 +323,32 @@ def scores(choice: Choice, parts: Sequence[Part], ridge: float) -> Tensor:
         if choice.targets == "unit":
             tau = tau * part.sizes.clamp(min=1e-20).rsqrt()
         taus.append(tau)
-        losses.append(torch.ones_like(loss) if choice.q == "none" else loss)
+        losses.append(flattened(loss, choice.q))
     stacked, weights = torch.stack(taus), torch.stack(losses)[:, :, None]
     if choice.q == "own":
         stacked, weights = stacked * weights, torch.ones_like(weights)
     if choice.average == "median":
         return stacked.quantile(0.5, dim=0) * weights.mean(0)
     return stacked.mean(0) * weights.mean(0)
+
+
+def flattened(loss: Tensor, how: str) -> Tensor:
+    """Loss weights that differ less between examples.
+
+    Args:
+        loss: Q, `[n]`.
+        how: `q` of a choice.
+
+    Returns:
+        `[n]`.
+    """
+    if how == "none":
+        return torch.ones_like(loss)
+    if how == "root":
+        return loss.sign() * loss.abs().sqrt()
+    if how == "half":
+        return (loss + loss.sign() * loss.abs().mean()) / 2
+    return loss
 
 
 def without_changes(choice: Choice) -> Choice:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from benchmarks.choice_variants import Choice, Part, merged, reshaped, scores
+from benchmarks.choice_variants import Choice, Part, flattened, merged, reshaped, scores
 from benchmarks.systems import System, kernel_of, leave_one_out_loss
 
 
@@ -102,3 +102,12 @@ def test_kernels_add_up_over_parts(rows):
         kernel_of(parts, N).double(), whole(rows), rtol=1e-5, atol=1e-5
     )
     assert not math.isnan(float(kernel_of(parts, N).sum()))
+
+
+def test_flattened_loss_weights_keep_their_signs():
+    loss = torch.tensor([-4.0, 1.0, 0.0, 9.0])
+    torch.testing.assert_close(flattened(loss, "root"), torch.tensor([-2.0, 1.0, 0.0, 3.0]))
+    half = torch.tensor([-3.75, 2.25, 0.0, 6.25])
+    torch.testing.assert_close(flattened(loss, "half"), half)
+    assert bool((flattened(loss, "none") == 1).all())
+    assert flattened(loss, "mean") is loss
