@@ -34,8 +34,8 @@ class Choice:
     Attributes:
         kernel: which rows, a name of `kernels` or `reshaped`.
         q: loss weights: `"mean"` over checkpoints apart from the rest, `"own"` of each
-            checkpoint, `"none"`, `"root"` of their size, or `"half"`: half of each and
-            half of their mean size.
+            checkpoint, or `"none"`.
+        power: of the loss weights, where they are probabilities.
         average: over checkpoints: `"mean"` or `"median"` of scores; `"kernels"` averages
             the kernels before the solve, `"equal kernels"` after giving each the same
             mean squared row norm.
@@ -50,6 +50,7 @@ class Choice:
 
     kernel: str = ALL
     q: str = "mean"
+    power: float = 1.0
     average: str = "mean"
     leave_out: bool = False
     corrected: bool = False
@@ -74,8 +75,9 @@ def _choices() -> dict[str, Choice]:
             corrected=True, curved_by_corrected=True, group=leverage
         ),
         "no Q": Choice(q="none", group=leverage),
-        "root of Q": Choice(q="root", group=leverage),
-        "Q half way to its mean": Choice(q="half", group=leverage),
+        "Q to the power of 3/4": Choice(power=0.75, group=leverage),
+        "Q to the power of 1/2": Choice(power=0.5, group=leverage),
+        "Q to the power of 1/4": Choice(power=0.25, group=leverage),
         "each score with its own Q": Choice(q="own", group=average),
         "median of scores": Choice(average="median", group=average),
         "median, each with its own Q": Choice(average="median", q="own", group=average),
@@ -323,32 +325,14 @@ def scores(choice: Choice, parts: Sequence[Part], ridge: float) -> Tensor:
         if choice.targets == "unit":
             tau = tau * part.sizes.clamp(min=1e-20).rsqrt()
         taus.append(tau)
-        losses.append(flattened(loss, choice.q))
+        flat = torch.ones_like(loss) if choice.q == "none" else loss
+        losses.append(flat if choice.power == 1 else flat**choice.power)
     stacked, weights = torch.stack(taus), torch.stack(losses)[:, :, None]
     if choice.q == "own":
         stacked, weights = stacked * weights, torch.ones_like(weights)
     if choice.average == "median":
         return stacked.quantile(0.5, dim=0) * weights.mean(0)
     return stacked.mean(0) * weights.mean(0)
-
-
-def flattened(loss: Tensor, how: str) -> Tensor:
-    """Loss weights that differ less between examples.
-
-    Args:
-        loss: Q, `[n]`.
-        how: `q` of a choice.
-
-    Returns:
-        `[n]`.
-    """
-    if how == "none":
-        return torch.ones_like(loss)
-    if how == "root":
-        return loss.sign() * loss.abs().sqrt()
-    if how == "half":
-        return (loss + loss.sign() * loss.abs().mean()) / 2
-    return loss
 
 
 def without_changes(choice: Choice) -> Choice:

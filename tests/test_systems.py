@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from benchmarks.choice_variants import Choice, Part, flattened, merged, reshaped, scores
+from benchmarks.choice_variants import Choice, Part, merged, reshaped, scores
 from benchmarks.systems import System, kernel_of, leave_one_out_loss
 
 
@@ -104,10 +104,9 @@ def test_kernels_add_up_over_parts(rows):
     assert not math.isnan(float(kernel_of(parts, N).sum()))
 
 
-def test_flattened_loss_weights_keep_their_signs():
-    loss = torch.tensor([-4.0, 1.0, 0.0, 9.0])
-    torch.testing.assert_close(flattened(loss, "root"), torch.tensor([-2.0, 1.0, 0.0, 3.0]))
-    half = torch.tensor([-3.75, 2.25, 0.0, 6.25])
-    torch.testing.assert_close(flattened(loss, "half"), half)
-    assert bool((flattened(loss, "none") == 1).all())
-    assert flattened(loss, "mean") is loss
+def test_powers_of_loss_weights(rows):
+    loss = torch.rand(len(rows), dtype=torch.float64)
+    part = Part({"all": whole(rows)}, loss, rows[N:].square().sum(1), curvature=False)
+    root = scores(Choice(power=0.5), [part], 1.0)
+    usual = scores(Choice(), [part], 1.0)
+    torch.testing.assert_close(root * loss[:N, None].sqrt(), usual)
