@@ -35,6 +35,7 @@ class Choice:
         kernel: which rows, a name of `kernels` or `reshaped`.
         q: loss weights: `"mean"` over checkpoints apart from the rest, `"own"` of each
             checkpoint, or `"none"`.
+        power: of the loss weights, where they are probabilities.
         average: over checkpoints: `"mean"` or `"median"` of scores; `"kernels"` averages
             the kernels before the solve, `"equal kernels"` after giving each the same
             mean squared row norm.
@@ -49,6 +50,7 @@ class Choice:
 
     kernel: str = ALL
     q: str = "mean"
+    power: float = 1.0
     average: str = "mean"
     leave_out: bool = False
     corrected: bool = False
@@ -73,6 +75,9 @@ def _choices() -> dict[str, Choice]:
             corrected=True, curved_by_corrected=True, group=leverage
         ),
         "no Q": Choice(q="none", group=leverage),
+        "Q to the power of 3/4": Choice(power=0.75, group=leverage),
+        "Q to the power of 1/2": Choice(power=0.5, group=leverage),
+        "Q to the power of 1/4": Choice(power=0.25, group=leverage),
         "each score with its own Q": Choice(q="own", group=average),
         "median of scores": Choice(average="median", group=average),
         "median, each with its own Q": Choice(average="median", q="own", group=average),
@@ -320,7 +325,8 @@ def scores(choice: Choice, parts: Sequence[Part], ridge: float) -> Tensor:
         if choice.targets == "unit":
             tau = tau * part.sizes.clamp(min=1e-20).rsqrt()
         taus.append(tau)
-        losses.append(torch.ones_like(loss) if choice.q == "none" else loss)
+        flat = torch.ones_like(loss) if choice.q == "none" else loss
+        losses.append(flat if choice.power == 1 else flat**choice.power)
     stacked, weights = torch.stack(taus), torch.stack(losses)[:, :, None]
     if choice.q == "own":
         stacked, weights = stacked * weights, torch.ones_like(weights)

@@ -94,8 +94,9 @@ def swept(choice: Choice, parts: Sequence[Part], bank: Bank) -> Swept | None:
         return None
     if choice.kernel in NEEDS_NORMS and choice.kernel not in parts[0].made:
         return None
-    if choice.targets == "loss" and curvatures(parts[0].loss) is None:
-        return None  # of a prediction; the bank holds no loss
+    probable = curvatures(parts[0].loss) is not None
+    if not probable and (choice.targets == "loss" or choice.power != 1):
+        return None  # outputs are predictions, Q residuals
     used = list(parts)
     if choice.average in KERNELS_ONLY:
         used = [merged(parts, equal=choice.average == "equal kernels")]
@@ -245,7 +246,13 @@ def added(detail: dict[str, Any], path: Path) -> dict[str, Any]:
         This run's entries, and the others that are there.
     """
     known = json.loads(path.read_text("utf-8"))["details"] if path.exists() else []
-    before = [e for d in known if d["bank"] == detail["bank"] for e in d["entries"]]
+    before = [
+        entry
+        for other in known
+        if other["bank"] == detail["bank"]
+        for entry in other["entries"]
+        if entry["choice"] in CHOICES
+    ]
     keys = ("setting", "checkpoints", "choice")
     mine = {tuple(entry[key] for key in keys) for entry in detail["entries"]}
     kept = [e for e in before if tuple(e[key] for key in keys) not in mine]

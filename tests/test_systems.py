@@ -102,3 +102,11 @@ def test_kernels_add_up_over_parts(rows):
         kernel_of(parts, N).double(), whole(rows), rtol=1e-5, atol=1e-5
     )
     assert not math.isnan(float(kernel_of(parts, N).sum()))
+
+
+def test_powers_of_loss_weights(rows):
+    loss = torch.rand(len(rows), dtype=torch.float64)
+    part = Part({"all": whole(rows)}, loss, rows[N:].square().sum(1), curvature=False)
+    root = scores(Choice(power=0.5), [part], 1.0)
+    usual = scores(Choice(), [part], 1.0)
+    torch.testing.assert_close(root * loss[:N, None].sqrt(), usual)
