@@ -16,7 +16,22 @@ from benchmarks.quality_table.exchange import Problem, Scores, work
 
 BATCH = 100
 # 1e-8 is the default; None takes a tenth of a layer's mean eigenvalue
-DAMPINGS = (1e-8, 1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, None)
+DAMPINGS = (
+    1e-8,
+    1e-12,
+    1e-10,
+    1e-6,
+    1e-5,
+    3e-5,
+    1e-4,
+    3e-4,
+    1e-3,
+    3e-3,
+    1e-2,
+    3e-2,
+    0.1,
+    None,
+)
 
 
 class Bank(Task):
