@@ -182,7 +182,7 @@ class TRAKer(Results):
             made = self._shapes, proj_dim, self.proj_seed, self.device, projector
             projector = projector_of_width(*made, *size)
         self.projector: AbstractProjector = projector
-        self.proj_dim: int = width_of_rows(projector, self._shapes, *size)
+        self.proj_dim: int = width_of_rows(projector, self._shapes, self.dtype, *size)
 
     @property
     def pipeline(self) -> Pipeline:

@@ -116,6 +116,7 @@ def is_exact(projector: Any, proj_dim: Any) -> bool:
 def width_of_rows(
     projector: AbstractProjector,
     shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
     num_rows: int,
     row_bytes: int,
     folder: Path,
@@ -125,6 +126,7 @@ def width_of_rows(
     Args:
         projector: what makes rows.
         shapes: name to shape of every selected parameter.
+        dtype: dtype of the stored rows.
         num_rows: training examples, `n`.
         row_bytes: bytes of a stored number.
         folder: where the rows will be.
@@ -133,7 +135,8 @@ def width_of_rows(
         `k`.
 
     Raises:
-        InputError: if the kernel is of another number of examples, or would not fit.
+        InputError: if the kernel is of another number of examples, would not fit, or if
+            rounding would spoil it.
     """
     if not isinstance(projector, KernelProjector):
         return projector.proj_dim or sum(math.prod(shape) for shape in shapes.values())
@@ -141,6 +144,12 @@ def width_of_rows(
         raise InputError(
             f"KernelProjector({projector.num_rows}) is for as many training examples; "
             f"train_set_size is {num_rows}."
+        )
+    if dtype in {torch.bfloat16, torch.int8}:
+        raise InputError(
+            f"row_dtype={str(dtype).removeprefix('torch.')!r} is too coarse for the exact "
+            "kernel, whose rows are computed from each other (docs/numerics.md). Use "
+            "'float32', 'float64', or 'float16' where 1e-3 is good enough."
         )
     predict(shapes, num_rows, row_bytes, folder)
     return projector.row_width

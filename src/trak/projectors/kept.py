@@ -64,12 +64,13 @@ class Part:
         return found
 
     def size(self) -> int:
-        """Bytes of all arrays.
+        """Bytes that grow with the number of samples.
 
         Returns:
-            Their number.
+            Those of all arrays, without the tables' sizes.
         """
-        return self.rows.nbytes + sum(array.nbytes for array in self.arrays.values())
+        each = (array.nbytes for array in self.arrays.values() if array.ndim)
+        return self.rows.nbytes + sum(each)
 
 
 class Collector:

@@ -93,7 +93,7 @@ class KernelCost(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{_size(self.gradients)} of gradients and {_size(self.rows)} of rows on disk "
-            f"for each checkpoint, {self.products:.2g} multiplications for the kernel and "
+            f"for each checkpoint; about {self.products:.2g} multiplications for the kernel and "
             f"{self.factor:.2g} for its factor"
         )
 
