@@ -13,7 +13,7 @@ import sys
 from benchmarks import render
 from benchmarks.common import ROOT
 
-NAMES = ("step", "memory", "streaming", "row_dtypes", "quality")
+NAMES = ("step", "memory", "streaming", "row_dtypes", "kernel", "quality")
 
 
 def main() -> None:

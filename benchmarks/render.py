@@ -24,6 +24,7 @@ ORDER = (
     "whitening_cost",
     "calibration",
     "row_dtypes",
+    "kernel",
 )
 TITLES = {
     "step": "Featurizing against a training step",
@@ -36,6 +37,7 @@ TITLES = {
     "whitening_cost": "What whitening costs",
     "calibration": "Errors of scores",
     "row_dtypes": "Precision of stored rows",
+    "kernel": "The exact kernel",
 }
 MARKS = {True: "met", False: "**not met**", None: ""}
 COMMON = {"name", "rows", "environment"}

@@ -220,7 +220,7 @@ def _strength(
     with tempfile.TemporaryDirectory() as trial:
         traker = TRAKer(model, save_dir=trial, whitening="auto", **settings)
         if isinstance(traker.projector, KernelProjector):  # agreement is told by a sketch
-            sketched = {**settings, "proj_dim": "auto", "projector": None}
+            sketched: dict[str, Any] = {**settings, "proj_dim": "auto", "projector": None}
             folder = Path(trial) / "sketch"
             traker = TRAKer(model, save_dir=folder, whitening="auto", **sketched)
         curvature = bool(settings["curvature"])

@@ -93,8 +93,8 @@ class KernelCost(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{_size(self.gradients)} of gradients and {_size(self.rows)} of rows on disk "
-            f"for each checkpoint; about {self.products:.2g} multiplications for the kernel and "
-            f"{self.factor:.2g} for its factor"
+            f"for each checkpoint; about {self.products:.2g} multiplications for the "
+            f"kernel and {self.factor:.2g} for its factor"
         )
 
 
