@@ -1,5 +1,6 @@
 """The exact kernel against rows of unprojected gradients: time, bytes, and the same scores.
 
+Also what the precision of the rows does to scores, since rows are computed from rows.
 First, scores by the kernel's factor must equal scores by unprojected rows; then both ways
 featurize a training set and score targets in turns.
 
@@ -25,7 +26,10 @@ from torch import Tensor, nn
 from benchmarks import models
 from benchmarks.common import Row, paired_seconds, ratio, write
 from trak import TRAKer
+from trak.encodings import encoding_of
+from trak.pipeline.kernel import smallest_pivot
 from trak.projectors import KernelProjector, NoOpProjector
+from trak.projectors.cholesky import forward, lower_factor
 
 WIDTH = 1024
 TARGETS = 16
@@ -213,6 +217,94 @@ def rows_of(found: dict[str, Any]) -> list[Row]:
     ]
 
 
+def grown(gram: Tensor, dtype: torch.dtype, batch_size: int = 32) -> Tensor:
+    """The factor as the store would hold it, with rows rounded as they come.
+
+    Args:
+        gram: `[n, n]`.
+        dtype: of the rows.
+        batch_size: rows that come at once.
+
+    Returns:
+        `[n, n]`, float64.
+    """
+    encoding = encoding_of(dtype)
+    found = torch.zeros_like(gram)
+    for start in range(0, len(gram), batch_size):
+        part = slice(start, min(start + batch_size, len(gram)))
+        strips = [found[:start, :start]] if start else []
+        across = forward(strips, gram[:start, part])
+        own = gram[part, part]
+        schur = own - across.T @ across
+        lower = lower_factor(schur, own.diagonal(), smallest_pivot(dtype))
+        found[part, : part.stop] = torch.cat([across.T, lower], dim=1)
+        found[part] = encoding.decode(*encoding.encode(found[part]), torch.float64)
+    return found
+
+
+def precision(dtype: torch.dtype, kind: str) -> dict[str, float]:
+    """What rounding of rows does to scores, at a ridge of the mean squared row norm.
+
+    Args:
+        dtype: of the rows.
+        kind: `"independent"` gradients; `"copies"`, half of which differ from the other
+            half by a thousandth; or `"dependent"`, six times as many as directions.
+
+    Returns:
+        Rms errors over the rms of the scores, by the factor and by rows of gradients.
+    """
+    torch.manual_seed(0)
+    width = 50 if kind == "dependent" else 3000
+    scales = torch.linspace(1, 30, width, dtype=torch.float64) ** -1.0
+    g = torch.randn(300, width, dtype=torch.float64) * scales
+    if kind == "copies":
+        g[150:] = g[:150] + 1e-3 * g[150:]
+    h = torch.randn(20, width, dtype=torch.float64) * scales
+    encoding = encoding_of(dtype)
+
+    def solved(inside: Tensor, across: Tensor) -> Tensor:
+        ridge = inside.diagonal().mean() * torch.eye(len(inside), dtype=inside.dtype)
+        return torch.linalg.solve(inside + ridge, across)
+
+    exact = solved(g @ g.T, g @ h.T)
+    phi = grown(g @ g.T, dtype)
+    psi = encoding.decode(*encoding.encode(forward([phi], g @ h.T).T), torch.float64)
+    rows, targets = (encoding.decode(*encoding.encode(x), torch.float64) for x in (g, h))
+    ways = {"factor": (phi, psi), "gradients": (rows, targets)}
+    return {
+        way: float((solved(a @ a.T, a @ b.T) - exact).norm() / exact.norm())
+        for way, (a, b) in ways.items()
+    }
+
+
+def precisions() -> tuple[list[Row], dict[str, Any]]:
+    """Lines of the page on precision, and all figures.
+
+    Returns:
+        Both.
+    """
+    kinds = ("independent", "copies", "dependent")
+    found = {
+        name: {kind: precision(getattr(torch, name), kind) for kind in kinds}
+        for name in ("float64", "float32", "float16", "bfloat16", "int8")
+    }
+    rows = [
+        Row(
+            f"scores from {name} rows of the factor, against exact ones",
+            "",
+            f"{max(each['factor'] for each in by_kind.values()):.1e}",
+            None,
+            "rms error over the rms of the scores, largest of three; "
+            + ", ".join(
+                f"{kind} {each['factor']:.1e} (rows of gradients {each['gradients']:.1e})"
+                for kind, each in by_kind.items()
+            ),
+        )
+        for name, by_kind in found.items()
+    ]
+    return rows, found
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -224,7 +316,9 @@ def main() -> None:
     details = [
         measure(name, given.rounds, small=given.small) for name in given.case or CASES
     ]
-    write("kernel", [row for each in details for row in rows_of(each)], details, given.out)
+    rows, figures = precisions()
+    rows = [row for each in details for row in rows_of(each)] + rows
+    write("kernel", rows, {"cases": details, "precision": figures}, given.out)
 
 
 if __name__ == "__main__":

@@ -532,7 +532,7 @@ def test_what_is_refused(tmp_path):
     model, train, _, states = world("wide")
     with pytest.raises(InputError, match="train_set_size is 23"):
         kernel_traker(model, tmp_path, projector=KernelProjector(22, "cpu"))
-    for row_dtype in ("bfloat16", "int8"):
+    for row_dtype in ("float16", "bfloat16", "int8"):
         with pytest.raises(InputError, match="too coarse"):
             kernel_traker(model, tmp_path / "coarse", row_dtype=row_dtype)
     assert not (tmp_path / "coarse").exists()

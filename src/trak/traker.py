@@ -66,9 +66,10 @@ class TRAKer(Results):
         score_computer: class or instance; `RidgeScoreComputer` if None.
             `BasicScoreComputer` scales as upstream does.
         proj_dim: projection dimension `k`; `"auto"` for 4096, less where rows would
-            fill more than 8 GiB, more where there are few; `"exact"` for none, where that
-            is affordable (its cost is logged, and rows are float32 unless `row_dtype` says
-            otherwise). A given projector's own counts instead.
+            fill more than 8 GiB, more where there are few; `"exact"` for none, by rows of
+            gradients or, where these are too wide, by the exact kernel (its cost is logged,
+            and rows are float32 unless `row_dtype` says otherwise). A given projector's own
+            counts instead.
         logging_level: level of the logger `trak`. No handler is installed.
         use_half_precision: store rows in float16; else in float32 (float64 for float64
             models). Arithmetic is float32 or float64 in either case.

@@ -162,8 +162,8 @@ class KernelMaker(RowMaker):
         # further rows of the factor, [b, n + 1]
         across = forward(earlier.strips(self.device), self._across(parts, earlier))
         own = self._own(parts)
-        tolerance = max(_SAFETY * encoding_of(self.dtype).eps, _EXACT)
-        lower = lower_factor(own - across.T @ across, own.diagonal(), tolerance)
+        schur = own - across.T @ across
+        lower = lower_factor(schur, own.diagonal(), smallest_pivot(self.dtype))
         made = own.new_zeros(len(own), self.projector.row_width)
         made[:, torch.from_numpy(earlier.order).to(made.device)] = across.T
         made[:, torch.from_numpy(_rows_of(parts)).to(made.device)] = lower
@@ -239,6 +239,18 @@ class KernelMaker(RowMaker):
                 "proj_dim='auto' or a number, select parameters with grad_wrt, or another "
                 "save_dir."
             )
+
+
+def smallest_pivot(dtype: torch.dtype) -> float:
+    """Below which a pivot of the factor is lost in rounding.
+
+    Args:
+        dtype: dtype of the stored rows.
+
+    Returns:
+        A share of the example's own square.
+    """
+    return max(_SAFETY * encoding_of(dtype).eps, _EXACT)
 
 
 def _rows_of(parts: list[Part]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

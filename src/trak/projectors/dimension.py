@@ -145,11 +145,11 @@ def width_of_rows(
             f"KernelProjector({projector.num_rows}) is for as many training examples; "
             f"train_set_size is {num_rows}."
         )
-    if dtype in {torch.bfloat16, torch.int8}:
+    if dtype not in {torch.float32, torch.float64}:
         raise InputError(
             f"row_dtype={str(dtype).removeprefix('torch.')!r} is too coarse for the exact "
             "kernel, whose rows are computed from each other (docs/numerics.md). Use "
-            "'float32', 'float64', or 'float16' where 1e-3 is good enough."
+            "'float32' or 'float64'."
         )
     predict(shapes, num_rows, row_bytes, folder)
     return projector.row_width
