@@ -182,11 +182,14 @@ def test_what_is_read_back(tmp_path):
         close(sets[0][key], sets[1][key], 1e-8)
     errors = [t.scores("exp", with_error=True).errors for t in (mine, rows)]
     close(*errors, 1e-6)
+
+
+def test_one_checkpoint_tells_no_error_without_a_projection(tmp_path):
+    model, train, targets, states = world("wide")
+    traker = kernel_traker(model, tmp_path)
+    runs.whole_run(traker, train, targets, states[:1])
     with pytest.raises(InputError, match="no projection"):
-        single, *_ = (kernel_traker(world("wide")[0], tmp_path / "one") for _ in range(1))
-        model, train, targets, states = world("wide")
-        runs.whole_run(single, train, targets, states[:1])
-        single.scores("exp", with_error=True)
+        traker.scores("exp", with_error=True)
 
 
 def test_batches_of_other_lengths(tmp_path):
@@ -596,12 +599,10 @@ def test_products_of_all_forms(one, other, chunk, monkeypatch):
     expected = first.dense().gradient @ second.dense().gradient.T
     forms = [pairs.smaller(first), pairs.smaller(second)]
     torch.testing.assert_close(pairs.products(*forms), expected)
-    raw = [b for b in (first, second) if not isinstance(b, ConvolvedBlock)]
     torch.testing.assert_close(pairs._by_slices(*forms), expected)
     if not any(isinstance(f, DenseBlock) for f in forms):
         torch.testing.assert_close(pairs._by_positions(*forms), expected)
     assert pairs.cost(*forms) <= 1e4
-    assert len(raw) <= 2
 
 
 @pytest.mark.parametrize(
