@@ -13,7 +13,16 @@ import sys
 from benchmarks import render
 from benchmarks.common import ROOT
 
-NAMES = ("step", "memory", "streaming", "row_dtypes", "quality", "choices", "compression")
+NAMES = (
+    "step",
+    "memory",
+    "streaming",
+    "row_dtypes",
+    "kernel",
+    "quality",
+    "choices",
+    "compression",
+)
 
 
 def main() -> None:

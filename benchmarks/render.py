@@ -25,6 +25,7 @@ ORDER = (
     "whitening_cost",
     "calibration",
     "row_dtypes",
+    "kernel",
 )
 TITLES = {
     "step": "Featurizing against a training step",
@@ -38,6 +39,7 @@ TITLES = {
     "whitening_cost": "What whitening costs",
     "calibration": "Errors of scores",
     "row_dtypes": "Precision of stored rows",
+    "kernel": "The exact kernel",
 }
 MARKS = {True: "met", False: "**not met**", None: ""}
 COMMON = {"name", "rows", "environment"}

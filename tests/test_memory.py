@@ -109,7 +109,7 @@ def test_the_hook_computer_takes_more_samples_at_once_than_all_gradients_allow(
     model, train, _ = runs.data("mlp", 40, 1)
     width = sum(p.numel() for p in model.parameters())
     largest = max(p.numel() for p in model.parameters())
-    monkeypatch.setattr("trak.pipeline.project._GRADIENT_BYTES", 4 * 8 * width)
+    monkeypatch.setattr("trak.pipeline.project.GRADIENT_BYTES", 4 * 8 * width)
     computer = hungry(HookGradientComputer, None, 1000, "never")
     traker = runs.make_traker(model, 40, tmp_path, gradient_computer=computer)
     runs.featurize(traker, train, model.state_dict(), size=40)

@@ -25,6 +25,7 @@ from trak.batches import batch_size, normalize
 from trak.errors import InputError, InputTypeError
 from trak.gradient_computers import select_parameters
 from trak.pipeline import as_names
+from trak.projectors import KernelProjector
 from trak.strength import choose_strength, sampled, state_of
 from trak.traker import TRAKer
 
@@ -218,5 +219,9 @@ def _strength(
     batches = sampled(train, len(train), math.ceil(count / len(train)))
     with tempfile.TemporaryDirectory() as trial:
         traker = TRAKer(model, save_dir=trial, whitening="auto", **settings)
+        if isinstance(traker.projector, KernelProjector):  # agreement is told by a sketch
+            sketched: dict[str, Any] = {**settings, "proj_dim": "auto", "projector": None}
+            folder = Path(trial) / "sketch"
+            traker = TRAKer(model, save_dir=folder, whitening="auto", **sketched)
         curvature = bool(settings["curvature"])
         return choose_strength(traker.pipeline, states, batches, curvature=curvature)

@@ -28,8 +28,10 @@ from trak.pipeline import (
 )
 from trak.projectors import (
     AbstractProjector,
+    is_exact,
     projector_of_width,
     resolve_device,
+    width_of_rows,
 )
 from trak.results import Results
 from trak.savers import AbstractSaver
@@ -64,9 +66,10 @@ class TRAKer(Results):
         score_computer: class or instance; `RidgeScoreComputer` if None.
             `BasicScoreComputer` scales as upstream does.
         proj_dim: projection dimension `k`; `"auto"` for 4096, less where rows would
-            fill more than 8 GiB, more where there are few; `"exact"` for none, where that
-            is affordable (its cost is logged, and rows are float32 unless `row_dtype` says
-            otherwise). A given projector's own counts instead.
+            fill more than 8 GiB, more where there are few; `"exact"` for none, by rows of
+            gradients or, where these are too wide, by the exact kernel (its cost is logged,
+            and rows are float32 unless `row_dtype` says otherwise). A given projector's own
+            counts instead.
         logging_level: level of the logger `trak`. No handler is installed.
         use_half_precision: store rows in float16; else in float32 (float64 for float64
             models). Arithmetic is float32 or float64 in either case.
@@ -131,7 +134,7 @@ class TRAKer(Results):
         self.num_params = get_num_params(model)
         self.num_params_for_grad = sum(p.numel() for p in chosen.values())
         self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
-        half = use_half_precision and not (projector is None and proj_dim == "exact")
+        half = use_half_precision and not is_exact(projector, proj_dim)
         self.dtype = storage_dtype(chosen.values(), half, row_dtype)
         self.proj_seed = as_integer("projector_seed", projector_seed)
         self._shapes = {name: tuple(p.shape) for name, p in chosen.items()}
@@ -175,19 +178,12 @@ class TRAKer(Results):
             proj_max_batch_size: accepted as upstream's name.
         """
         del proj_max_batch_size
+        size = self.train_set_size, self.dtype.itemsize, self.save_dir
         if projector is None or isinstance(projector, str):
-            projector = projector_of_width(
-                self._shapes,
-                proj_dim,
-                self.proj_seed,
-                self.device,
-                projector,
-                num_rows=self.train_set_size,
-                row_bytes=self.dtype.itemsize,
-                folder=self.save_dir,
-            )
+            made = self._shapes, proj_dim, self.proj_seed, self.device, projector
+            projector = projector_of_width(*made, *size)
         self.projector: AbstractProjector = projector
-        self.proj_dim: int = self.projector.proj_dim or self.num_params_for_grad
+        self.proj_dim: int = width_of_rows(projector, self._shapes, self.dtype, *size)
 
     @property
     def pipeline(self) -> Pipeline:

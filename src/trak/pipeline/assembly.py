@@ -11,10 +11,11 @@ from torch import nn
 from trak.gradient_computers import AbstractGradientComputer, choose_computer
 from trak.pipeline.choices import float_dtype
 from trak.pipeline.describe import describe_run, store_metadata
+from trak.pipeline.kernel import KernelMaker
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker
 from trak.pipeline.whiten import Whitener
-from trak.projectors import AbstractProjector
+from trak.projectors import AbstractProjector, KernelProjector
 from trak.savers import AbstractSaver, MmapSaver
 from trak.score_computers import AbstractScoreComputer
 from trak.settings import RunSettings
@@ -100,14 +101,7 @@ def make_pipeline(
         The pipeline.
     """
     layout = {name: math.prod(shape) for name, shape in shapes.items()}
-    maker = RowMaker(
-        model=parts.model,
-        computer=parts.gradient_computer,
-        projector=parts.projector,
-        layout=layout,
-        scale=math.sqrt(sum(layout.values())),
-        device=parts.device,
-    )
+    maker = _make_maker(parts, layout)
     whitener = Whitener(
         maker=maker,
         saver=parts.saver,
@@ -126,6 +120,20 @@ def make_pipeline(
         dtype=parts.dtype,
         examples_are_checked=examples_are_checked,
     )
+
+
+def _make_maker(parts: Parts, layout: Mapping[str, int]) -> RowMaker:
+    common: dict[str, Any] = {
+        "model": parts.model,
+        "computer": parts.gradient_computer,
+        "projector": parts.projector,
+        "layout": layout,
+        "scale": math.sqrt(sum(layout.values())),
+        "device": parts.device,
+    }
+    if isinstance(parts.projector, KernelProjector):
+        return KernelMaker(**common, saver=parts.saver, dtype=parts.dtype)
+    return RowMaker(**common)
 
 
 def _settings(parts: Parts, layout: Mapping[str, int]) -> RunSettings:

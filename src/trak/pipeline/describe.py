@@ -12,7 +12,7 @@ from torch import nn
 from trak.arguments import as_integer
 from trak.errors import InputError, InputTypeError
 from trak.modelout_functions import describe_task
-from trak.projectors import AbstractProjector, BlockProjector
+from trak.projectors import AbstractProjector, BlockProjector, KernelProjector
 from trak.settings import RunSettings
 from trak.whitening.whitening import DAMPING
 
@@ -126,7 +126,7 @@ def describe_run(
 
 
 def _describe_projector(projector: AbstractProjector) -> Mapping[str, Any]:
-    if isinstance(projector, BlockProjector):
+    if isinstance(projector, BlockProjector | KernelProjector):
         return projector.settings()
     kind = getattr(projector.proj_type, "value", projector.proj_type)
     name = type(projector).__qualname__

@@ -432,10 +432,8 @@ class Pipeline:
         check_examples(numbers, digests, others, kind)
         wanted = missing_rows(rows, numbers)
         if len(wanted):
-            values = self._values(
-                phase, narrow(normal, wanted), numbers[wanted], digests[wanted]
-            )
-            rows.commit(numbers[wanted], values)
+            own = numbers[wanted]
+            self._commit(phase, rows, narrow(normal, wanted), own, digests[wanted])
             self.saver.refresh(phase.model_id)
             self._record_coverage(phase)
         if num_samples is not None:
@@ -451,27 +449,31 @@ class Pipeline:
         others = sorted(set(self.saver.model_ids) - {model_id})
         return [model_id, *others]
 
-    def _values(
+    def _commit(
         self,
         phase: Phase,
+        rows: Rows,
         batch: Any,
         numbers: NDArray[np.int64],
         digests: NDArray[np.int64],
-    ) -> dict[str, NDArray[Any]]:
+    ) -> None:
         check_ready = getattr(self.task, "check_ready", None)
         if check_ready is not None:
             check_ready(self.saver.checkpoint_digest(phase.model_id))
-        names = numbers.tolist()
         self.whitener.prepare(phase.model_id)
-        with torch.inference_mode(False), evaluation_mode(self.model):
+        making = self.maker.making(
+            batch, phase.model_id, numbers.tolist(), training=phase.kind == "featurize"
+        )
+        with (
+            torch.inference_mode(False),
+            evaluation_mode(self.model),
+            making as (made, weights),
+        ):
             values = {"examples": digests[:, None]}
-            made, weights = self.maker.rows(
-                batch, phase.model_id, names, with_weights=phase.kind == "featurize"
-            )
-        values["grads"] = to_store(made, self.dtype, numbers)
-        if weights is not None:
-            values["out_to_loss"] = weights.to(torch.float64).cpu().numpy()
-        return values
+            values["grads"] = to_store(made, self.dtype, numbers)
+            if weights is not None:
+                values["out_to_loss"] = weights.to(torch.float64).cpu().numpy()
+            rows.commit(numbers, values)
 
     def load_weights(self, checkpoint: Any) -> None:
         """Loads weights into the model and the gradient computer.

@@ -1,9 +1,10 @@
 """A batch of examples to rows of projected gradients."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,9 @@ from trak.whitening import Moments, Whitening
 
 logger = logging.getLogger(__name__)
 
-_GRADIENT_BYTES = 1 << 30
+GRADIENT_BYTES = 1 << 30
+"""Of per-sample gradients that exist at once."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +76,53 @@ class RowMaker:
             blank = self._blank(0)
             return blank, blank[:, :1] if with_weights else None
 
+        def project(piece: Batch) -> Tensor:
+            return self._project(piece, model_id) / self.scale
+
+        return self.worked(batch, model_id, numbers, project, with_weights=with_weights)
+
+    @contextmanager
+    def making(
+        self, batch: Batch, model_id: int, numbers: list[int], *, training: bool
+    ) -> Generator[tuple[Tensor, Tensor | None]]:
+        """Makes rows that belong to the store once the caller has committed them.
+
+        Args:
+            batch: a normalized batch.
+            model_id: the checkpoint.
+            numbers: the samples' row numbers.
+            training: training examples; else targets.
+
+        Yields:
+            `[b, k]` and, for training examples, loss weights `[b, 1]`.
+        """
+        yield self.rows(batch, model_id, numbers, with_weights=training)
+
+    def worked(
+        self,
+        batch: Batch,
+        model_id: int,
+        numbers: list[int],
+        project: Callable[[Batch], Tensor],
+        *,
+        with_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Works through a batch in pieces that fit into memory.
+
+        Args:
+            batch: a normalized batch of at least one sample.
+            model_id: the checkpoint.
+            numbers: the samples' row numbers, for messages.
+            project: what to do with a piece; gives rows that must be finite.
+            with_weights: compute Q too.
+
+        Returns:
+            What `project` gave, in the batch's order, and Q or None.
+        """
+
         def make(bucket: Batch, own: list[int]) -> Tensor:
             def work(piece: Batch, start: int) -> Tensor:
-                part = self._project(piece, model_id) / self.scale
+                part = project(piece)
                 self._check(part, piece, model_id, own[start:])
                 if not with_weights:
                     return part
@@ -94,6 +141,26 @@ class RowMaker:
             raise
         return (made[:, :-1], made[:, -1:]) if with_weights else (made, None)
 
+    def with_copies(self, attempt: Callable[[], _T]) -> _T:
+        """Tries again, with copies of layers' inputs, where the model changed one.
+
+        Args:
+            attempt: computes gradients; starts over when it is called again.
+
+        Returns:
+            What it returned.
+
+        Raises:
+            InputChangedError: if it changed one again.
+        """
+        try:
+            return attempt()
+        except InputChangedError as error:
+            if not self.computer.copy_inputs():
+                raise
+            logger.info("%s Inputs are copied, which takes memory.", error)
+            return attempt()
+
     def moments(self, batch: Batch) -> Moments:
         """What whitening needs to know of a batch's gradients.
 
@@ -109,13 +176,7 @@ class RowMaker:
 
         def work(piece: Batch, start: int) -> Tensor:
             del start
-            try:
-                total.merge(self._piece_moments(piece))
-            except InputChangedError as error:
-                if not self.computer.copy_inputs():
-                    raise
-                logger.info("%s Inputs are copied, which takes memory.", error)
-                total.merge(self._piece_moments(piece))
+            total.merge(self.with_copies(lambda: self._piece_moments(piece)))
             return torch.zeros(batch_size(piece))
 
         self.micro.rows(batch, work, self._most)
@@ -152,7 +213,7 @@ class RowMaker:
         if isinstance(projector, BlockProjector) and projector.layout is not None:
             formed = projector.forms_gradients
             width = self.computer.scalars_at_once(self.layout, formed=formed)
-        fitting = max(1, _GRADIENT_BYTES // max(1, 4 * width))
+        fitting = max(1, GRADIENT_BYTES // max(1, 4 * width))
         return min(fitting, self.computer.samples_at_once or fitting)
 
     def _check(self, part: Tensor, piece: Batch, model_id: int, numbers: list[int]) -> None:
@@ -198,13 +259,7 @@ class RowMaker:
     def _project(self, batch: Batch, model_id: int) -> Tensor:
         projector = self.projector
         if isinstance(projector, BlockProjector) and projector.layout is not None:
-            try:
-                return self._gathered(projector, batch, model_id)
-            except InputChangedError as error:
-                if not self.computer.copy_inputs():
-                    raise
-                logger.info("%s Inputs are copied, which takes memory.", error)
-                return self._gathered(projector, batch, model_id)
+            return self.with_copies(lambda: self._projected(projector, batch, model_id))
         grads = self.computer.compute_per_sample_grad(batch)
         whitening = self.whitenings.get(model_id)
         if whitening is not None:
@@ -219,7 +274,7 @@ class RowMaker:
         dtype = torch.promote_types(rows.dtype, torch.float32)
         return rows.to(self.device, dtype)
 
-    def _gathered(self, projector: BlockProjector, batch: Batch, model_id: int) -> Tensor:
+    def _projected(self, projector: BlockProjector, batch: Batch, model_id: int) -> Tensor:
         out = self._blank(batch_size(batch))
         with projector.gathering(out, model_id, self.whitenings.get(model_id)) as sink:
             self.computer.run(batch, sink, self.layout)

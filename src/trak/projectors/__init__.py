@@ -17,9 +17,10 @@ from trak.projectors.dense import (
     BasicSingleBlockProjector,
     CudaProjector,
 )
-from trak.projectors.dimension import projector_of_width
+from trak.projectors.dimension import is_exact, projector_of_width, width_of_rows
 from trak.projectors.factored import FactoredProjector
 from trak.projectors.hadamard import HadamardProjector
+from trak.projectors.kernel import KernelProjector
 from trak.projectors.masked import MaskedProjector
 from trak.projectors.noop import NoOpProjector
 from trak.projectors.sparse import SparseProjector
@@ -33,12 +34,15 @@ __all__ = [
     "CudaProjector",
     "FactoredProjector",
     "HadamardProjector",
+    "KernelProjector",
     "MaskedProjector",
     "NoOpProjector",
     "ProjectionType",
     "SparseProjector",
+    "is_exact",
     "make_projector",
     "projection_costs",
     "projector_of_width",
     "resolve_device",
+    "width_of_rows",
 ]

@@ -18,7 +18,8 @@ from trak.projectors.sparse import SparseProjector
 
 logger = logging.getLogger(__name__)
 
-_POSITIONS = 64  # assumed times that a layer's weight is used for one sample
+POSITIONS = 64
+"""Assumed times that a layer's weight is used for one sample."""
 _SCATTER = 75  # one scattered addition costs as much as this many multiplications
 _UNNOTICED = 1 << 23  # operations a sample, about 0.1 ms
 _BEST_FIRST = ("rademacher", "sparse")  # by LDS at equal k, see docs/compression.md
@@ -86,7 +87,7 @@ def make_projector(
 
 
 def projection_costs(
-    shapes: Mapping[str, Sequence[int]], proj_dim: int, positions: int = _POSITIONS
+    shapes: Mapping[str, Sequence[int]], proj_dim: int, positions: int = POSITIONS
 ) -> dict[str, float]:
     """What the projections that may be chosen would cost.
 

@@ -2,8 +2,7 @@
 
 import logging
 import math
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from trak.arguments import as_integer
 from trak.errors import InputError
 from trak.projectors.abstract import AbstractProjector
-from trak.projectors.choice import make_projector
+from trak.projectors.choice import POSITIONS, make_projector
+from trak.projectors.kernel import KernelProjector, kernel_cost, predict, room_at
 from trak.projectors.noop import NoOpProjector
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ CHEAP = 128 << 20
 """Bytes of rows up to which `"auto"` takes more than the usual dimension, for few rows."""
 
 EXACT = "exact"
+FEW = 1 << 26
+"""Numbers in all unprojected rows (256 MiB in float32) up to which nothing is cheaper."""
 
 
 def projector_of_width(
@@ -34,7 +36,6 @@ def projector_of_width(
     seed: int,
     device: torch.device,
     kind: str | None,
-    *,
     num_rows: int,
     row_bytes: int,
     folder: Path,
@@ -69,8 +70,89 @@ def projector_of_width(
     if found is not None:
         return make_projector(shapes, found, seed, device, kind)
     if proj_dim == EXACT:
+        if kernel_is_smaller(shapes, num_rows, row_bytes):
+            return KernelProjector(num_rows, device)
         refuse_too_much(num_rows, width, row_bytes, folder)
     return NoOpProjector(device=device)
+
+
+def kernel_is_smaller(
+    shapes: Mapping[str, Sequence[int]], num_rows: int, row_bytes: int
+) -> bool:
+    """Whether the exact kernel needs less of the disk than rows of gradients.
+
+    Each layer is taken to be used at 64 positions of a sample. Where all rows fill no more
+    than 256 MiB, they are kept as they are: one pass over the data needs no earlier ones.
+
+    Args:
+        shapes: name to shape of every selected parameter.
+        num_rows: training examples, `n`.
+        row_bytes: bytes of a stored number.
+
+    Returns:
+        The answer.
+    """
+    width = sum(math.prod(shape) for shape in shapes.values())
+    expected = kernel_cost(shapes, num_rows, row_bytes, positions=POSITIONS)
+    few = num_rows * width <= FEW
+    return not few and expected.disk < num_rows * width * row_bytes
+
+
+def is_exact(projector: Any, proj_dim: Any) -> bool:
+    """Whether rows stand for unprojected gradients, and are worth more than half precision.
+
+    Args:
+        projector: an instance, a name, or None.
+        proj_dim: a number, `"auto"` or `"exact"`.
+
+    Returns:
+        The answer.
+    """
+    return isinstance(projector, KernelProjector) or (
+        projector is None and proj_dim == EXACT
+    )
+
+
+def width_of_rows(
+    projector: AbstractProjector,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    num_rows: int,
+    row_bytes: int,
+    folder: Path,
+) -> int:
+    """Columns of the stored rows; of the exact kernel also says what it will cost.
+
+    Args:
+        projector: what makes rows.
+        shapes: name to shape of every selected parameter.
+        dtype: dtype of the stored rows.
+        num_rows: training examples, `n`.
+        row_bytes: bytes of a stored number.
+        folder: where the rows will be.
+
+    Returns:
+        `k`.
+
+    Raises:
+        InputError: if the kernel is of another number of examples, would not fit, or if
+            rounding would spoil it.
+    """
+    if not isinstance(projector, KernelProjector):
+        return projector.proj_dim or sum(math.prod(shape) for shape in shapes.values())
+    if projector.num_rows != num_rows:
+        raise InputError(
+            f"KernelProjector({projector.num_rows}) is for as many training examples; "
+            f"train_set_size is {num_rows}."
+        )
+    if dtype not in {torch.float32, torch.float64}:
+        raise InputError(
+            f"row_dtype={str(dtype).removeprefix('torch.')!r} is too coarse for the exact "
+            "kernel, whose rows are computed from each other (docs/numerics.md). Use "
+            "'float32' or 'float64'."
+        )
+    predict(shapes, num_rows, row_bytes, folder)
+    return projector.row_width
 
 
 def chosen_dimension(
@@ -146,8 +228,7 @@ def refuse_too_much(num_rows: int, num_params: int, row_bytes: int, folder: Path
         InputError: if there is no room for one checkpoint.
     """
     size, products = exact_cost(num_rows, num_params, row_bytes)
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    room = shutil.disk_usage(there).free
+    there, room = room_at(folder)
     cost = (
         f"{num_rows:,} rows of {num_params:,} numbers: {size / 2**30:.3g} GiB on disk for "
         f"each checkpoint, and {products:.2g} multiplications for its Gram matrix"

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trak.errors import PhaseError
+from trak.savers.gradient_files import GradientFiles
 
 
 class Rows(Protocol):
@@ -136,6 +137,21 @@ class AbstractSaver(ABC):
         """
         del model_id, settle
         return None
+
+    def gradient_files(self, model_id: int) -> GradientFiles:
+        """Where a checkpoint's unprojected gradients are kept, for the exact kernel.
+
+        Args:
+            model_id: the checkpoint.
+
+        Raises:
+            PhaseError: if the saver has no place for them.
+        """
+        del model_id
+        raise PhaseError(
+            f"{type(self).__name__} does not define gradient_files, so it cannot keep what "
+            "the exact kernel needs. Use MmapSaver, NoOpProjector or a projection."
+        )
 
     @abstractmethod
     def experiment(self, exp_name: str) -> dict[str, Any]:

@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.encodings import encoding_of
+from trak.encodings import RowEncoding, encoding_of
 from trak.errors import (
     ModelIDException,
     PhaseError,
     StoreCorruptedError,
     StoreMismatchError,
 )
-from trak.savers import moments
+from trak.savers import factor_files, moments
 from trak.savers.abstract import AbstractSaver
-from trak.savers.arrays import RowFile, new_array
 from trak.savers.filesystem import (
     create_json,
     read_json,
     replace_json,
     sync_directory,
 )
+from trak.savers.gradient_files import GradientFiles
 from trak.savers.layout import StoreLayout
 from trak.savers.rows import RowGroup
 from trak.savers.score_files import ScoreFiles
@@ -31,8 +31,6 @@ from trak.savers.view import CurrentStore
 from trak.settings import differences
 
 logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 2  # what FORMAT.md calls the lowest version that describes a store
 
 
 class MmapSaver(AbstractSaver):
@@ -73,7 +71,7 @@ class MmapSaver(AbstractSaver):
         self.load_from_save_dir = load_from_save_dir
         default = "float16" if use_half_precision else "float32"
         encoding = encoding_of(self.metadata.get("precision", default))
-        self.format = 1 if encoding.plain else FORMAT_VERSION
+        self.format = _lowest_format(self.metadata, encoding)
         self._layout = StoreLayout(self.save_dir, train_set_size, proj_dim, encoding)
         self._scores = ScoreFiles(self._layout)
         self.model_ids: dict[int, dict[str, int]] = {}
@@ -249,6 +247,17 @@ class MmapSaver(AbstractSaver):
         """
         return moments.settled(self._layout.checkpoint(model_id), settle=settle)
 
+    def gradient_files(self, model_id: int) -> GradientFiles:
+        """Files of unprojected gradients in `{id}/kernel`.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            The files; none are made yet.
+        """
+        return GradientFiles(self._layout.checkpoint(model_id) / "kernel")
+
     def init_store(self, model_id: int) -> None:
         """Creates a checkpoint's row files, or opens those that are there.
 
@@ -289,13 +298,7 @@ class MmapSaver(AbstractSaver):
             matrix: `[q, q]`.
             info: how it was made.
         """
-        folder = self._layout.checkpoint(model_id)
-        (folder / "factor.json").unlink(missing_ok=True)
-        sync_directory(folder)
-        shape = (matrix.shape[0], matrix.shape[1])
-        with new_array(folder / "factor.npy", shape, np.float64) as file:
-            file.write(np.arange(len(matrix)), matrix)
-        replace_json(folder / "factor.json", {**info, "shape": shape})
+        factor_files.save(self._layout.checkpoint(model_id), matrix, info)
         self.refresh()
 
     def load_factor(self, model_id: int) -> tuple[NDArray[np.float64], dict[str, Any]]:
@@ -306,26 +309,8 @@ class MmapSaver(AbstractSaver):
 
         Returns:
             The matrix `[q, q]` and how it was made.
-
-        Raises:
-            ModelIDException: if the checkpoint is not finalized.
-            StoreCorruptedError: if the matrix is gone.
         """
-        folder = self._layout.checkpoint(model_id)
-        if not (folder / "factor.json").exists():
-            raise ModelIDException(
-                f"model_id={model_id} in {self.save_dir} is not finalized. Call "
-                "finalize_features() first."
-            )
-        info = read_json(folder / "factor.json")
-        path = folder / "factor.npy"
-        if not path.exists():
-            raise StoreCorruptedError(
-                f"{path} is gone. Remove {folder / 'factor.json'} and call "
-                "finalize_features() again; no gradient is recomputed."
-            )
-        file = RowFile(path, tuple(info["shape"]), np.float64)
-        return file.read(), info
+        return factor_files.load(self._layout.checkpoint(model_id))
 
     def del_grads(self, model_id: int, target: bool = False) -> None:
         """Keeps the rows: scores are computed from them, and nothing is kept twice.
@@ -498,3 +483,10 @@ class MmapSaver(AbstractSaver):
         self.current_model_id = model_id
         if exp_name is not None:
             self.current_experiment_name = exp_name
+
+
+def _lowest_format(metadata: Mapping[str, Any], encoding: RowEncoding) -> int:
+    projection: Mapping[str, Any] = metadata.get("projection", {})
+    if projection.get("kind") == "kernel":
+        return 3
+    return 1 if encoding.plain else 2
