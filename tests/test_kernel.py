@@ -214,37 +214,6 @@ def test_batches_of_other_lengths(tmp_path):
     close(traker.finalize_scores("exp"), expected, 1e-8)
 
 
-def test_batches_that_are_split_by_length(tmp_path):
-    pytest.importorskip("transformers", reason="the [hf] extra; make test has it")
-    from tests.test_hook_models import bert
-    from tests.test_lengths import SHORT, batch_of
-
-    model, batch, n = bert(), batch_of(SHORT), len(SHORT)
-    found = []
-    for projector in (KernelProjector(n, "cpu"), NoOpProjector(device="cpu")):
-        folder = tmp_path / type(projector).__name__
-        traker = TRAKer(
-            model,
-            "text_classification",
-            n,
-            folder,
-            device="cpu",
-            projector=projector,
-            row_dtype="float64",
-        )
-        traker.load_checkpoint(model.state_dict(), model_id=0)
-        traker.featurize(batch, num_samples=n)
-        rows = traker.saver.train_rows(0)
-        phi = rows.array("grads")
-        found.append((phi @ phi.T, np.array(rows.array("out_to_loss"))))
-    close(found[0][0], found[1][0], 1e-8)
-    close(found[0][1], found[1][1], 1e-10)
-    with np.load(tmp_path / "KernelProjector/0/kernel/0.npz") as file:
-        order = [file[f"{q}/rows"].tolist() for q in range(2)]
-    assert sorted(order[0] + order[1]) == list(range(n))
-    assert order[0] + order[1] != list(range(n))  # longest first
-
-
 def test_rows_go_on_with_another_batch_size_after_a_crash(tmp_path, monkeypatch):
     model, train, targets, states = world("wide")
     whole = runs.whole_run(kernel_traker(model, tmp_path / "a"), train, targets, states[:1])

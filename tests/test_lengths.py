@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from trak.gradient_computers import FunctionalGradientComputer, HookGradientComp
 from trak.modelout_functions import TextClassificationModelOutput
 from trak.modelout_functions.abstract import describe_task
 from trak.pipeline.lengths import group
+from trak.projectors import KernelProjector, NoOpProjector
 
 transformers = pytest.importorskip(
     "transformers", reason="the [hf] extra; make test has it"
@@ -74,6 +76,33 @@ def test_rows_are_the_same_and_in_order(kind, tmp_path, caplog):
         widths = compare(bert(), batch_of(SHORT), tmp_path, kind)
     assert widths == {16, 10, 4}  # 16: compared once
     assert sum("Padding is left out" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_the_exact_kernel_of_batches_that_are_split(tmp_path):
+    model, batch, n = bert(), batch_of(SHORT), len(SHORT)
+    found = []
+    for projector in (KernelProjector(n, "cpu"), NoOpProjector(device="cpu")):
+        folder = tmp_path / type(projector).__name__
+        traker = TRAKer(
+            model,
+            "text_classification",
+            n,
+            folder,
+            device="cpu",
+            projector=projector,
+            row_dtype="float64",
+        )
+        traker.load_checkpoint(model.state_dict(), model_id=0)
+        traker.featurize(batch, num_samples=n)
+        rows = traker.saver.train_rows(0)
+        phi = rows.array("grads")
+        found.append((phi @ phi.T, np.array(rows.array("out_to_loss"))))
+    for one, other in zip(*found, strict=True):
+        assert abs(one - other).max() <= 1e-8 * abs(other).max()
+    with np.load(tmp_path / "KernelProjector/0/kernel/0.npz") as file:
+        order = [file[f"{q}/rows"].tolist() for q in range(2)]
+    assert sorted(order[0] + order[1]) == list(range(n))
+    assert order[0] + order[1] != list(range(n))  # longest first
 
 
 def test_batches_whose_longest_sample_is_full_are_only_split(tmp_path):
