@@ -20,8 +20,8 @@ from trak.batches import Batch, batch_size, normalize
 from trak.errors import InputTypeError
 from trak.evaluation.ranks import correlations
 from trak.pipeline import Pipeline
-from trak.score_computers import RidgeScoreComputer
-from trak.score_computers.auto_ridge import Situation
+from trak.score_computers.auto_ridge import Situation, relative_ridge
+from trak.score_computers.curvature import roots, weighted
 from trak.whitening import Moments, Whitening
 from trak.whitening.whitening import DAMPING, STRENGTH
 
@@ -31,6 +31,9 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75)
 WORTH = 0.005
 """A step up must raise the agreement by so much, since whitening can also do harm."""
 SAMPLE = 600
+_BY_STRENGTH = 3.0
+"""How much larger the ridge is where rows are white: a ridge of its own for each strength
+would choose the strength whose ridge is largest, since that is most reproducible."""
 _CHECKPOINTS = 3
 _GROUPS = 100
 _FEWEST = 40  # examples that agreement can be told from
@@ -142,6 +145,7 @@ def _scores(
     for batch in sample:
         moments.merge(maker.moments(batch))
     found = []
+    plain: float | None = None
     for strength in STRENGTHS:
         maker.whitenings.clear()
         if strength:
@@ -155,29 +159,37 @@ def _scores(
         rows = torch.cat([part for part, _ in parts])
         loss = torch.cat([weights for _, weights in parts if weights is not None])
         columns = maker.projector.proj_dim or None
-        found.append(_solved(rows, loss, strength, columns, together, curvature))
+        if plain is None:
+            situation = Situation(
+                checkpoints=together,
+                columns=columns,
+                loss=loss.double().cpu(),
+                curvature=curvature,
+            )
+            factors = roots(situation.loss) if curvature else None
+            plain = relative_ridge(weighted(rows, factors), situation)
+        ridge = plain * (1 + _BY_STRENGTH * strength)
+        found.append(_solved(rows, loss, ridge, curvature=curvature))
     maker.whitenings.clear()
     return found
 
 
 def _solved(
-    rows: Tensor,
-    loss: Tensor,
-    strength: float,
-    columns: int | None,
-    together: int,
-    curvature: bool,
+    rows: Tensor, loss: Tensor, ridge: float, *, curvature: bool
 ) -> NDArray[np.float64]:
     every = torch.arange(len(rows), device=rows.device)
     held = every % round(1 / _TARGETS) == 0
-    phi, psi, q = rows[~held], rows[held], loss[~held].double()
-    computer = RidgeScoreComputer(device=rows.device, curvature=curvature)
-    situation = Situation(
-        checkpoints=together, strength=strength, columns=columns, loss=q.cpu()
-    )
-    kept = computer.finalize(phi, situation)
-    scores = computer.scorer(kept, phi, psi.double(), q.cpu())(0, len(phi))
-    return (scores * q.to(scores)).cpu().numpy()
+    q = loss[~held].double()
+    factors = roots(q.cpu()) if curvature else None
+    phi = weighted(rows[~held].double(), factors)
+    assert isinstance(phi, Tensor)  # noqa: S101 - as the rows are
+    gram = phi @ phi.T
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    lower = torch.linalg.cholesky(gram)
+    solved = torch.cholesky_solve(phi @ rows[held].double().T, lower)
+    if factors is not None:
+        solved = solved / factors.to(solved)
+    return (solved * q.to(solved)).cpu().numpy()
 
 
 def _agreement(scores: list[NDArray[np.float64]]) -> float:

@@ -30,7 +30,7 @@ _SAMPLE_BYTES = 1 << 29  # of them
 _FEWEST = 40  # rows that something can be told from
 _RIDGES = np.logspace(-2, 3.5, 45)
 _AS_GOOD = 0.01  # of the correlation
-_LEAST_LEFT = 0.25  # of a spectrum's logarithm, by whitening
+_LEAST_LEFT = 0.4  # of a spectrum's logarithm, by whitening
 _NOISE, _BY_TRAINING, _BY_SKETCH, _AVERAGED = 0.9, 0.225, 0.9, 0.4
 USUAL = 2.0
 """The multiple for rows that nothing can be told from."""
