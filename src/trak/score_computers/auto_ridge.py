@@ -31,7 +31,7 @@ _FEWEST = 40  # rows that something can be told from
 _RIDGES = np.logspace(-2, 3.5, 45)
 _AS_GOOD = 0.01  # of the correlation
 _FLATTENED = 0.75  # damping keeps the rest
-_LEAST_LEFT = 0.4  # of a spectrum's logarithm, by whitening
+_MOST_UNDONE = 0.4  # of whitening: beyond, the spectrum says too little
 _NOISE, _BY_TRAINING, _BY_SKETCH, _AVERAGED = 0.9, 0.225, 0.9, 0.4
 USUAL = 2.0
 """The multiple for rows that nothing can be told from."""
@@ -89,7 +89,7 @@ class Sample:
         if not self.strength:
             return training_of(self.kernel, self.pull, self.loss)
         values, vectors = torch.linalg.eigh(self.kernel)
-        power = 1 / max(1 - _FLATTENED * self.strength, _LEAST_LEFT)
+        power = 1 / (1 - _FLATTENED * min(self.strength, _MOST_UNDONE))
         kernel = (vectors * values.clamp(min=0) ** power) @ vectors.T
         kernel = kernel / kernel.diagonal().mean()
         return training_of(kernel, kernel @ self.loss / self.share, self.loss)
