@@ -264,14 +264,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--bank", action="append", choices=NAMES)
     parser.add_argument("--choice", action="append", choices=CHOICES, help="these only")
-    parser.add_argument("--small", action="store_true", help="one bank, three checkpoints")
+    parser.add_argument("--small", action="store_true", help="one bank, one checkpoint")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpoints", type=int, action="append", help="averaged over")
     parser.add_argument("--out", type=Path, help="another file; banks in it are kept")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     banks = options.bank or (["diabetes"] if options.small else NAMES)
-    counts = options.checkpoints or ((1, 3) if options.small else COUNTS)
+    counts = options.checkpoints or (COUNTS[:1] if options.small else COUNTS)
     choices = ["default", *(options.choice or [c for c in CHOICES if c != "default"])]
     details: list[dict[str, Any]] = []
     for name in banks:
