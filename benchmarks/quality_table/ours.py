@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # noqa: F401 - the first vmap imports it; time is without imports
 from numpy.typing import NDArray
 
 import trak
