@@ -164,6 +164,7 @@ def test_strength_follows_agreement(world, tmp_path, caplog, monkeypatch):
             traker.gradient_computer, "compute_loss_grad", lambda b: 3 * torch.randn(9)
         )
         assert choose_strength(traker.pipeline, states[:1], batches) == 0.0
+        assert choose_strength(traker.pipeline, states, batches) == 0.0
     for agreements, expected in (
         ([0.5, 0.503, 0.9, 0.9], 0.0),
         ([0.5, 0.52, 0.523, 0.9], 0.25),

@@ -211,9 +211,9 @@ def test_a_sample_of_many_rows_stands_for_all():
 def test_whitening_is_undone_for_the_training():
     rows, q = logistic(n=100)
     values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
-    white = rows @ (vectors * values ** (-0.25)) @ vectors.T  # half of it
+    white = rows @ (vectors * values ** (-0.15)) @ vectors.T  # damped: 0.75 of 0.4
     plain = sampled(rows, Situation(loss=q)).training()
-    found = sampled(white, Situation(loss=q, strength=0.5)).training()
+    found = sampled(white, Situation(loss=q, strength=0.4)).training()
     torch.testing.assert_close(found.kernel, plain.kernel)
     assert found.ridge == pytest.approx(plain.ridge)
 

@@ -238,7 +238,8 @@ def test_a_run_goes_on_with_what_was_fitted(tmp_path):
     assert later.whitening_is_fitted
     with pytest.raises(PhaseError, match="nothing can be added"):
         later.fit_whitening(batch=train)
-    np.testing.assert_array_equal(whole, runs.whole_run(later, train, targets, [state]))
+    resumed = runs.whole_run(later, train, targets, [state])
+    np.testing.assert_allclose(whole, resumed, rtol=1e-10, atol=1e-14)  # other batches
 
 
 def test_every_checkpoint_has_its_own(tmp_path):

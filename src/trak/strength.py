@@ -62,16 +62,16 @@ def choose_strength(
 
     Returns:
         One of `STRENGTHS`. For a single checkpoint, which has none to agree with,
-        `trak.whitening.whitening.STRENGTH`, or 0 where the loss weights are no
+        `trak.whitening.whitening.STRENGTH`. 0 where the loss weights are no
         probabilities: the squared loss was best without.
     """
     device = next(pipeline.model.parameters()).device
     sample = [normalize(batch, device) for batch in batches]
     count = sum(batch_size(batch) for batch in sample)
-    if len(states) < 2 or count < _FEWEST:
-        pipeline.load_weights(state_of(states[0]))
-        weights = [pipeline.maker.computer.compute_loss_grad(batch) for batch in sample]
-        probable = all(bool(((q >= 0) & (q <= 1)).all()) for q in weights)
+    pipeline.load_weights(state_of(states[0]))
+    weights = [pipeline.maker.computer.compute_loss_grad(batch) for batch in sample]
+    probable = all(bool(((q >= 0) & (q <= 1)).all()) for q in weights)
+    if len(states) < 2 or count < _FEWEST or not probable:
         strength = STRENGTH if probable else 0.0
         logger.info("whitening='auto' stands for %g.", strength)
         return strength
