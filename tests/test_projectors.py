@@ -266,7 +266,11 @@ def test_the_shorter_side_is_kept_and_small_matrices_are_hashed_whole():
         "head": (None, None),
         "norm": (None, None),
     }
-    assert FactoredProjector(shapes, 16384, device="cpu").sides["ffn"].ranks == (32, None)
+    # 514 entries of the shorter sides: 128 times these are four for each column
+    assert FactoredProjector(shapes, 16384, device="cpu").sides["ffn"].ranks == (128, None)
+    wide = {f"{j}": (1024, 256) for j in range(40)}
+    assert FactoredProjector(wide, 16384, device="cpu").sides["7"].ranks == (32, None)
+    assert FactoredProjector(shapes, 2**17, device="cpu").sides["ffn"].ranks == (None, None)
     both = FactoredProjector(shapes, 64, device="cpu", rank=(8, 300)).sides
     assert both["ffn"].ranks == (8, None)
     assert both["out"].ranks == (8, 300)

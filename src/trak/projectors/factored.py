@@ -18,6 +18,7 @@ from trak.whitening import Whitening
 from trak.whitening.whitening import from_left, times
 
 _SMALLEST_RANK = 16
+_ENTRIES = 4  # of all compressed gradients together, for each column
 _SMALLEST_PRODUCT = 2048
 
 
@@ -73,10 +74,12 @@ class FactoredProjector(BlockProjector):
     averages out over layers.
 
     By default the shorter side of each layer is kept whole and the longer one compressed
-    to `r = max(16, sqrt(k) / 4)` (more where the shorter side has less than 2048 / r
-    entries). This has the variance of compressing both sides to `2 r` at half the cost,
-    since the sum over positions does the multiplication by the kept side anyway. Vectors
-    (biases, normalisation layers) and small matrices are hashed as they are.
+    to `r = max(16, sqrt(k) / 4)`; more where the shorter side has less than 2048 / r
+    entries, and where all layers together would keep less than `4 k` entries, since more
+    columns than that bring nothing. A side shorter than `2 r` stays whole. This has the
+    variance of compressing both sides to `2 r` at half the cost, since the sum over
+    positions does the multiplication by the kept side anyway. Vectors (biases,
+    normalisation layers) and small matrices are hashed as they are.
 
     Args:
         shapes: name to shape of every parameter, in order.
@@ -104,7 +107,8 @@ class FactoredProjector(BlockProjector):
         layout = {name: math.prod(shape) for name, shape in shapes.items()}
         kind = ProjectionType(self.kind)
         super().__init__(sum(layout.values()), proj_dim, seed, kind, device, layout)
-        self.rank = _default_rank(proj_dim) if rank is None else _checked(rank)
+        matrices = [tuple(shape) for shape in shapes.values() if len(shape) > 1]
+        self.rank = _default_rank(proj_dim, matrices) if rank is None else _checked(rank)
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.sides: dict[str, Sides] = {}
         start = 0
@@ -334,9 +338,11 @@ class FactoredProjector(BlockProjector):
         return buckets, signs * math.sqrt(self.proj_dim / random_width)
 
 
-def _default_rank(proj_dim: int) -> int:
+def _default_rank(proj_dim: int, matrices: Sequence[tuple[int, ...]]) -> int:
     quarter_of_root = math.ceil(math.sqrt(proj_dim) / 4)
-    return max(_SMALLEST_RANK, -(-quarter_of_root // 8) * 8)
+    shorter = sum(min(shape[0], math.prod(shape[1:])) for shape in matrices)
+    enough = -(-_ENTRIES * proj_dim // max(1, shorter))
+    return max(_SMALLEST_RANK, -(-max(quarter_of_root, enough) // 8) * 8)
 
 
 def _checked(rank: Any) -> int | tuple[int, int]:
@@ -360,6 +366,6 @@ def _sides(shape: tuple[int, ...], rank: int | tuple[int, int], start: int) -> S
         return Sides(matrix, (left, right), start)
     shorter, longer = sorted(matrix)
     kept = max(rank, -(-_SMALLEST_PRODUCT // max(1, shorter)))
-    if kept >= longer:
+    if 2 * kept > longer:
         return Sides(matrix, (None, None), start)
     return Sides(matrix, (kept, None) if rows >= columns else (None, kept), start)
