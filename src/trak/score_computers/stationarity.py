@@ -14,6 +14,7 @@ from torch import Tensor
 LEAST, MOST = 0.3, 12.0
 """Ridges of a training, in units of the mean squared row norm times `q (1 - q)`."""
 _UNKNOWN = 0.4
+_OF_WORDS = 0.05  # a text is many examples
 _DEPTH = 2.5
 """Outputs of a network of `L` layers grow like the `L`-th power of its weights, so that
 `Phi w = L f`. How many layers there are cannot be told from rows; 2.5 was best."""
@@ -41,15 +42,14 @@ class Training:
 def training_of(kernel: Tensor, pull: Tensor, loss: Tensor) -> Training:
     """The training whose result these examples are.
 
-    Outputs are known where loss weights are probabilities of being wrong,
-    `q = 1 / (1 + exp(f))`. (Where most examples are wrong, nothing but the leading
-    directions can have been learned; if the outputs do not lie in these, Q is another kind
-    of number, such as a mean over a text's words.) There the ridge is the median over
-    eigenvectors 6 to 100. The
-    direction in which all outputs grow may be held back more strongly than others, as by
-    batch normalization or the length of training; the kernel is then smaller along it. For
-    other losses the ridge is a constant, and the answers are those that would have led to
-    the loss weights.
+    Outputs are known where loss weights are probabilities of being wrong, `q = 1 / (1 +
+    exp(f))`. (Where most examples are wrong, nothing but the leading directions can
+    have been learned; if the outputs do not lie in these, Q is another kind of number,
+    such as a mean over a text's words.) There the ridge is the median over eigenvectors
+    6 to 100. The direction in which all outputs grow may be held back more strongly
+    than others, as by batch normalization or the length of training; the kernel is then
+    smaller along it. For other losses the ridge is a constant (0.4 for the squared
+    one), and the answers are those that would have led to the loss weights.
 
     Args:
         kernel: `Phi Phi^T` of a sample, in units of the mean squared row norm, `[n, n]`,
@@ -63,7 +63,9 @@ def training_of(kernel: Tensor, pull: Tensor, loss: Tensor) -> Training:
     steep = float((loss * (1 - loss)).mean())
     outputs = _outputs(kernel, loss)
     if outputs is None:
-        return Training(_UNKNOWN, kernel, pull / _UNKNOWN + loss)
+        squared = bool(((loss < 0) | (loss > 1)).any())
+        ridge = _UNKNOWN if squared else _OF_WORDS
+        return Training(ridge, kernel, pull / ridge + loss)
     ridge = _median_ridge(kernel, pull, outputs) / steep / _DEPTH
     ridge = min(max(ridge, LEAST), MOST) if ridge > 0 else _UNKNOWN
     growing = float(outputs @ pull / (outputs @ outputs)) / steep
