@@ -129,15 +129,10 @@ class TRAKer(Results):
         self.device = resolve_device(device)
         self.lambda_reg = as_ridge(lambda_reg)
         self.whitening = as_strength(whitening)
-        chosen = select_parameters(model, as_names(grad_wrt))
-        self.grad_wrt = None if grad_wrt is None else list(chosen)
-        self.num_params = get_num_params(model)
-        self.num_params_for_grad = sum(p.numel() for p in chosen.values())
-        self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
+        chosen = self._select(grad_wrt)
         half = use_half_precision and not is_exact(projector, proj_dim)
         self.dtype = storage_dtype(chosen.values(), half, row_dtype)
         self.proj_seed = as_integer("projector_seed", projector_seed)
-        self._shapes = {name: tuple(p.shape) for name, p in chosen.items()}
         self.save_dir = as_folder(save_dir)
         self.init_projector(projector, proj_dim, proj_max_batch_size)
         self.gradient_computer = make_computer(gradient_computer, self, chosen)
@@ -162,6 +157,15 @@ class TRAKer(Results):
         self._pipeline = make_pipeline(
             self, self._shapes, examples_are_checked=check_examples
         )
+
+    def _select(self, grad_wrt: Iterable[str] | None) -> dict[str, nn.Parameter]:
+        chosen = select_parameters(self.model, as_names(grad_wrt))
+        self.grad_wrt = None if grad_wrt is None else list(chosen)
+        self.num_params = get_num_params(self.model)
+        self.num_params_for_grad = sum(p.numel() for p in chosen.values())
+        self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
+        self._shapes = {name: tuple(p.shape) for name, p in chosen.items()}
+        return dict(chosen)
 
     def init_projector(
         self,
