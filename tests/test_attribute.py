@@ -46,7 +46,7 @@ def test_it_is_the_steps_of_traker(world, tmp_path):
         TASK,
         N,
         tmp_path / "b",
-        proj_dim="exact",
+        projector=NoOpProjector(),
         whitening=0.5,
         curvature=True,
     )

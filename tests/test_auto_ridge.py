@@ -1,24 +1,29 @@
 """The ridge that is chosen, and ridges by name."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from tests import cases, runs
 
 from trak.arguments import as_ridge
-from trak.errors import InputError
+from trak.errors import InputError, StoreCorruptedError
 from trak.evaluation import lds
 from trak.score_computers import BasicScoreComputer, RidgeScoreComputer
 from trak.score_computers.auto_ridge import (
+    BY_STRENGTH,
     USUAL,
     Situation,
+    best_ridge,
     noise_factor,
     relative_ridge,
     sampled,
 )
-from trak.score_computers.curvature import roots
+from trak.score_computers.curvature import roots, weighted
 from trak.score_computers.retraining import retrained
 from trak.score_computers.stationarity import LEAST, MOST, training_of
+from trak.score_computers.unwhitened import SAMPLE, Chosen, Unwhitened
 
 
 def chosen(rows, **situation):
@@ -208,14 +213,96 @@ def test_a_sample_of_many_rows_stands_for_all():
     assert again == chosen(rows, loss=q)
 
 
-def test_whitening_is_undone_for_the_training():
-    rows, q = logistic(n=100)
-    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
-    white = rows @ (vectors * values ** (-0.15)) @ vectors.T  # damped: 0.75 of 0.4
-    plain = sampled(rows, Situation(loss=q)).training()
-    found = sampled(white, Situation(loss=q, strength=0.4)).training()
-    torch.testing.assert_close(found.kernel, plain.kernel)
-    assert found.ridge == pytest.approx(plain.ridge)
+def unwhitened(rows, q, size, seed=0):
+    kept = Chosen(seed)
+    for part, weights in zip(rows.split(size), q.split(size), strict=True):
+        kept.add(part, weights[:, None])
+    return kept.found()
+
+
+@pytest.mark.parametrize("curvature", [False, True])
+def test_whitened_rows_are_judged_by_unwhitened_ones(curvature):
+    rows, q = logistic(n=120)
+    plain = weighted(rows, roots(q)) if curvature else rows
+    expected = chosen(plain, loss=q, curvature=curvature)
+    found = chosen(
+        torch.randn(120, 5, dtype=torch.float64),
+        loss=q,
+        curvature=curvature,
+        strength=0.4,
+        unwhitened=[unwhitened(rows, q, 50)],
+    )
+    assert found == pytest.approx((1 + BY_STRENGTH * 0.4) * expected, rel=1e-3)
+
+
+def test_every_process_has_a_say():
+    rows, q = logistic(n=400)
+    few = unwhitened(rows[:60], q[:60], 20)
+    many = unwhitened(rows[100:340] * torch.linspace(1, 9, 12), q[100:340], 60)
+    settings = {"loss": q, "strength": 0.5}
+    one = chosen(rows, unwhitened=[few], **settings)
+    other = chosen(rows, unwhitened=[many], **settings)
+    assert abs(other / one - 1) > 0.1
+    both = chosen(rows, unwhitened=[few, many], **settings)
+    assert both == pytest.approx(one**0.2 * other**0.8)
+    assert chosen(rows, unwhitened=[many], **settings) == other
+
+
+def test_whitened_rows_of_which_too_little_is_known():
+    rows, q = logistic(n=120)
+    usual = pytest.approx(1.125 * USUAL * (1 + BY_STRENGTH * 0.5))
+    settings = {"loss": q, "strength": 0.5}
+    assert chosen(rows, **settings) == usual
+    assert chosen(rows, unwhitened=[unwhitened(rows[:30], q[:30], 9)], **settings) == usual
+    zeros = unwhitened(torch.zeros_like(rows), q, 50)
+    assert chosen(rows, unwhitened=[zeros], **settings) == usual
+    assert unwhitened(rows * torch.nan, q, 50) is None
+    assert Chosen().found() is None
+
+
+def test_examples_that_are_kept_are_a_sample_of_all():
+    rows, q = logistic(n=2000)
+    found = unwhitened(rows, q, 37)
+    numbers = [int((q == value).nonzero()) for value in found.loss]
+    assert len(set(numbers)) == SAMPLE
+    quarters = np.histogram(numbers, bins=4, range=(0, 2000))[0]
+    assert quarters.min() > 100
+    own = rows[numbers]
+    torch.testing.assert_close(found.kernel, (own @ own.T).float())
+    torch.testing.assert_close(found.pull, own @ (rows.T @ q) / 2000)
+    again = unwhitened(rows, q, 37)
+    assert torch.equal(again.kernel, found.kernel)
+    whole = unwhitened(rows[:50], q[:50], 7)
+    assert torch.equal(whole.loss, q[:50])
+
+
+def test_examples_that_are_kept_survive_a_file(tmp_path):
+    rows, q = logistic(n=60)
+    found = unwhitened(rows, q, 60)
+    arrays = found.arrays()
+    again = Unwhitened.of_arrays(arrays, tmp_path)
+    for part in ("kernel", "pull", "loss"):
+        assert torch.equal(getattr(again, part), getattr(found, part))
+    assert Unwhitened.of_arrays({"count": np.array(3)}, tmp_path) is None
+    for broken in (
+        {name: array for name, array in arrays.items() if not name.endswith("pull")},
+        {**arrays, "unwhitened/loss": q.numpy()[:9]},
+    ):
+        with pytest.raises(StoreCorruptedError, match="call fit_whitening again"):
+            Unwhitened.of_arrays(broken, tmp_path)
+
+
+def test_a_squared_loss_is_played_without_weights():
+    rows, q = logistic(n=120)
+    loss = q / q.max() * 0.2 + 0.8  # most are wrong: no outputs of a logistic model
+    sample = sampled(
+        RidgeScoreComputer(curvature=True).weighted(rows, loss),
+        Situation(loss=loss, curvature=True),
+    )
+    training = training_of(sample.kernel, sample.pull, sample.loss)
+    assert training.answers is not None
+    even = replace(sample, roots=torch.ones_like(sample.roots))
+    assert best_ridge(sample, training) == best_ridge(even, training)
 
 
 @pytest.mark.parametrize("loss", [None, torch.zeros(50)])

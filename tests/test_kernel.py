@@ -482,6 +482,7 @@ def test_attribute_with_a_strength_to_choose(tmp_path, monkeypatch):
                 checkpoints=states,
                 save_dir=tmp_path / str(few),
                 proj_dim="exact",
+                use_half_precision=False,
                 progress=False,
             )
         )

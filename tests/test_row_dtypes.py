@@ -95,6 +95,16 @@ def test_bytes_of_int8_rows(tmp_path):
     assert np.load(tmp_path / "0" / "exp_scales.mmap").shape == (6, 1)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_rows_whose_squares_float32_cannot_hold(size):
+    rows = torch.full((2, 3), size)
+    rows[1] = 0
+    kept = to_store(rows, torch.bfloat16, np.arange(2))
+    np.testing.assert_allclose(kept, rows, rtol=1e-2)
+    with pytest.raises(NumericalError, match="sample 0 .* torch.float16"):
+        to_store(rows, torch.float16, np.arange(2))
+
+
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "int8"])
 def test_the_format_and_the_precision_are_in_the_metadata(name, tmp_path):
     model, _ = cases.make("mlp", 1)

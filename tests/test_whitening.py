@@ -13,6 +13,7 @@ from trak.blocks import DenseBlock, FactoredBlock, IndexedBlock
 from trak.errors import InputError, NumericalError, PhaseError, StoreCorruptedError
 from trak.gradient_computers import FunctionalGradientComputer
 from trak.projectors import FactoredProjector, NoOpProjector, make_projector
+from trak.score_computers.auto_ridge import BY_STRENGTH
 from trak.whitening import Moments, Whitening
 from trak.whitening import moments as moments_module
 from trak.whitening.whitening import DAMPING
@@ -240,6 +241,54 @@ def test_a_run_goes_on_with_what_was_fitted(tmp_path):
         later.fit_whitening(batch=train)
     resumed = runs.whole_run(later, train, targets, [state])
     np.testing.assert_allclose(whole, resumed, rtol=1e-10, atol=1e-14)  # other batches
+
+
+@pytest.mark.parametrize("options", [{}, {"projector": NoOpProjector()}, {"proj_dim": 9}])
+def test_some_examples_are_kept_as_they_are(options, tmp_path):
+    model, train, _ = runs.data("mlp", 60, M)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    traker = runs.make_traker(model, 60, tmp_path / "white", whitening=0.5, **options)
+    fit(traker, train, state, size=17)
+    runs.featurize(traker, train, state)
+    plain = runs.make_traker(model, 60, tmp_path / "plain", **options)
+    runs.featurize(plain, train, state)
+    rows = torch.from_numpy(plain.saver.train_rows(0).array("grads").copy()).double()
+    q = torch.from_numpy(plain.saver.train_rows(0).array("out_to_loss").copy()).double()
+    (found,) = traker.pipeline.whitener.unwhitened(0)
+    scale = found.kernel[0, 0] / (rows[0] @ rows[0])
+    close = {"rtol": 1e-5, "atol": 1e-6 * float(found.kernel.abs().max())}
+    torch.testing.assert_close(found.kernel.double(), scale * rows @ rows.T, **close)
+    torch.testing.assert_close(found.pull, (scale * rows @ rows.T @ q)[:, 0] / 60, **close)
+    torch.testing.assert_close(found.loss, q[:, 0])
+
+
+def test_the_ridge_is_told_from_what_every_process_kept(tmp_path):
+    model, train, targets = runs.data("mlp", 90, M)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    ridges = {}
+    for case in ("whole", "resumed", "two"):
+        traker = runs.make_traker(model, 90, tmp_path / case, whitening=0.5)
+        other = runs.make_traker(model, 90, tmp_path / case, whitening=0.5)
+        if case == "two":
+            fit(traker, tuple(p[:45] for p in train), state)
+            fit(other, tuple(p[45:] for p in train), state)
+            other.save_whitening()
+            assert len(traker.pipeline.whitener.unwhitened(0)) == 0
+        else:
+            fit(traker, train, state)
+        runs.featurize(traker, train, state)
+        last = other if case == "resumed" else traker
+        last.finalize_features()
+        kept = last.pipeline.whitener.unwhitened(0)
+        assert [len(each.loss) for each in kept] == ([45, 45] if case == "two" else [90])
+        ridges[case] = last.saver.load_factor(0)[1]["auto"]
+    assert ridges["whole"] == ridges["resumed"]
+    assert ridges["two"] > 0
+    alone = runs.make_traker(model, 90, tmp_path / "plain")
+    runs.featurize(alone, train, state)
+    alone.finalize_features()
+    plain = alone.saver.load_factor(0)[1]["auto"]
+    assert ridges["whole"] == pytest.approx((1 + BY_STRENGTH * 0.5) * plain, rel=1e-2)
 
 
 def test_every_checkpoint_has_its_own(tmp_path):

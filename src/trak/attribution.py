@@ -25,13 +25,13 @@ from trak.batches import batch_size, normalize
 from trak.errors import InputError, InputTypeError
 from trak.gradient_computers import select_parameters
 from trak.pipeline import as_names
-from trak.projectors import KernelProjector
+from trak.projectors import KernelProjector, NoOpProjector
 from trak.strength import choose_strength, sampled, state_of
 from trak.traker import TRAKer
 
 logger = logging.getLogger(__name__)
 
-FITTED = 2048
+FITTED = 1024
 """Examples that whitening is fitted to, spread over the training set."""
 EXACT_UP_TO = 256 << 20
 """Bytes of unprojected rows of one checkpoint that nobody minds."""
@@ -90,7 +90,7 @@ def attribute(
         "curvature": curvature,
         **options,
     }
-    settings |= {"proj_dim": _dimension(model, settings)}
+    settings |= _projection(model, settings)
     with _restored(model) as before:
         states = [before if c is model else c for c in checkpoints or [model]]
         if isinstance(whitening, str) and whitening == "auto":
@@ -132,18 +132,27 @@ class _Run:
                 continue
             if not self.traker.whitening_is_fitted:
                 wanted = max(1, round(len(train) * min(1, FITTED / count)))
-                step = len(train) // wanted
-                chosen = (b for j, b in enumerate(train) if j % step == 0)
+                spread = {j * len(train) // wanted for j in range(wanted)}
+                chosen = (b for j, b in enumerate(train) if j in spread)
                 for batch in self._bar(chosen, number, "whitening", None):
                     self.traker.fit_whitening(batch=batch)
-            for batch in self._bar(train, number, "training examples", count):
-                self.traker.featurize(batch=batch, num_samples=_size(batch))
+            for batch, rows in self._numbered(train, number, "training examples", count):
+                self.traker.featurize(batch=batch, inds=rows)
 
     def score(self, targets: Any, exp_name: str, count: int) -> None:
         for number, state in enumerate(self.states):
             self.traker.start_scoring_checkpoint(exp_name, state_of(state), number, count)
-            for batch in self._bar(targets, number, "targets", count):
-                self.traker.score(batch=batch, num_samples=_size(batch))
+            for batch, rows in self._numbered(targets, number, "targets", count):
+                self.traker.score(batch=batch, inds=rows)
+
+    def _numbered(
+        self, batches: Iterable[Any], number: int, what: str, count: int
+    ) -> Iterator[tuple[Any, range]]:
+        start = 0
+        for batch in self._bar(batches, number, what, count):
+            stop = start + _size(batch)
+            yield batch, range(start, stop)
+            start = stop
 
     def _bar(
         self, batches: Iterable[Any], number: int, what: str, count: int | None
@@ -194,14 +203,14 @@ def _count(what: str, batches: Any) -> int:
     return count
 
 
-def _dimension(model: nn.Module, settings: Mapping[str, Any]) -> int | str:
-    proj_dim = settings["proj_dim"]
-    if proj_dim != "auto" or settings.get("projector") is not None:
-        return proj_dim
+def _projection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    # no projection where rows are few; as coarse as other rows, since nothing is lost by it
+    if settings["proj_dim"] != "auto" or settings.get("projector") is not None:
+        return {}
     chosen = select_parameters(model, as_names(settings.get("grad_wrt")))
     width = sum(p.numel() for p in chosen.values())
     few = 4 * settings["train_set_size"] * width <= EXACT_UP_TO
-    return "exact" if few else "auto"
+    return {"projector": NoOpProjector()} if few else {}
 
 
 def _strength(

@@ -20,7 +20,7 @@ from trak.batches import Batch, batch_size, normalize
 from trak.errors import InputTypeError
 from trak.evaluation.ranks import correlations
 from trak.pipeline import Pipeline
-from trak.score_computers.auto_ridge import Situation, relative_ridge
+from trak.score_computers.auto_ridge import BY_STRENGTH, Situation, relative_ridge
 from trak.score_computers.curvature import roots, weighted
 from trak.whitening import Moments, Whitening
 from trak.whitening.whitening import DAMPING, STRENGTH
@@ -31,9 +31,6 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75)
 WORTH = 0.005
 """A step up must raise the agreement by so much, since whitening can also do harm."""
 SAMPLE = 600
-_BY_STRENGTH = 3.0
-"""How much larger the ridge is where rows are white: a ridge of its own for each strength
-would choose the strength whose ridge is largest, since that is most reproducible."""
 _CHECKPOINTS = 3
 _GROUPS = 100
 _FEWEST = 40  # examples that agreement can be told from
@@ -168,7 +165,8 @@ def _scores(
             )
             factors = roots(situation.loss) if curvature else None
             plain = relative_ridge(weighted(rows, factors), situation)
-        ridge = plain * (1 + _BY_STRENGTH * strength)
+        # played for each strength, the largest ridge would win: it is most reproducible
+        ridge = plain * (1 + BY_STRENGTH * strength)
         found.append(_solved(rows, loss, ridge, curvature=curvature))
     maker.whitenings.clear()
     return found

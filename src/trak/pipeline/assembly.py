@@ -1,7 +1,7 @@
 """Makes the parts that the facade hands to each other."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,12 +13,20 @@ from trak.pipeline.choices import float_dtype
 from trak.pipeline.describe import describe_run, store_metadata
 from trak.pipeline.kernel import KernelMaker
 from trak.pipeline.pipeline import Pipeline
-from trak.pipeline.project import RowMaker
+from trak.pipeline.project import RowMaker, by_blocks
 from trak.pipeline.whiten import Whitener
-from trak.projectors import AbstractProjector, KernelProjector
+from trak.projectors import (
+    AbstractProjector,
+    KernelProjector,
+    NoOpProjector,
+    make_projector,
+)
+from trak.projectors.dimension import USUAL
 from trak.savers import AbstractSaver, MmapSaver
 from trak.score_computers import AbstractScoreComputer
 from trak.settings import RunSettings
+
+_WIDEST_SKETCH = 65_536  # numbers of one example
 
 
 class Parts(Protocol):
@@ -108,6 +116,7 @@ def make_pipeline(
         shapes=shapes,
         strength=parts.whitening,
         dtype=torch.promote_types(float_dtype(parts.dtype), torch.float32),
+        sketch=_make_sketch(parts, shapes),
     )
     return Pipeline(
         model=parts.model,
@@ -134,6 +143,16 @@ def _make_maker(parts: Parts, layout: Mapping[str, int]) -> RowMaker:
     if isinstance(parts.projector, KernelProjector):
         return KernelMaker(**common, saver=parts.saver, dtype=parts.dtype)
     return RowMaker(**common)
+
+
+def _make_sketch(parts: Parts, shapes: Mapping[str, Sequence[int]]) -> AbstractProjector:
+    # of unwhitened rows: the rows' own projection, where it takes blocks and is narrow
+    width = sum(math.prod(shape) for shape in shapes.values())
+    if by_blocks(parts.projector) and parts.proj_dim <= _WIDEST_SKETCH:
+        return parts.projector
+    if width <= _WIDEST_SKETCH:
+        return NoOpProjector(device=parts.device)
+    return make_projector(shapes, USUAL, 0, parts.device)
 
 
 def _settings(parts: Parts, layout: Mapping[str, int]) -> RunSettings:

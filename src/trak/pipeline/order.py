@@ -18,6 +18,7 @@ from torch.utils.data import (
 from trak.errors import InputError
 
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_ITERATOR = "DataLoaderIter"
 
 
 def refuse_shuffled_loader() -> None:
@@ -26,20 +27,27 @@ def refuse_shuffled_loader() -> None:
     Raises:
         InputError: says what to do instead.
     """
-    for iterator in gc.get_objects():
-        if _is_first_batch_of_shuffled(iterator):
-            raise InputError(
-                "num_samples= counts rows in the order in which samples arrive, but the "
-                "DataLoader being iterated shuffles, so that row i would be another "
-                "example than train_set[i]. Use shuffle=False, or pass the examples' own "
-                "numbers with inds=."
-            )
+    if _is_any_shuffling():
+        raise InputError(
+            "num_samples= counts rows in the order in which samples arrive, but the "
+            "DataLoader being iterated shuffles, so that row i would be another "
+            "example than train_set[i]. Use shuffle=False, or pass the examples' own "
+            "numbers with inds=."
+        )
+
+
+def _is_any_shuffling() -> bool:
+    # of its own, since the error's traceback would keep these objects alive;
+    # type() and not isinstance(): some live objects lie about their class
+    things = gc.get_objects()
+    kinds = {kind for kind in set(map(type, things)) if kind.__name__.endswith(_ITERATOR)}
+    if not kinds:
+        return False
+    iterators = [thing for thing in things if type(thing) in kinds]
+    return any(_is_first_batch_of_shuffled(iterator) for iterator in iterators)
 
 
 def _is_first_batch_of_shuffled(thing: Any) -> bool:
-    # type() and not isinstance(): some live objects lie about their class
-    if not type(thing).__name__.endswith("DataLoaderIter"):
-        return False
     if getattr(thing, "_num_yielded", 0) != 1:
         return False
     sampler = getattr(thing, "_index_sampler", None)

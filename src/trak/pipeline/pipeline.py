@@ -230,6 +230,7 @@ class Pipeline:
                 strength=self.whitener.strength,
                 columns=self.maker.projector.proj_dim or None,
                 loss=rows.array("out_to_loss"),
+                unwhitened=self.whitener.unwhitened(model_id),
             )
             matrix, info = finalize_rows(self.scorer, phi, self.maker.device, situation)
             self.saver.save_factor(model_id, matrix, info)

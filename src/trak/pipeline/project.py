@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from trak.batches import Batch, batch_size, select
-from trak.blocks import Block
+from trak.blocks import Block, Sink
 from trak.errors import InputError, InputTypeError, NumericalError
 from trak.gradient_computers import AbstractGradientComputer
 from trak.gradient_computers.capture import InputChangedError
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.pipeline.lengths import Trimmer
 from trak.pipeline.memory import MicroBatches
-from trak.projectors import AbstractProjector, BlockProjector
+from trak.projectors import AbstractProjector, BlockProjector, NoOpProjector
 from trak.whitening import Moments, Whitening
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class RowMaker:
             `[b, k]`, finite, float32 or float64, and `[b, 1]` or None.
         """
         if not batch_size(batch):
-            blank = self._blank(0)
+            blank = self._blank(0, self.projector.proj_dim)
             return blank, blank[:, :1] if with_weights else None
 
         def project(piece: Batch) -> Tensor:
@@ -170,24 +170,48 @@ class RowMaker:
         Returns:
             Its sums.
         """
+        return self.fitted(batch, 0, None)[0]
+
+    def fitted(
+        self, batch: Batch, model_id: int, projector: AbstractProjector | None
+    ) -> tuple[Moments, Tensor]:
+        """The same, and rows that are not whitened, in one pass.
+
+        Args:
+            batch: a normalized batch.
+            model_id: the checkpoint.
+            projector: makes the rows, of blocks; None for no rows.
+
+        Returns:
+            The batch's sums, and its rows with the loss weights Q as a last column,
+            `[b, k + 1]`; `[b, 0]` without a projector.
+        """
         total = Moments()
         if not batch_size(batch):
-            return total
+            return total, torch.zeros(0, 0)
 
         def work(piece: Batch, start: int) -> Tensor:
-            del start
-            total.merge(self.with_copies(lambda: self._piece_moments(piece)))
-            return torch.zeros(batch_size(piece))
+            # sums of its own, since an attempt may fail half way
+            found = Moments()
 
-        self.micro.rows(batch, work, self._most)
-        return total
+            def attempt() -> Tensor:
+                nonlocal found
+                found = Moments()
+                with found.adding(size) as sink:
+                    if projector is not None:
+                        return self._projected(projector, piece, model_id, None, sink)
+                    self.computer.run(piece, sink, self.layout)
+                    return torch.zeros(size, 0)
 
-    def _piece_moments(self, piece: Batch) -> Moments:
-        # of its own, since an attempt may fail half way
-        found = Moments()
-        with found.adding(batch_size(piece)) as sink:
-            self.computer.run(piece, sink, self.layout)
-        return found
+            size = batch_size(piece)
+            rows = self.with_copies(attempt)
+            if projector is not None:
+                weights = self._loss_weights(piece, list(range(start, start + size)))
+                rows = torch.cat([rows, weights.to(rows)], dim=1)
+            total.merge(found)
+            return rows
+
+        return total, self.micro.rows(batch, work, self._most)
 
     def _by_length(
         self,
@@ -210,14 +234,16 @@ class RowMaker:
         # asked anew each time: the first batch may change the computer's mind
         width = sum(self.layout.values())
         projector = self.projector
-        if isinstance(projector, BlockProjector) and projector.layout is not None:
+        if isinstance(projector, BlockProjector) and by_blocks(projector):
             formed = projector.forms_gradients
             width = self.computer.scalars_at_once(self.layout, formed=formed)
         fitting = max(1, GRADIENT_BYTES // max(1, 4 * width))
         return min(fitting, self.computer.samples_at_once or fitting)
 
     def _check(self, part: Tensor, piece: Batch, model_id: int, numbers: list[int]) -> None:
-        finite = torch.isfinite(part).all(dim=1)
+        if bool(torch.isfinite(part.sum(dim=1)).all()):
+            return
+        finite = torch.isfinite(part).all(dim=1)  # a sum of finite numbers may be infinite
         if not finite.all():
             bad = int((~finite).nonzero()[0])
             where = self._first_bad_parameter(select(piece, slice(bad, bad + 1)))
@@ -249,19 +275,20 @@ class RowMaker:
             )
         return weights
 
-    def _blank(self, size: int) -> Tensor:
+    def _blank(self, size: int, width: int) -> Tensor:
         parameters = dict(self.model.named_parameters())
         double = any(parameters[name].dtype is torch.float64 for name in self.layout)
-        width = self.projector.proj_dim or sum(self.layout.values())
+        width = width or sum(self.layout.values())
         dtype = torch.float64 if double else torch.float32
         return torch.zeros((size, width), dtype=dtype, device=self.device)
 
     def _project(self, batch: Batch, model_id: int) -> Tensor:
-        projector = self.projector
-        if isinstance(projector, BlockProjector) and projector.layout is not None:
-            return self.with_copies(lambda: self._projected(projector, batch, model_id))
+        projector, whitening = self.projector, self.whitenings.get(model_id)
+        if by_blocks(projector):
+            return self.with_copies(
+                lambda: self._projected(projector, batch, model_id, whitening)
+            )
         grads = self.computer.compute_per_sample_grad(batch)
-        whitening = self.whitenings.get(model_id)
         if whitening is not None:
             grads = whitening.whole(grads, self.layout)
         rows = projector.project(grads, model_id=model_id).detach()
@@ -274,11 +301,35 @@ class RowMaker:
         dtype = torch.promote_types(rows.dtype, torch.float32)
         return rows.to(self.device, dtype)
 
-    def _projected(self, projector: BlockProjector, batch: Batch, model_id: int) -> Tensor:
-        out = self._blank(batch_size(batch))
-        with projector.gathering(out, model_id, self.whitenings.get(model_id)) as sink:
-            self.computer.run(batch, sink, self.layout)
+    def _projected(
+        self,
+        projector: AbstractProjector,
+        batch: Batch,
+        model_id: int,
+        whitening: Whitening | None,
+        also: Sink | None = None,
+    ) -> Tensor:
+        out = self._blank(batch_size(batch), projector.proj_dim)
+        with self._gathering(projector, out, model_id, whitening) as sink:
+
+            def both(block: Block) -> None:
+                if also is not None:
+                    also(block)
+                sink(block)
+
+            self.computer.run(batch, both, self.layout)
         return out
+
+    def _gathering(
+        self,
+        projector: AbstractProjector,
+        out: Tensor,
+        model_id: int,
+        whitening: Whitening | None,
+    ) -> AbstractContextManager[Sink]:
+        if isinstance(projector, BlockProjector):
+            return projector.gathering(out, model_id, whitening)
+        return NoOpProjector().gathering(out, self.layout, whitening)
 
     def _first_bad_parameter(self, sample: Batch) -> str:
         bad: list[str] = []
@@ -289,3 +340,17 @@ class RowMaker:
 
         self.computer.run(sample, look, self.layout)
         return f", first in parameter {bad[0]!r}" if bad else ""
+
+
+def by_blocks(projector: AbstractProjector) -> bool:
+    """Whether gradients go to a projector block by block, and not multiplied out.
+
+    Args:
+        projector: any.
+
+    Returns:
+        False for projectors of the user's own.
+    """
+    if isinstance(projector, BlockProjector):
+        return projector.layout is not None
+    return type(projector) is NoOpProjector

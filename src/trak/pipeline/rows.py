@@ -129,29 +129,42 @@ def to_store(rows: Tensor, dtype: torch.dtype, numbers: RowNumbers) -> NDArray[A
     """
     encoding = encoding_of(dtype)
     rounded = encoding.decode(*encoding.encode(rows))
+    size = torch.linalg.vector_norm(rows, dim=1)
+    lost = torch.linalg.vector_norm(rounded.to(rows.dtype) - rows, dim=1)
+    fine = (size > 0) & (lost <= _UNDERFLOW * size) & torch.isfinite(lost)
+    problem = None if fine.all() else _problem(rows, rounded, dtype, numbers)
+    if problem is not None:
+        raise NumericalError(f"{problem} Nothing of this batch was stored. {_WIDER}")
+    return rounded.to(dtype if encoding.plain else torch.float32).cpu().numpy()
+
+
+def _problem(
+    rows: Tensor, rounded: Tensor, dtype: torch.dtype, numbers: RowNumbers
+) -> str | None:
+    # in float64, since float32's squares overflow and underflow
+    encoding = encoding_of(dtype)
     largest = rows.abs().amax(dim=1)
     finite = torch.isfinite(rounded).all(dim=1)
     if not finite.all():
         bad = int((~finite).nonzero()[0])
-        raise NumericalError(
+        return (
             f"The projected gradient of sample {numbers[bad]} reaches "
-            f"{float(largest[bad]):.3g}, beyond {dtype}. Nothing of this batch "
-            f"was stored. {_WIDER}"
+            f"{float(largest[bad]):.3g}, beyond {dtype}."
         )
-    size = torch.linalg.vector_norm(rows, dim=1)
-    lost = torch.linalg.vector_norm(rounded.to(rows.dtype) - rows, dim=1)
+    size = torch.linalg.vector_norm(rows.double(), dim=1)
+    lost = torch.linalg.vector_norm(rounded.double() - rows.double(), dim=1)
     small = lost > _UNDERFLOW * size
-    if small.any():
-        bad = int(small.nonzero()[0])
-        why = f"so small ({float(largest[bad]):.3g} at most)"
-        if encoding.scaled:
-            ratio = float(largest[bad] / size[bad]) * rows.shape[1] ** 0.5
-            why = f"so uneven (its largest entry is {ratio:.3g} times its mean one)"
-        raise NumericalError(
-            f"The projected gradient of sample {numbers[bad]} is {why} that {dtype} "
-            f"loses it to rounding. Nothing of this batch was stored. {_WIDER}"
-        )
-    return rounded.to(dtype if encoding.plain else torch.float32).cpu().numpy()
+    if not small.any():
+        return None
+    bad = int(small.nonzero()[0])
+    why = f"so small ({float(largest[bad]):.3g} at most)"
+    if encoding.scaled:
+        ratio = float(largest[bad] / size[bad]) * rows.shape[1] ** 0.5
+        why = f"so uneven (its largest entry is {ratio:.3g} times its mean one)"
+    return (
+        f"The projected gradient of sample {numbers[bad]} is {why} that {dtype} loses it "
+        "to rounding."
+    )
 
 
 def narrow(batch: Batch, positions: NDArray[np.int64]) -> Batch:

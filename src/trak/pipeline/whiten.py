@@ -10,7 +10,9 @@ from trak.arguments import as_number
 from trak.batches import Batch
 from trak.errors import InputError, PhaseError
 from trak.pipeline.project import RowMaker
+from trak.projectors import AbstractProjector
 from trak.savers import AbstractSaver
+from trak.score_computers.unwhitened import Chosen, Unwhitened
 from trak.whitening import Moments, Whitening
 from trak.whitening.whitening import DAMPING, STRENGTH
 
@@ -53,7 +55,9 @@ class Whitener:
         shapes: name to shape of the selected parameters.
         strength: 0 for none.
         dtype: of the multiplications.
+        sketch: makes rows that are not whitened, for the ridge.
         sums: checkpoint to what was added up here and not saved yet.
+        chosen: checkpoint to examples seen here whose rows are kept.
     """
 
     maker: RowMaker
@@ -61,7 +65,9 @@ class Whitener:
     shapes: Mapping[str, Sequence[int]]
     strength: float
     dtype: torch.dtype
+    sketch: AbstractProjector
     sums: dict[int, Moments] = field(default_factory=dict[int, Moments])
+    chosen: dict[int, Chosen] = field(default_factory=dict[int, Chosen])
 
     def fit(self, batch: Batch, model_id: int) -> None:
         """Adds a batch to a checkpoint's sums.
@@ -84,8 +90,11 @@ class Whitener:
                 f"Rows of model_id={model_id} are whitened by what was fitted before, so "
                 "nothing can be added. Featurize on, or use another save_dir."
             )
-        found = self.maker.moments(batch)
+        found, rows = self.maker.fitted(batch, model_id, self.sketch)
         self.sums.setdefault(model_id, Moments()).merge(found)
+        if len(rows):
+            chosen = self.chosen.setdefault(model_id, Chosen())
+            chosen.add(rows[:, :-1], rows[:, -1:])
 
     def save(self, model_id: int) -> None:
         """Writes what this process added up, for others to add to theirs.
@@ -93,9 +102,11 @@ class Whitener:
         Args:
             model_id: the checkpoint.
         """
-        found = self.sums.pop(model_id, None)
+        found, chosen = self.sums.pop(model_id, None), self.chosen.pop(model_id, None)
         if found is not None and found.count:
-            self.saver.add_moments(model_id, found.arrays())
+            examples = chosen.found() if chosen is not None else None
+            more = examples.arrays() if examples is not None else {}
+            self.saver.add_moments(model_id, found.arrays() | more)
 
     def fitted(self, model_id: int) -> bool:
         """Whether the checkpoint's sums are settled.
@@ -109,6 +120,21 @@ class Whitener:
         if not self.strength:
             return True
         return self.saver.settled_moments(model_id, settle=False) is not None
+
+    def unwhitened(self, model_id: int) -> list[Unwhitened]:
+        """Examples that every process kept as they are without whitening.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            Those of each process; nothing if the run does not whiten.
+        """
+        if not self.strength:
+            return []
+        parts = self.saver.settled_moments(model_id, settle=False) or []
+        found = (Unwhitened.of_arrays(arrays, path) for path, arrays in parts)
+        return [examples for examples in found if examples is not None]
 
     def prepare(self, model_id: int) -> None:
         """Makes the checkpoint's whitening, before its rows are made.

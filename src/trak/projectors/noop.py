@@ -1,12 +1,15 @@
 """No projection: rows are the gradients themselves."""
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from trak.blocks import Block, Sink
 from trak.projectors.abstract import AbstractProjector, ProjectionType
 from trak.utils import vectorize
+from trak.whitening import Whitening
 
 
 class NoOpProjector(AbstractProjector):
@@ -41,3 +44,25 @@ class NoOpProjector(AbstractProjector):
             `[b, p]`.
         """
         return vectorize(grads) if isinstance(grads, Mapping) else grads
+
+    @contextmanager
+    def gathering(
+        self, out: Tensor, layout: Mapping[str, int], whitening: Whitening | None = None
+    ) -> Generator[Sink]:
+        """Puts the blocks of one whole batch into their places.
+
+        Args:
+            out: zeros, `[b, p]`; complete at the end.
+            layout: name to number of scalars of every parameter, in order.
+            whitening: is done to the gradients before.
+
+        Yields:
+            A function to hand to a gradient computer.
+        """
+        places = dict(zip(layout, out.split(list(layout.values()), dim=1), strict=True))
+
+        def consume(block: Block) -> None:
+            block = block if whitening is None else whitening.apply(block)
+            places[block.name].add_(block.dense().gradient.detach())
+
+        yield consume

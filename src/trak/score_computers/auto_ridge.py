@@ -9,6 +9,8 @@ multiplied by what is known of the noise that the linearized model does not have
 """
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,21 +19,20 @@ import torch
 from torch import Tensor
 
 from trak.encodings import RowSource, row_encoding
-from trak.score_computers.curvature import roots
+from trak.score_computers.curvature import roots as roots_of
 from trak.score_computers.retraining import Halves, retrained
 from trak.score_computers.stationarity import Training, training_of
 from trak.score_computers.stream import rows_per_block, stream
+from trak.score_computers.unwhitened import SAMPLE, Unwhitened
 
 logger = logging.getLogger(__name__)
 
-SAMPLE = 600
-"""Rows that are played with."""
 _SAMPLE_BYTES = 1 << 29  # of them
 _FEWEST = 40  # rows that something can be told from
 _RIDGES = np.logspace(-2, 3.5, 45)
 _AS_GOOD = 0.01  # of the correlation
-_FLATTENED = 0.75  # damping keeps the rest
-_MOST_UNDONE = 0.4  # of whitening: beyond, the spectrum says too little
+BY_STRENGTH = 3.0
+"""How much larger the ridge is where rows are white, `1 + 3 alpha`."""
 _NOISE, _BY_TRAINING, _BY_SKETCH, _AVERAGED = 0.9, 0.225, 0.9, 0.4
 USUAL = 2.0
 """The multiple for rows that nothing can be told from."""
@@ -47,6 +48,7 @@ class Situation:
         columns: projection dimension; None if the rows are not projected.
         loss: Q, `[n]` or `[n, 1]`; None if unknown.
         curvature: the rows are weighted by the loss's curvature.
+        unwhitened: some of the examples without whitening, for rows that are whitened.
     """
 
     checkpoints: int = 1
@@ -54,6 +56,7 @@ class Situation:
     columns: int | None = None
     loss: Any = None
     curvature: bool = False
+    unwhitened: Sequence[Unwhitened] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,6 @@ class Sample:
         loss: their loss weights, `[s]`.
         roots: what their rows are weighted by, `[s]`.
         share: of the training set.
-        strength: of the whitening that the rows have seen.
     """
 
     kernel: Tensor
@@ -75,24 +77,6 @@ class Sample:
     loss: Tensor
     roots: Tensor
     share: float
-    strength: float = 0.0
-
-    def training(self) -> Training:
-        """How the model was trained whose rows these are.
-
-        Training knows no whitening. Where a direction has the second moment `s`, whitening
-        leaves about `s^(1 - alpha)`, which is undone on the kernel's spectrum.
-
-        Returns:
-            The training.
-        """
-        if not self.strength:
-            return training_of(self.kernel, self.pull, self.loss)
-        values, vectors = torch.linalg.eigh(self.kernel)
-        power = 1 / (1 - _FLATTENED * min(self.strength, _MOST_UNDONE))
-        kernel = (vectors * values.clamp(min=0) ** power) @ vectors.T
-        kernel = kernel / kernel.diagonal().mean()
-        return training_of(kernel, kernel @ self.loss / self.share, self.loss)
 
 
 def relative_ridge(rows: RowSource, situation: Situation) -> float:
@@ -105,20 +89,24 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
     Returns:
         The multiple, above 0.
     """
-    if situation.loss is None or rows.shape[0] < _FEWEST:
-        return USUAL * noise_factor(rows.shape[0], situation)
-    sample = sampled(rows, situation)
-    if sample is None:
-        return USUAL * noise_factor(rows.shape[0], situation)
-    training = sample.training()
-    played = best_ridge(sample, training)
+    factor = noise_factor(rows.shape[0], situation)
+    factor *= 1 + BY_STRENGTH * situation.strength
+    known = situation.loss is not None and rows.shape[0] >= _FEWEST
+    samples = _samples(rows, situation) if known else []
+    if not samples:
+        return USUAL * factor
+    trainings = [training_of(s.kernel, s.pull, s.loss) for s in samples]
+    pairs = zip(samples, trainings, strict=True)
+    logs = [math.log(best_ridge(sample, training)) for sample, training in pairs]
+    played = math.exp(np.average(logs, weights=[len(s.loss) for s in samples]))
     logger.info(
         "Automatic ridge: %.3g times the mean squared row norm for linearized models on "
-        "halves, trained with a ridge of %.3g.",
+        "halves, trained with a ridge of %s; times %.3g.",
         played,
-        training.ridge,
+        ", ".join(f"{training.ridge:.3g}" for training in trainings),
+        factor,
     )
-    return played * noise_factor(rows.shape[0], situation)
+    return played * factor
 
 
 def noise_factor(num_rows: int, situation: Situation) -> float:
@@ -155,16 +143,20 @@ def best_ridge(sample: Sample, training: Training) -> float:
     halves = retrained(
         training.kernel, training.ridge * sample.share, answers=training.answers
     )
-    values = torch.stack([halves.agreement(sums) for sums in _sums(sample, halves)])
+    # a squared loss is equally curved everywhere, however rows are weighted
+    even = training.answers is not None
+    weights = torch.ones_like(sample.roots) if even else sample.roots
+    sums = _sums(sample, weights, halves)
+    values = torch.stack([halves.agreement(each) for each in sums])
     values = values.nan_to_num(-1.0).cpu().numpy()
     good = np.log(_RIDGES[values >= values.max() - _AS_GOOD])
     return float(np.exp(good.mean()))
 
 
-def _sums(sample: Sample, halves: Halves) -> list[Tensor]:
+def _sums(sample: Sample, roots: Tensor, halves: Halves) -> list[Tensor]:
     # of TRAK's scores over each half, [subsets, h], at every ridge
     train, held = halves.train, halves.held
-    weights = sample.roots[train][:, None]
+    weights = roots[train][:, None]
     gram = weights * sample.kernel[train][:, train] * weights.T
     unit = gram.trace() / len(train)
     values, vectors = torch.linalg.eigh(gram / unit)
@@ -173,6 +165,32 @@ def _sums(sample: Sample, halves: Halves) -> list[Tensor]:
     share = sample.share * len(train) / len(sample.kernel)
     values = values.clamp(min=0)
     return [after @ (across / (values + r * share)[:, None]) for r in _RIDGES]
+
+
+def _samples(rows: RowSource, situation: Situation) -> list[Sample]:
+    # of whitened rows the unwhitened ones, of every process that fitted
+    if not situation.strength:
+        found = [sampled(rows, situation)]
+    else:
+        every = torch.as_tensor(np.asarray(situation.loss))
+        curved = situation.curvature and roots_of(every) is not None
+        found = [
+            _sample_of(examples, rows.shape[0], curvature=curved)
+            for examples in situation.unwhitened
+            if len(examples.loss) >= _FEWEST
+        ]
+    return [sample for sample in found if sample is not None]
+
+
+def _sample_of(examples: Unwhitened, count: int, *, curvature: bool) -> Sample | None:
+    kernel, loss = examples.kernel.double(), examples.loss
+    unit = kernel.diagonal().mean()
+    if not bool(unit > 0) or not bool(loss.any()):
+        return None
+    weights = roots_of(loss) if curvature else None
+    factors = torch.ones_like(loss) if weights is None else weights.flatten()
+    pull = examples.pull * count / unit
+    return Sample(kernel / unit, pull, loss, factors, min(1.0, len(loss) / count))
 
 
 def sampled(rows: RowSource, situation: Situation) -> Sample | None:
@@ -187,7 +205,7 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
     """
     count, width = rows.shape
     loss = torch.as_tensor(np.asarray(situation.loss)).double().flatten().clone()
-    weights = roots(loss) if situation.curvature else None
+    weights = roots_of(loss) if situation.curvature else None
     factors = torch.ones(count).double() if weights is None else weights.flatten()
     most = max(_FEWEST, _SAMPLE_BYTES // (4 * width))
     generator = torch.Generator().manual_seed(0)
@@ -206,7 +224,6 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
         loss[numbers].to(device),
         factors[numbers].to(device),
         len(numbers) / count,
-        situation.strength,
     )
 
 

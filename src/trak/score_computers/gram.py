@@ -87,12 +87,26 @@ def dual_gram(rows: RowSource, device: torch.device | None = None) -> Square:
     """
     device = device or home(rows)
     num_rows, width = rows.shape
-    gram = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
-    # by columns: without projection there may be millions of them
-    step = max(_DUAL_COLUMNS, BLOCK_BYTES // (8 * num_rows))
-    for start in range(0, width, step):
-        phi = decoded(rows, torch.float64, slice(start, start + step)).to(device)
-        gram.addmm_(phi, phi.T)
+    dtype = products_dtype(rows)
+    gram = _lower_dual(rows, dtype, device)
+    mean_square = float(gram.trace()) / max(1, num_rows * width)
+    if dtype is torch.float32 and not _TINY < mean_square < math.inf:
+        gram = _lower_dual(rows, torch.float64, device)
     if not torch.isfinite(gram.diagonal()).all():
         refuse_nonfinite(rows, rows_per_block(rows.shape[1], torch.float64))
+    upper = gram.tril(-1).T
+    return gram.tril_().add_(upper)
+
+
+def _lower_dual(rows: RowSource, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # by columns: without projection there may be millions of them
+    num_rows, width = rows.shape
+    gram = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
+    step = min(_PART_ROWS, max(_DUAL_COLUMNS, BLOCK_BYTES // (8 * num_rows)))
+    strip = max(_STRIP, num_rows // 8)
+    for start in range(0, width, step):
+        phi = decoded(rows, dtype, slice(start, start + step)).to(device)
+        for first in range(0, num_rows, strip):
+            stop = min(first + strip, num_rows)
+            gram[first:stop, :stop] += phi[first:stop] @ phi[:stop].T
     return gram

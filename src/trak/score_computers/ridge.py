@@ -21,7 +21,7 @@ from trak.score_computers.linear import (
     LinearScoreComputer,
     product,
 )
-from trak.score_computers.stream import decoded
+from trak.score_computers.stream import decoded, products_dtype
 
 _LARGE = 100.0  # times the trace: a ridge beside which the Gram matrix loses digits
 
@@ -143,7 +143,8 @@ class RidgeScoreComputer(LinearScoreComputer):
         if factor.form == "primal":
             return super().scorer(kept, rows, targets)
         rows = self.weighted(rows, loss)
-        scores = factor.solve(product(rows, targets.to(factor.lower).T))
+        aims = targets.to(factor.lower.device, products_dtype(rows)).T
+        scores = factor.solve(product(rows, aims).double())
         scores = self.unweighted(scores, loss)
         return lambda start, stop: scores[start:stop]
 

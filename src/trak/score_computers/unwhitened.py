@@ -1,0 +1,136 @@
+"""Examples as they are without whitening: what a whitened run's ridge is told from.
+
+Rows that are whitened say too little about how the model was trained (docs/ridge.md), so
+`fit_whitening` keeps the inner products of some that are not.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trak.errors import StoreCorruptedError
+
+SAMPLE = 600
+"""Examples that are kept."""
+_SAMPLE_BYTES = 1 << 29  # of their rows
+_PREFIX, _PARTS = "unwhitened/", ("kernel", "pull", "loss")
+
+
+@dataclass(frozen=True)
+class Unwhitened:
+    """Some training examples.
+
+    Attributes:
+        kernel: inner products of their rows, `[s, s]`, float32.
+        pull: their rows times the mean of `q phi` over all examples that were seen, `[s]`,
+            float64.
+        loss: their loss weights Q, `[s]`, float64.
+    """
+
+    kernel: Tensor
+    pull: Tensor
+    loss: Tensor
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The same as arrays, for a file.
+
+        Returns:
+            Name to array.
+        """
+        return {f"{_PREFIX}{part}": getattr(self, part).cpu().numpy() for part in _PARTS}
+
+    @classmethod
+    def of_arrays(
+        cls, arrays: Mapping[str, NDArray[Any]], path: Path
+    ) -> "Unwhitened | None":
+        """What `arrays` was made of.
+
+        Args:
+            arrays: name to array.
+            path: where they are from, for messages.
+
+        Returns:
+            The examples; None if none were kept.
+
+        Raises:
+            StoreCorruptedError: if they do not fit together.
+        """
+        found = {p: arrays[_PREFIX + p] for p in _PARTS if _PREFIX + p in arrays}
+        if not found:
+            return None
+        shapes = {part: array.shape for part, array in found.items()}
+        size = len(found.get("loss", ()))
+        if shapes != {"kernel": (size, size), "pull": (size,), "loss": (size,)}:
+            raise StoreCorruptedError(
+                f"{path} is no whole file of whitening sums: its unwhitened examples are "
+                f"of shapes {shapes}. Delete it and call fit_whitening again."
+            )
+        return cls(**{part: torch.from_numpy(array) for part, array in found.items()})
+
+
+class Chosen:
+    """Rows of some examples, chosen by lot from all that come along.
+
+    Args:
+        seed: of the lots.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._lots = torch.empty(0)
+        self._loss = torch.empty(0, dtype=torch.float64)
+        self._rows = torch.empty(0, 0)
+        self._total = torch.empty(0, dtype=torch.float64)
+        self._seen = 0
+
+    def add(self, rows: Tensor, loss: Tensor) -> None:
+        """Lets a batch take part.
+
+        Args:
+            rows: `[b, k]`, not whitened.
+            loss: Q, `[b, 1]`.
+        """
+        if not self._seen:
+            self._start(rows)
+        self._total += (rows.T @ loss.to(rows)).flatten()
+        self._seen += len(rows)
+        every = torch.cat([
+            self._lots,
+            torch.rand(len(rows), generator=self._generator, dtype=torch.float64),
+        ])
+        kept = torch.zeros(len(every), dtype=torch.bool)
+        kept[every.argsort()[: len(self._lots)]] = True
+        places = (~kept[: len(self._lots)]).nonzero().flatten()
+        winners = kept[len(self._lots) :].nonzero().flatten()
+        self._lots[places] = every[len(self._lots) + winners]
+        self._loss[places] = loss.flatten().to("cpu", torch.float64)[winners]
+        self._rows[places.to(rows.device)] = rows[winners.to(rows.device)]
+
+    def _start(self, rows: Tensor) -> None:
+        # empty places lose against any example, the first ones first
+        most = max(1, min(SAMPLE, _SAMPLE_BYTES // (4 * rows.shape[1])))
+        self._lots = torch.linspace(2, 1, most, dtype=torch.float64)
+        self._loss = torch.zeros(most, dtype=torch.float64)
+        self._rows = rows.new_zeros(most, rows.shape[1])
+        self._total = rows.new_zeros(rows.shape[1], dtype=torch.float64)
+
+    def found(self) -> Unwhitened | None:
+        """What was chosen.
+
+        Returns:
+            The examples; None if there is none, or a row is not finite.
+        """
+        taken = self._lots < 1
+        rows = self._rows[taken.to(self._rows.device)]
+        if not len(rows):
+            return None
+        kernel = (rows @ rows.T).float().cpu()
+        pull = (rows.double() @ self._total).cpu() / self._seen
+        if not bool(torch.isfinite(kernel).all() and torch.isfinite(pull).all()):
+            return None
+        return Unwhitened(kernel, pull, self._loss[taken])
