@@ -2,8 +2,9 @@
 
 Random projections (dense, hashed, Hadamard, two-sided, masked), leading eigenvectors
 (layer by layer in the K-FAC eigenbases, or of the training rows' Gram matrix) and half of
-each, at equal `k`, with and without whitening. Bar: the projection that the library takes
-by itself loses to none by more than the interval of the difference.
+each, at equal `k`, with and without whitening. Bar: what the library takes by itself
+(leading coordinates with whitening) loses to none by more than the interval of the
+difference.
 
     python -m benchmarks.compression [--bank digits] [--small]
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,13 @@ from benchmarks.sketches import (
     compress,
     leading_cost,
     predicted_variances,
-    random_rows,
 )
 from benchmarks.systems import RIDGES, Checkpoint, checkpoint, loss_weights, moments_of
 from trak.evaluation import lds_difference
 from trak.projectors.choice import make_projector, projection_costs
 from trak.projectors.dimension import chosen_dimension
 from trak.score_computers.auto_ridge import Situation, relative_ridge
+from trak.score_computers.unwhitened import Chosen, Unwhitened
 
 DIMS = (512, 2048, 4096)
 KINDS = (*RANDOM, *DERIVED)
@@ -52,6 +53,7 @@ COUNTS = (1, 3)
 SEEDS = 2
 DRAWS = 200
 POSITIONS = 64  # as the library assumes where it chooses
+PIECE = 256  # examples
 HALF = 2  # bytes of a stored number, by default
 EXACT, AUTO = "no projection", "proj_dim='auto'"
 BEST, AUTOMATIC = "best", "auto"
@@ -162,7 +164,7 @@ def rows_for(source: Source, kind: str, k: int, seed: int) -> Tensor | None:
     if kind == EXACT:
         return source.root
     if kind == AUTO:
-        return random_rows(source, None, k, seed)
+        kind = default_kind(source.found.shapes, k, source.strength)
     return compress(source, kind, k, seed)
 
 
@@ -187,22 +189,60 @@ def collect(
     found: dict[Setting, dict[int, Sums]] = {}
     for number in range(number_of):
         one = checkpoint(made, bank, number)
+        examples = unwhitened(one, losses[number])
         for strength in STRENGTHS:
             source = Source(one, one.whitened(strength), strength, max(dims))
             for kind, k, seed in every_job(source, dims, kinds):
                 rows = rows_for(source, kind, k, seed)
                 for count in (c for c in counts if number < c and rows is not None):
+                    fixed = kind in FIXED or (kind == AUTO and strength > 0)
                     situation = Situation(
                         checkpoints=count,
                         strength=strength,
-                        columns=k or None,
+                        columns=None if fixed else k or None,
                         loss=losses[number],
+                        unwhitened=[examples],
                     )
                     setting = Setting(strength, count, kind, k)
                     sums = found.setdefault(setting, {}).setdefault(seed, Sums())
                     sums.add(predict(rows, n, left[count], situation))
             print(name, "checkpoint", number, "strength", strength, flush=True)
     return {key: [sums[s] for s in sorted(sums)] for key, sums in found.items()}
+
+
+def unwhitened(one: Checkpoint, loss: Tensor) -> Unwhitened:
+    """What `fit_whitening` keeps of a checkpoint's examples as they are.
+
+    Args:
+        one: the checkpoint.
+        loss: its loss weights Q, `[n]`.
+
+    Returns:
+        A sample of the training examples.
+    """
+    kept = Chosen()
+    rows = torch.cat([part[: one.n] for part in one.gradients.values()], dim=1)
+    for start in range(0, one.n, PIECE):
+        kept.add(rows[start : start + PIECE], loss[start : start + PIECE, None])
+    found = kept.found()
+    assert found is not None
+    return found
+
+
+def default_kind(shapes: Mapping[str, tuple[int, ...]], k: int, strength: float) -> str:
+    """What the library compresses with.
+
+    Args:
+        shapes: of the parameters.
+        k: columns.
+        strength: of whitening.
+
+    Returns:
+        A kind.
+    """
+    if strength:
+        return PREDICTED
+    return make_projector(shapes, k, 0, torch.device("cpu")).proj_type.value
 
 
 class Judged:
@@ -300,8 +340,7 @@ def measure(
     found = collect(name, dims, counts, kinds)
     judged = Judged(load(name), found)
     shapes = shapes_for(name)
-    device = torch.device("cpu")
-    default = {k: make_projector(shapes, k, 0, device).proj_type.value for k in dims}
+    default = {(k, s): default_kind(shapes, k, s) for k in dims for s in STRENGTHS}
     entries = []
     for setting in found:
         place = judged.place(setting, BEST)
@@ -314,17 +353,16 @@ def measure(
             BEST: round(judged.quality(setting, BEST), 4),
             AUTOMATIC: round(judged.quality(setting, AUTOMATIC), 4),
         }
-        if setting.k in default and default[setting.k] != setting.kind:
-            mine = Setting(
-                setting.strength, setting.checkpoints, default[setting.k], setting.k
-            )
+        own = default.get((setting.k, setting.strength), setting.kind)
+        if own != setting.kind:
+            mine = Setting(setting.strength, setting.checkpoints, own, setting.k)
             for ridge in (BEST, AUTOMATIC):
                 entry[f"default - this, {ridge}"] = judged.difference(mine, setting, ridge)
         entries.append(entry)
         print(name, entry, flush=True)
     return {
         "bank": name,
-        "default": {str(k): kind for k, kind in default.items()},
+        "default": {f"{k}, {s:g}": kind for (k, s), kind in default.items()},
         "operations a sample": costs_of(name, dims),
         "entries": entries,
         "ran": environment(),

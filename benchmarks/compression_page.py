@@ -75,7 +75,9 @@ def qualities(detail: dict[str, Any], strength: float) -> str:
             if entry is None:
                 cells.append("")
                 continue
-            mark = "**" if detail["default"].get(str(entry["k"])) == kind else ""
+            mark = (
+                "**" if detail["default"].get(f"{entry['k']}, {strength:g}") == kind else ""
+            )
             width = f" (k = {entry['k']})" if kind == AUTO else ""
             pair = f"{entry[BEST]:.3f}, {entry[AUTOMATIC]:.3f}"
             cells.append(f"{mark}{pair}{mark}{width}")
@@ -186,8 +188,12 @@ def tables(details: Sequence[dict[str, Any]]) -> str:
     )
     text += summary(details)
     for detail in details:
-        kinds = ", ".join(f"{kind} at {k}" for k, kind in detail["default"].items())
-        text += f"\n{detail['bank']}: the default is {kinds}.\n"
+        kinds = ", ".join(
+            f"{kind} ({key})"
+            for key, kind in detail["default"].items()
+            if kind != PREDICTED
+        )
+        text += f"\n{detail['bank']}: without whitening the default is {kinds}.\n"
     text += (
         "\n## At equal cost\n\n"
         f"The widest that costs no more than dense rows of {DIMS[0]}, "

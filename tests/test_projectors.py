@@ -321,7 +321,7 @@ def test_the_default_is_dense_for_small_and_sparse_for_large_models():
     assert layers.proj_type == "factored"
 
 
-@pytest.mark.parametrize("kind", list(ProjectionType))
+@pytest.mark.parametrize("kind", [k for k in ProjectionType if k.value != "leading"])
 def test_projectors_have_names(kind):
     projector = make_projector(
         {"a": (20, 30), "b": 5}, 16, 0, torch.device("cpu"), kind.value

@@ -243,13 +243,23 @@ def test_a_run_goes_on_with_what_was_fitted(tmp_path):
     np.testing.assert_allclose(whole, resumed, rtol=1e-10, atol=1e-14)  # other batches
 
 
-@pytest.mark.parametrize("options", [{}, {"projector": NoOpProjector()}, {"proj_dim": 9}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"projector": "leading", "proj_dim": 9},
+        {"projector": NoOpProjector()},
+        {"projector": "sparse"},
+        {"projector": "factored", "proj_dim": 9},
+    ],
+)
 def test_some_examples_are_kept_as_they_are(options, tmp_path):
     model, train, _ = runs.data("mlp", 60, M)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     traker = runs.make_traker(model, 60, tmp_path / "white", whitening=0.5, **options)
     fit(traker, train, state, size=17)
     runs.featurize(traker, train, state)
+    if options["projector"] == "leading":  # which knows no unwhitened rows
+        options = {"projector": NoOpProjector()}
     plain = runs.make_traker(model, 60, tmp_path / "plain", **options)
     runs.featurize(plain, train, state)
     rows = torch.from_numpy(plain.saver.train_rows(0).array("grads").copy()).double()
@@ -267,8 +277,9 @@ def test_the_ridge_is_told_from_what_every_process_kept(tmp_path):
     state = {k: v.clone() for k, v in model.state_dict().items()}
     ridges = {}
     for case in ("whole", "resumed", "two"):
-        traker = runs.make_traker(model, 90, tmp_path / case, whitening=0.5)
-        other = runs.make_traker(model, 90, tmp_path / case, whitening=0.5)
+        options = {"whitening": 0.5, "projector": "sparse"}
+        traker = runs.make_traker(model, 90, tmp_path / case, **options)
+        other = runs.make_traker(model, 90, tmp_path / case, **options)
         if case == "two":
             fit(traker, tuple(p[:45] for p in train), state)
             fit(other, tuple(p[45:] for p in train), state)
@@ -284,7 +295,7 @@ def test_the_ridge_is_told_from_what_every_process_kept(tmp_path):
         ridges[case] = last.saver.load_factor(0)[1]["auto"]
     assert ridges["whole"] == ridges["resumed"]
     assert ridges["two"] > 0
-    alone = runs.make_traker(model, 90, tmp_path / "plain")
+    alone = runs.make_traker(model, 90, tmp_path / "plain", projector="sparse")
     runs.featurize(alone, train, state)
     alone.finalize_features()
     plain = alone.saver.load_factor(0)[1]["auto"]

@@ -209,7 +209,7 @@ def _projection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]
         return {}
     chosen = select_parameters(model, as_names(settings.get("grad_wrt")))
     width = sum(p.numel() for p in chosen.values())
-    few = 4 * settings["train_set_size"] * width <= EXACT_UP_TO
+    few = 2 * settings["train_set_size"] * width <= EXACT_UP_TO
     return {"projector": NoOpProjector()} if few else {}
 
 

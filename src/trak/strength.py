@@ -20,10 +20,11 @@ from trak.batches import Batch, batch_size, normalize
 from trak.errors import InputTypeError
 from trak.evaluation.ranks import correlations
 from trak.pipeline import Pipeline
+from trak.projectors import LeadingProjector
 from trak.score_computers.auto_ridge import BY_STRENGTH, Situation, relative_ridge
 from trak.score_computers.curvature import roots, weighted
-from trak.whitening import Moments, Whitening
-from trak.whitening.whitening import DAMPING, STRENGTH
+from trak.whitening import Moments
+from trak.whitening.whitening import STRENGTH
 
 logger = logging.getLogger(__name__)
 
@@ -145,17 +146,15 @@ def _scores(
     plain: float | None = None
     for strength in STRENGTHS:
         maker.whitenings.clear()
-        if strength:
-            maker.whitenings[number] = Whitening(
-                moments, whitener.shapes, strength, DAMPING, whitener.dtype
-            )
+        if strength or isinstance(maker.projector, LeadingProjector):
+            maker.whiten(number, whitener.made(moments, strength))
         parts = [
             maker.rows(batch, number, list(range(batch_size(batch))), with_weights=True)
             for batch in sample
         ]
         rows = torch.cat([part for part, _ in parts])
         loss = torch.cat([weights for _, weights in parts if weights is not None])
-        columns = maker.projector.proj_dim or None
+        columns = maker.projector.random_dim or None
         if plain is None:
             situation = Situation(
                 checkpoints=together,

@@ -25,6 +25,7 @@ from trak.pipeline import (
     make_saver,
     make_scorer,
     storage_dtype,
+    usual_projector,
 )
 from trak.projectors import (
     AbstractProjector,
@@ -61,7 +62,8 @@ class TRAKer(Results):
             `HookGradientComputer` for tasks with a batched output, as all built-in ones
             have, else `FunctionalGradientComputer`.
         projector: instance that projects them, or the name of one
-            (`trak.projectors.ProjectionType`); chosen by its cost if None.
+            (`trak.projectors.ProjectionType`). If None, leading coordinates where whitened
+            gradients are compressed, else the cheapest of the random ones.
         saver: class of the store.
         score_computer: class or instance; `RidgeScoreComputer` if None.
             `BasicScoreComputer` scales as upstream does.
@@ -134,6 +136,10 @@ class TRAKer(Results):
         self.dtype = storage_dtype(chosen.values(), half, row_dtype)
         self.proj_seed = as_integer("projector_seed", projector_seed)
         self.save_dir = as_folder(save_dir)
+        whitened = self.whitening > 0
+        self._usual = usual_projector(
+            projector, gradient_computer, self.task, whitened=whitened
+        )
         self.init_projector(projector, proj_dim, proj_max_batch_size)
         self.gradient_computer = make_computer(gradient_computer, self, chosen)
         self.score_computer = make_scorer(
@@ -185,7 +191,7 @@ class TRAKer(Results):
         size = self.train_set_size, self.dtype.itemsize, self.save_dir
         if projector is None or isinstance(projector, str):
             made = self._shapes, proj_dim, self.proj_seed, self.device, projector
-            projector = projector_of_width(*made, *size)
+            projector = projector_of_width(*made, *size, usual=self._usual)
         self.projector: AbstractProjector = projector
         self.proj_dim: int = width_of_rows(projector, self._shapes, self.dtype, *size)
 

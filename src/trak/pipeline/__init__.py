@@ -2,7 +2,7 @@
 
 from trak.pipeline.assembly import make_computer, make_pipeline, make_saver
 from trak.pipeline.checks import as_folder, as_names, check_model, check_parts
-from trak.pipeline.choices import make_scorer, storage_dtype
+from trak.pipeline.choices import make_scorer, storage_dtype, usual_projector
 from trak.pipeline.describe import describe_run, store_metadata
 from trak.pipeline.errors_of_scores import ScoresWithError, error_pass
 from trak.pipeline.inventory import (
@@ -43,4 +43,5 @@ __all__ = [
     "method_pass",
     "storage_dtype",
     "store_metadata",
+    "usual_projector",
 ]

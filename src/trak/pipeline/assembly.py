@@ -18,6 +18,7 @@ from trak.pipeline.whiten import Whitener
 from trak.projectors import (
     AbstractProjector,
     KernelProjector,
+    LeadingProjector,
     NoOpProjector,
     make_projector,
 )
@@ -148,7 +149,8 @@ def _make_maker(parts: Parts, layout: Mapping[str, int]) -> RowMaker:
 def _make_sketch(parts: Parts, shapes: Mapping[str, Sequence[int]]) -> AbstractProjector:
     # of unwhitened rows: the rows' own projection, where it takes blocks and is narrow
     width = sum(math.prod(shape) for shape in shapes.values())
-    if by_blocks(parts.projector) and parts.proj_dim <= _WIDEST_SKETCH:
+    leading = isinstance(parts.projector, LeadingProjector)
+    if by_blocks(parts.projector) and not leading and parts.proj_dim <= _WIDEST_SKETCH:
         return parts.projector
     if width <= _WIDEST_SKETCH:
         return NoOpProjector(device=parts.device)

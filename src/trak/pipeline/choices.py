@@ -9,7 +9,9 @@ from torch import Tensor
 from trak.arguments import Ridge
 from trak.encodings import encoding_of
 from trak.errors import InputError, InputTypeError
+from trak.gradient_computers import HookGradientComputer, choose_computer
 from trak.pipeline.checks import describe
+from trak.projectors import LeadingProjector
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
 
 
@@ -49,6 +51,36 @@ def float_dtype(dtype: torch.dtype) -> torch.dtype:
         The same; float32 for int8.
     """
     return dtype if dtype.is_floating_point else torch.float32
+
+
+def usual_projector(
+    projector: Any, gradient_computer: Any, task: Any, *, whitened: bool
+) -> str | None:
+    """What no projector stands for, where something is projected.
+
+    Args:
+        projector: the user's wish.
+        gradient_computer: a class, or None for the fastest that the task allows.
+        task: an instance.
+        whitened: whether the run whitens.
+
+    Returns:
+        `"leading"` for whitened runs whose gradients come in factors; else None, for the
+        cheapest.
+
+    Raises:
+        InputError: if leading coordinates are wished for and nothing is whitened.
+    """
+    if not whitened:
+        if projector == "leading" or isinstance(projector, LeadingProjector):
+            raise InputError(
+                "projector='leading' keeps coordinates that whitening finds. Make the "
+                "TRAKer with whitening='auto' or a number above 0, or name another "
+                "projector."
+            )
+        return None
+    computer = gradient_computer or choose_computer(task)
+    return "leading" if issubclass(computer, HookGradientComputer) else None
 
 
 def make_scorer(

@@ -234,7 +234,7 @@ def error_pass(
         exp_name=exp_name,
         model_ids=ready,
         device=pipeline.maker.device,
-        projected=bool(pipeline.maker.projector.proj_dim),
+        projected=bool(pipeline.maker.projector.random_dim),
     )
 
 

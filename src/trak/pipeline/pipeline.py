@@ -228,7 +228,7 @@ class Pipeline:
             situation = Situation(
                 checkpoints=together,
                 strength=self.whitener.strength,
-                columns=self.maker.projector.proj_dim or None,
+                columns=self.maker.projector.random_dim or None,
                 loss=rows.array("out_to_loss"),
                 unwhitened=self.whitener.unwhitened(model_id),
             )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trak.batches import Batch, batch_size, select
@@ -17,7 +18,12 @@ from trak.gradient_computers.capture import InputChangedError
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.pipeline.lengths import Trimmer
 from trak.pipeline.memory import MicroBatches
-from trak.projectors import AbstractProjector, BlockProjector, NoOpProjector
+from trak.projectors import (
+    AbstractProjector,
+    BlockProjector,
+    LeadingProjector,
+    NoOpProjector,
+)
 from trak.whitening import Moments, Whitening
 
 logger = logging.getLogger(__name__)
@@ -80,6 +86,25 @@ class RowMaker:
             return self._project(piece, model_id) / self.scale
 
         return self.worked(batch, model_id, numbers, project, with_weights=with_weights)
+
+    def whiten(
+        self,
+        model_id: int,
+        whitening: Whitening,
+        basis: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
+        """Whitens the rows of one checkpoint, and of no other, from now on.
+
+        Args:
+            model_id: the checkpoint.
+            whitening: of its gradients.
+            basis: the coordinates that a `LeadingProjector` keeps; chosen here if None.
+        """
+        self.whitenings.clear()
+        self.whitenings[model_id] = whitening
+        if isinstance(self.projector, LeadingProjector):
+            kept = self.projector.basis(whitening) if basis is None else basis
+            self.projector.use(kept, model_id)
 
     @contextmanager
     def making(

@@ -10,7 +10,7 @@ from trak.arguments import as_number
 from trak.batches import Batch
 from trak.errors import InputError, PhaseError
 from trak.pipeline.project import RowMaker
-from trak.projectors import AbstractProjector
+from trak.projectors import AbstractProjector, LeadingProjector
 from trak.savers import AbstractSaver
 from trak.score_computers.unwhitened import Chosen, Unwhitened
 from trak.whitening import Moments, Whitening
@@ -165,6 +165,23 @@ class Whitener:
             self.strength,
             total.count,
         )
-        made = Whitening(total, self.shapes, self.strength, DAMPING, self.dtype)
-        self.maker.whitenings.clear()
-        self.maker.whitenings[model_id] = made
+        whitening = self.made(total, self.strength)
+        projector, basis = self.maker.projector, None
+        if isinstance(projector, LeadingProjector):
+            basis = self.saver.settled_basis(model_id, lambda: projector.basis(whitening))
+        self.maker.whiten(model_id, whitening, basis)
+
+    def made(self, sums: Moments, strength: float) -> Whitening:
+        """The whitening by some sums.
+
+        Args:
+            sums: over examples.
+            strength: alpha.
+
+        Returns:
+            The whitening, with what the projector needs of it.
+        """
+        leading = isinstance(self.maker.projector, LeadingProjector)
+        return Whitening(
+            sums, self.shapes, strength, DAMPING, self.dtype, keep_bases=leading
+        )

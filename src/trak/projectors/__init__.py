@@ -21,6 +21,7 @@ from trak.projectors.dimension import is_exact, projector_of_width, width_of_row
 from trak.projectors.factored import FactoredProjector
 from trak.projectors.hadamard import HadamardProjector
 from trak.projectors.kernel import KernelProjector
+from trak.projectors.leading import LeadingProjector
 from trak.projectors.masked import MaskedProjector
 from trak.projectors.noop import NoOpProjector
 from trak.projectors.sparse import SparseProjector
@@ -35,6 +36,7 @@ __all__ = [
     "FactoredProjector",
     "HadamardProjector",
     "KernelProjector",
+    "LeadingProjector",
     "MaskedProjector",
     "NoOpProjector",
     "ProjectionType",

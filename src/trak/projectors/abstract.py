@@ -26,6 +26,7 @@ class ProjectionType(str, Enum):
     factored = "factored"
     hadamard = "hadamard"
     masked = "masked"
+    leading = "leading"
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -101,6 +102,11 @@ class AbstractProjector(ABC):
         Returns:
             `[b, k]`.
         """
+
+    @property
+    def random_dim(self) -> int:
+        """Columns whose entries are random, `k`; 0 where nothing is left to chance."""
+        return self.proj_dim
 
     def free_memory(self) -> None:  # noqa: B027 - nothing to drop unless overridden
         """Drops what can be computed again."""

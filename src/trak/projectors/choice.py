@@ -13,6 +13,7 @@ from trak.projectors.abstract import BlockProjector, ProjectionType
 from trak.projectors.dense import BasicProjector
 from trak.projectors.factored import FactoredProjector
 from trak.projectors.hadamard import HadamardProjector
+from trak.projectors.leading import LeadingProjector
 from trak.projectors.masked import MaskedProjector
 from trak.projectors.sparse import SparseProjector
 
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 POSITIONS = 64
 """Assumed times that a layer's weight is used for one sample."""
 _SCATTER = 75  # one scattered addition costs as much as this many multiplications
-_UNNOTICED = 1 << 23  # operations a sample, about 0.1 ms
+_UNNOTICED = 1 << 24  # operations a sample, about 0.2 ms
 _BEST_FIRST = ("rademacher", "sparse")  # by LDS at equal k, see docs/compression.md
 
 Shapes = Mapping[str, Sequence[int] | int]
@@ -44,10 +45,10 @@ def make_projector(
         proj_dim: projection dimension `k`.
         seed: seed of the entries.
         device: where to project.
-        kind: `"rademacher"`, `"normal"`, `"sparse"`, `"factored"`, `"hadamard"` or
-            `"masked"`; chosen if None, see `projection_costs`: dense Rademacher where it
-            costs no more than 2^23 operations a sample, else sparse where that costs no
-            more, else the cheapest.
+        kind: `"rademacher"`, `"normal"`, `"sparse"`, `"factored"`, `"hadamard"`,
+            `"masked"` or `"leading"`; chosen if None, see `projection_costs`: dense
+            Rademacher where it costs no more than 2^24 operations a sample, else sparse
+            where that costs no more, else the cheapest.
 
     Returns:
         The projector.
@@ -76,6 +77,8 @@ def make_projector(
         raise InputError(
             f"projector is an instance or one of the names {names}, got {kind!r}."
         ) from None
+    if kind == "leading":
+        return LeadingProjector(full, proj_dim, device)
     if kind in {"factored", "masked"}:
         by_shape = FactoredProjector if kind == "factored" else MaskedProjector
         return by_shape(full, proj_dim, seed, device)

@@ -39,6 +39,8 @@ def projector_of_width(
     num_rows: int,
     row_bytes: int,
     folder: Path,
+    *,
+    usual: str | None = None,
 ) -> AbstractProjector:
     """The projector that the facade's arguments stand for.
 
@@ -47,10 +49,12 @@ def projector_of_width(
         proj_dim: a number, `"auto"`, or `"exact"` for no projection.
         seed: seed of the entries.
         device: where to project.
-        kind: a projection's name; chosen by cost if None.
+        kind: a projection's name; chosen if None.
         num_rows: training examples, `n`.
         row_bytes: bytes of a stored number.
         folder: where the rows will be.
+        usual: the name that None stands for where something is projected; chosen by cost
+            if None.
 
     Returns:
         The projector.
@@ -68,7 +72,7 @@ def projector_of_width(
             )
         found = width
     if found is not None:
-        return make_projector(shapes, found, seed, device, kind)
+        return make_projector(shapes, found, seed, device, kind or usual)
     if proj_dim == EXACT:
         if kernel_is_smaller(shapes, num_rows, row_bytes):
             return KernelProjector(num_rows, device)

@@ -122,6 +122,25 @@ class AbstractSaver(ABC):
             "it cannot keep what whitening needs. Leave whitening out, or use MmapSaver."
         )
 
+    def settled_basis(
+        self, model_id: int, make: Callable[[], Mapping[str, NDArray[Any]]]
+    ) -> dict[str, NDArray[Any]]:
+        """The leading coordinates that a checkpoint's rows hold.
+
+        Args:
+            model_id: the checkpoint.
+            make: chooses them, if none are kept; of several processes one wins. What is
+                kept is returned.
+
+        Raises:
+            PhaseError: if the saver has no place for them.
+        """
+        del model_id, make
+        raise PhaseError(
+            f"{type(self).__name__} does not define settled_basis, so it cannot keep what "
+            "projector='leading' needs. Name another projector, or use MmapSaver."
+        )
+
     def settled_moments(
         self, model_id: int, *, settle: bool
     ) -> list[tuple[Path, dict[str, NDArray[Any]]]] | None:

@@ -1,6 +1,7 @@
 """Where things lie in a store, and in which dtype. The normative text is FORMAT.md."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,19 @@ class StoreLayout:
                 f"{folder} holds rows of further writers ({others[0]}), which this "
                 "version cannot read; the rows it would see are not all there are."
             )
+
+
+def lowest_format(metadata: Mapping[str, Any], encoding: RowEncoding) -> int:
+    """The oldest version of the format that a store fits into.
+
+    Args:
+        metadata: the run's settings.
+        encoding: how projected gradients are written.
+
+    Returns:
+        Its number.
+    """
+    projection: Mapping[str, Any] = metadata.get("projection", {})
+    if projection.get("kind") in {"kernel", "leading"}:
+        return 3
+    return 1 if encoding.plain else 2

@@ -1,14 +1,14 @@
 """The store: one folder, readable with NumPy and a text editor. See FORMAT.md."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.encodings import RowEncoding, encoding_of
+from trak.encodings import encoding_of
 from trak.errors import (
     ModelIDException,
     PhaseError,
@@ -24,7 +24,7 @@ from trak.savers.filesystem import (
     sync_directory,
 )
 from trak.savers.gradient_files import GradientFiles
-from trak.savers.layout import StoreLayout
+from trak.savers.layout import StoreLayout, lowest_format
 from trak.savers.rows import RowGroup
 from trak.savers.score_files import ScoreFiles
 from trak.savers.view import CurrentStore
@@ -71,7 +71,7 @@ class MmapSaver(AbstractSaver):
         self.load_from_save_dir = load_from_save_dir
         default = "float16" if use_half_precision else "float32"
         encoding = encoding_of(self.metadata.get("precision", default))
-        self.format = _lowest_format(self.metadata, encoding)
+        self.format = lowest_format(self.metadata, encoding)
         self._layout = StoreLayout(self.save_dir, train_set_size, proj_dim, encoding)
         self._scores = ScoreFiles(self._layout)
         self.model_ids: dict[int, dict[str, int]] = {}
@@ -246,6 +246,21 @@ class MmapSaver(AbstractSaver):
             As for `AbstractSaver`.
         """
         return moments.settled(self._layout.checkpoint(model_id), settle=settle)
+
+    def settled_basis(
+        self, model_id: int, make: Callable[[], Mapping[str, NDArray[Any]]]
+    ) -> dict[str, NDArray[Any]]:
+        """Reads `{id}/leading.npz`, and writes it before the first row.
+
+        Args:
+            model_id: the checkpoint.
+            make: chooses what to write.
+
+        Returns:
+            As for `AbstractSaver`.
+        """
+        begun = bool(self.train_rows(model_id).done.any())
+        return moments.settled_basis(self._layout.checkpoint(model_id), make, begun=begun)
 
     def gradient_files(self, model_id: int) -> GradientFiles:
         """Files of unprojected gradients in `{id}/kernel`.
@@ -483,10 +498,3 @@ class MmapSaver(AbstractSaver):
         self.current_model_id = model_id
         if exp_name is not None:
             self.current_experiment_name = exp_name
-
-
-def _lowest_format(metadata: Mapping[str, Any], encoding: RowEncoding) -> int:
-    projection: Mapping[str, Any] = metadata.get("projection", {})
-    if projection.get("kind") == "kernel":
-        return 3
-    return 1 if encoding.plain else 2

@@ -1,8 +1,9 @@
 """Files of sums for whitening: one of each process, and the list that rows depend on."""
 
+import os
 import secrets
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,35 @@ def add(checkpoint: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """
     folder = checkpoint / "whitening"
     folder.mkdir(exist_ok=True)
-    path = folder / f"{secrets.token_hex(8)}.npz"
-    temporary = temporary_path(path)
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    link_new(temporary, path)
-    temporary.unlink()
+    _write(folder / f"{secrets.token_hex(8)}.npz", arrays)
     sync_directory(checkpoint)
+
+
+def settled_basis(
+    checkpoint: Path, make: Callable[[], Mapping[str, NDArray[Any]]], *, begun: bool
+) -> Arrays:
+    """Reads the coordinates that rows hold; writes them before if they are not there.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        make: chooses them; of several processes one wins.
+        begun: whether there are rows already.
+
+    Returns:
+        Name to array.
+
+    Raises:
+        StoreCorruptedError: if there are rows and the file is not there, or is damaged.
+    """
+    path = checkpoint / "leading.npz"
+    if not path.exists():
+        if begun:
+            raise StoreCorruptedError(
+                f"{path} is lost, and rows hold the coordinates that it names. Restore it, "
+                "or delete the checkpoint's folder and featurize again."
+            )
+        _write(path, make())
+    return _read(path)
 
 
 def settled(checkpoint: Path, *, settle: bool) -> list[tuple[Path, Arrays]] | None:
@@ -60,12 +83,22 @@ def settled(checkpoint: Path, *, settle: bool) -> list[tuple[Path, Arrays]] | No
     return [(path, _read(path)) for path in paths]
 
 
+def _write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    temporary = temporary_path(path)
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+    link_new(temporary, path)
+    temporary.unlink()
+
+
 def _read(path: Path) -> Arrays:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return dict(file)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise StoreCorruptedError(
-            f"{path} is lost or damaged ({error}), and rows were whitened by it. Restore "
+            f"{path} is lost or damaged ({error}), and rows depend on it. Restore "
             "it, or delete the checkpoint's folder and featurize again."
         ) from error

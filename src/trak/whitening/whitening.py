@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trak.blocks import Block, DenseBlock, FactoredBlock, IndexedBlock
 from trak.errors import InputError, NumericalError
+from trak.whitening.basis import Basis
 from trak.whitening.moments import Moments, Sums
 
 STRENGTH = 0.4
@@ -46,6 +47,13 @@ class Whitening:
         strength: `alpha`, 0 to 1.
         damping: above 0.
         dtype: of the multiplications.
+        keep_bases: keep eigenvectors and eigenvalues, for `LeadingProjector`.
+
+    Attributes:
+        sides: name to what its gradient is multiplied by.
+        scales: name to what its entries are multiplied by, where there are no factors.
+        bases: name to the eigendecompositions of both factors, if they are kept.
+        mean_squares: name to the mean square of each entry, for those in `scales`.
 
     Raises:
         InputError: if there is no example in the moments, or a shape does not fit.
@@ -59,12 +67,16 @@ class Whitening:
         strength: float,
         damping: float = DAMPING,
         dtype: torch.dtype = torch.float32,
+        *,
+        keep_bases: bool = False,
     ) -> None:
         if not moments.count:
             raise InputError("There are no examples to whiten by: the sums are empty.")
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.sides: dict[str, Sides] = {}
         self.scales: dict[str, Tensor] = {}
+        self.bases: dict[str, tuple[Basis, Basis]] = {}
+        self.mean_squares: dict[str, Tensor] = {}
         for name, shape in self._shapes.items():
             rows = shape[0] if shape else 1
             columns = math.prod(shape[1:])
@@ -77,13 +89,17 @@ class Whitening:
                         f"{len(left)} x {len(right)}, the parameter's shape is {shape}."
                     )
                 half = math.sqrt(damping)
-                self.sides[name] = Sides(
-                    _power(left, half, strength, name).to(dtype),
-                    _power(right, half, strength, name).to(dtype),
+                bases = (
+                    _basis(left, half, strength, name),
+                    _basis(right, half, strength, name),
                 )
+                self.sides[name] = Sides(*(basis.power().to(dtype) for basis in bases))
+                if keep_bases:
+                    self.bases[name] = bases
             elif name in moments.squares:
                 mean = moments.squares[name].double() / moments.count
-                self.scales[name] = _power(mean, damping, strength, name).to(dtype)
+                self.mean_squares[name] = mean
+                self.scales[name] = _basis(mean, damping, strength, name).powers.to(dtype)
 
     def apply(self, block: Block) -> Block:
         """Whitens a block.
@@ -213,8 +229,8 @@ def _sum(sides: list[Tensor]) -> Tensor:
     return torch.stack(sides).sum(dim=0)
 
 
-def _power(side: Tensor, damping: float, strength: float, name: str) -> Tensor:
-    # (side + damping * mean eigenvalue)^(-strength / 2)
+def _basis(side: Tensor, damping: float, strength: float, name: str) -> Basis:
+    # with damping times the mean eigenvalue added
     if not torch.isfinite(side).all():
         raise NumericalError(
             f"The whitening sums of {name!r} are not finite: a gradient was NaN or "
@@ -222,10 +238,11 @@ def _power(side: Tensor, damping: float, strength: float, name: str) -> Tensor:
         )
     mean = _trace(side) / len(side)
     if mean <= 0:  # gradients were zero, whatever they are divided by
-        return torch.ones_like(side) if side.ndim == 1 else torch.eye(len(side)).to(side)
-    shift = damping * mean
-    if side.ndim == 1:
-        return (side + shift) ** (-strength / 2)
-    values, vectors = torch.linalg.eigh(side)
-    powers = (values.clamp(min=0) + shift) ** (-strength / 2)
-    return (vectors * powers) @ vectors.T
+        values = side.new_zeros(len(side))
+        vectors = None if side.ndim == 1 else torch.eye(len(side)).to(side)
+        return Basis(vectors, values, torch.ones_like(values))
+    vectors, values = None, side
+    if side.ndim > 1:
+        values, vectors = torch.linalg.eigh(side)
+    powers = (values.clamp(min=0) + damping * mean) ** (-strength / 2)
+    return Basis(vectors, values, powers)

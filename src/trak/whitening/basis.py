@@ -1,0 +1,60 @@
+"""Eigenvectors of a second moment, and what whitening leaves along them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """The eigendecomposition of one side's factor, with its damped power.
+
+    Attributes:
+        vectors: eigenvectors as columns, `[o, o]`; None for the standard basis.
+        values: eigenvalues, without damping, `[o]`.
+        powers: what whitening multiplies by, `(values + damping)^(-alpha / 2)`, `[o]`.
+    """
+
+    vectors: Tensor | None
+    values: Tensor
+    powers: Tensor
+
+    @property
+    def size(self) -> int:
+        """Rows of the factor, `o`."""
+        return len(self.values)
+
+    def power(self) -> Tensor:
+        """`(factor + damping)^(-alpha / 2)`.
+
+        Returns:
+            Symmetric `[o, o]`, or its diagonal `[o]`.
+        """
+        if self.vectors is None:
+            return self.powers
+        return (self.vectors * self.powers) @ self.vectors.T
+
+    def columns(self, numbers: Tensor) -> Tensor:
+        """Eigenvectors times what whitening multiplies them by.
+
+        Args:
+            numbers: which, `[a]`.
+
+        Returns:
+            `[o, a]`, on the CPU.
+        """
+        numbers = numbers.to(self.powers.device)
+        if self.vectors is not None:
+            return (self.vectors[:, numbers] * self.powers[numbers]).cpu()
+        found = torch.zeros(self.size, len(numbers), dtype=self.powers.dtype)
+        found[numbers.cpu(), torch.arange(len(numbers))] = self.powers[numbers].cpu()
+        return found
+
+    def variances(self) -> Tensor:
+        """The eigenvalues after whitening.
+
+        Returns:
+            `[o]`, float32, on the CPU.
+        """
+        return (self.values.clamp(min=0) * self.powers.square()).float().cpu()
