@@ -229,3 +229,18 @@ def test_nothing_is_random_in_one_checkpoint(tmp_path):
     runs.whole_run(traker, train, targets, [state])
     with pytest.raises(InputError, match="checkpoint"):
         traker.scores("exp", with_error=True)
+
+
+def test_what_is_kept_is_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows_of("mlp", tmp_path / "a", projector="leading", proj_dim=30)
+    assert "30 leading coordinates hold" in caplog.text
+    assert "projector='sparse'" not in caplog.text
+    rows_of(
+        "mlp",
+        tmp_path / "b",
+        projector="leading",
+        proj_dim=30,
+        gradient_computer=FunctionalGradientComputer,
+    )
+    assert "100 % of the whitened gradients' variance is in parameters" in caplog.text

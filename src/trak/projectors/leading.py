@@ -1,5 +1,6 @@
 """Coordinates of largest variance in the eigenbases of layers' K-FAC factors."""
 
+import logging
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,11 @@ from trak.errors import InputError, PhaseError, StoreCorruptedError
 from trak.projectors.abstract import BlockProjector, ProjectionType
 from trak.whitening import Whitening
 
+logger = logging.getLogger(__name__)
+
 VERSION = 1
 """Of the rules by which coordinates are chosen."""
+_WITHOUT = 0.5  # of the variance
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -213,6 +217,7 @@ class LeadingProjector(BlockProjector):
     def _chosen(self, whitening: Whitening) -> dict[str, Tensor]:
         # numbers of coordinates by parameter, ascending
         names, scores, numbers = [], [], []
+        sizes = dict.fromkeys((True, False), 0.0)  # with factors, and without
         for place, (name, shape) in enumerate(self.shapes.items()):
             variance = _variance(whitening, name)
             if variance is None:
@@ -222,11 +227,14 @@ class LeadingProjector(BlockProjector):
                     f"The projector was made for parameters of other shapes: {name!r} has "
                     f"{len(variance)} scalars here and its shape is {shape} there."
                 )
+            sizes[name in whitening.bases] += float(variance.sum(dtype=torch.float64))
             most = variance.topk(min(self.proj_dim, len(variance)))
             names.append(torch.full_like(most.indices, place))
             scores.append(most.values)
             numbers.append(most.indices)
-        order = torch.cat(scores).argsort(descending=True, stable=True)[: self.proj_dim]
+        every = torch.cat(scores)
+        order = every.argsort(descending=True, stable=True)[: self.proj_dim]
+        _tell(len(order), float(every[order].sum(dtype=torch.float64)), sizes)
         owners, own = torch.cat(names)[order], torch.cat(numbers)[order]
         return {
             name: own[owners == place].sort().values
@@ -264,6 +272,22 @@ class LeadingProjector(BlockProjector):
             like = block.backprops.detach()
             rectangle = block.sketch(part.left.to(like), part.right.to(like)).detach()
         return rectangle.flatten(1)[:, part.inside.to(rectangle.device)]
+
+
+def _tell(count: int, kept: float, sizes: Mapping[bool, float]) -> None:
+    total = sum(sizes.values()) or 1.0
+    logger.info(
+        "%d leading coordinates hold %.3g %% of the whitened gradients' variance.",
+        count,
+        100 * kept / total,
+    )
+    if sizes[False] > _WITHOUT * total:
+        logger.warning(
+            "%.0f %% of the whitened gradients' variance is in parameters whose gradients "
+            "do not come in factors, such as vectors and layers without a rule; of these "
+            "single entries are kept, which may lose more than projector='sparse' would.",
+            100 * sizes[False] / total,
+        )
 
 
 def _as_matrix(shape: Sequence[int]) -> tuple[int, int]:
