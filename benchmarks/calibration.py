@@ -11,6 +11,7 @@ of a bank; for those over the columns of a sketch, one checkpoint and two projec
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,24 @@ from trak.pipeline.ranks_of_scores import critical
 
 BANKS = ("digits", "mnist", "diabetes")
 DIM = 512
+PROJECTIONS: dict[str, dict[str, Any]] = {
+    "rademacher": {"projector": "rademacher"},
+    "sparse": {"projector": "sparse"},
+    "factored": {"projector": "factored"},
+    "whitened, leading": {"projector": "leading", "whitening": 0.4, "curvature": True},
+}
+ONE = "one sketch"
 LEVEL, LOW, HIGH = 0.9, 0.85, 0.95
 
 
-def errors(bank: str, numbers: list[int], seed: int) -> ScoresWithError:
+def errors(bank: str, numbers: list[int], seed: int, name: str) -> ScoresWithError:
     """Scores with errors from some of a bank's checkpoints.
 
     Args:
         bank: the bank.
         numbers: its checkpoints.
         seed: of the projection.
+        name: one of `PROJECTIONS`.
 
     Returns:
         Scores and errors.
@@ -45,8 +54,8 @@ def errors(bank: str, numbers: list[int], seed: int) -> ScoresWithError:
     states = [made.weights(whole.checkpoints[j]) for j in numbers]
     options: dict[str, Any] = {
         "proj_dim": DIM,
-        "projector": "rademacher",
         "projector_seed": seed,
+        **PROJECTIONS[name],
         "lambda_reg": "2x",
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -86,20 +95,28 @@ def main() -> None:
         pairs = {
             "5 checkpoints": [([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])],
             "3 checkpoints": [([0, 1, 2], [3, 4, 5]), ([4, 5, 6], [7, 8, 9])],
-            "one sketch": [([j], [j]) for j in range(3)],
+            ONE: [([j], [j]) for j in range(3)],
         }
-        for kind, runs in pairs.items():
+        cases = itertools.product(PROJECTIONS, pairs.items())
+        for name, (kind, runs) in cases:
+            if kind == ONE and "leading" in name:  # nothing in it is random
+                continue
             found = []
             for number, (first, second) in enumerate(runs):
-                one = errors(bank, first, 2 * number)
-                other = errors(bank, second, 2 * number + 1)
+                one = errors(bank, first, 2 * number, name)
+                other = errors(bank, second, 2 * number + 1, name)
                 found.append(coverage(one, other))
             mean = float(np.mean(found))
-            print(bank, kind, found, flush=True)
-            details.append({"bank": bank, "kind": kind, "coverage": found})
+            print(bank, name, kind, found, flush=True)
+            details.append({
+                "bank": bank,
+                "projection": name,
+                "kind": kind,
+                "coverage": found,
+            })
             rows.append(
                 Row(
-                    f"coverage of 90 % intervals, {bank}, {kind}",
+                    f"coverage of 90 % intervals, {bank}, {name}, {kind}",
                     f"{LOW:.0%} to {HIGH:.0%}",
                     f"{mean:.1%}",
                     LOW <= mean <= HIGH,

@@ -49,7 +49,7 @@ def whitening_of(traker):
         0.5,
         DAMPING,
         torch.float64,
-        keep_bases=True,
+        in_bases=True,
     )
 
 

@@ -32,7 +32,9 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75)
 WORTH = 0.005
 """A step up must raise the agreement by so much, since whitening can also do harm."""
 SAMPLE = 600
+_FIRST = 3  # strengths that are tried in any case
 _CHECKPOINTS = 3
+_TOGETHER = 10  # checkpoints beyond which averaging more of them hardly matters
 _GROUPS = 100
 _FEWEST = 40  # examples that agreement can be told from
 _TARGETS = 0.25  # of the sample
@@ -48,9 +50,9 @@ def choose_strength(
     """The smallest strength beyond which checkpoints hardly agree better.
 
     Up to 600 examples are taken, a quarter of them as targets. Each of up to three
-    checkpoints scores them at every strength; the agreement is the Spearman correlation of
-    the scores' sums over random halves of the rest, averaged over targets and pairs of
-    checkpoints.
+    checkpoints scores them at several strengths; the agreement is the Spearman
+    correlation of the scores' sums over random halves of the rest, averaged over targets
+    and pairs of checkpoints.
 
     Args:
         pipeline: of a run that whitens; its model ends up with the last state's weights.
@@ -73,23 +75,22 @@ def choose_strength(
         strength = STRENGTH if probable else 0.0
         logger.info("whitening='auto' stands for %g.", strength)
         return strength
-    found: list[list[NDArray[np.float64]]] = [[] for _ in STRENGTHS]
-    for number, state in enumerate(states[:_CHECKPOINTS]):
-        pipeline.load_weights(state_of(state))
-        scores = _scores(pipeline, sample, number, min(len(states), 10), curvature)
-        for kept, one in zip(found, scores, strict=True):
-            kept.append(one)
-    agreements = [_agreement(kept) for kept in found]
+    trial = _Trial(pipeline, sample, states, curvature=curvature)
+    agreements: list[float] = []
     chosen = 0
-    while (
-        chosen + 1 < len(STRENGTHS) and agreements[chosen + 1] >= agreements[chosen] + WORTH
-    ):
-        chosen += 1
+    for stage in (STRENGTHS[:_FIRST], STRENGTHS[_FIRST:]):
+        agreements += trial.agreements(stage)
+        while chosen + 1 < len(agreements) and (
+            agreements[chosen + 1] >= agreements[chosen] + WORTH
+        ):
+            chosen += 1
+        if chosen + 1 < len(agreements):
+            break
     logger.info(
         "whitening='auto' stands for %g: scores of %d checkpoints agree by %s.",
         STRENGTHS[chosen],
         min(len(states), _CHECKPOINTS),
-        ", ".join(f"{a:.3f} ({s:g})" for s, a in zip(STRENGTHS, agreements, strict=True)),
+        ", ".join(f"{a:.3f} ({s:g})" for s, a in zip(STRENGTHS, agreements, strict=False)),
     )
     return STRENGTHS[chosen]
 
@@ -134,41 +135,77 @@ def state_of(checkpoint: Any) -> Mapping[str, Any]:
     return found
 
 
-def _scores(
-    pipeline: Pipeline, sample: list[Batch], number: int, together: int, curvature: bool
-) -> list[NDArray[np.float64]]:
-    # [examples, targets] at every strength
-    maker, whitener = pipeline.maker, pipeline.whitener
-    moments = Moments()
-    for batch in sample:
-        moments.merge(maker.moments(batch))
-    found = []
-    plain: float | None = None
-    for strength in STRENGTHS:
+class _Trial:
+    """Scores of some examples by some checkpoints, at any strength."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        sample: list[Batch],
+        states: Sequence[Any],
+        *,
+        curvature: bool,
+    ) -> None:
+        self.pipeline = pipeline
+        self.sample = sample
+        self.states = states[:_CHECKPOINTS]
+        self.together = min(len(states), _TOGETHER)
+        self.curvature = curvature
+        self.moments: dict[int, Moments] = {}
+        self.plain: float | None = None
+
+    def agreements(self, strengths: Sequence[float]) -> list[float]:
+        """Of the checkpoints' scores, averaged over targets and pairs.
+
+        Args:
+            strengths: of whitening.
+
+        Returns:
+            A Spearman correlation for each.
+        """
+        maker = self.pipeline.maker
+        found: list[list[NDArray[np.float64]]] = [[] for _ in strengths]
+        for number, state in enumerate(self.states):
+            self.pipeline.load_weights(state_of(state))
+            for kept, strength in zip(found, strengths, strict=True):
+                kept.append(self._scores(number, strength))
+        maker.whitenings.clear()
+        return [_agreement(scores) for scores in found]
+
+    def _scores(self, number: int, strength: float) -> NDArray[np.float64]:
+        # [examples, targets] of one checkpoint
+        maker, whitener = self.pipeline.maker, self.pipeline.whitener
         maker.whitenings.clear()
         if strength or isinstance(maker.projector, LeadingProjector):
-            maker.whiten(number, whitener.made(moments, strength))
+            maker.whiten(number, whitener.made(self._moments(number), strength))
         parts = [
             maker.rows(batch, number, list(range(batch_size(batch))), with_weights=True)
-            for batch in sample
+            for batch in self.sample
         ]
         rows = torch.cat([part for part, _ in parts])
         loss = torch.cat([weights for _, weights in parts if weights is not None])
-        columns = maker.projector.random_dim or None
-        if plain is None:
-            situation = Situation(
-                checkpoints=together,
-                columns=columns,
-                loss=loss.double().cpu(),
-                curvature=curvature,
-            )
-            factors = roots(situation.loss) if curvature else None
-            plain = relative_ridge(weighted(rows, factors), situation)
+        if self.plain is None:
+            self.plain = self._ridge(rows, loss.double().cpu())
         # played for each strength, the largest ridge would win: it is most reproducible
-        ridge = plain * (1 + BY_STRENGTH * strength)
-        found.append(_solved(rows, loss, ridge, curvature=curvature))
-    maker.whitenings.clear()
-    return found
+        ridge = self.plain * (1 + BY_STRENGTH * strength)
+        return _solved(rows, loss, ridge, curvature=self.curvature)
+
+    def _moments(self, number: int) -> Moments:
+        if number not in self.moments:
+            self.moments[number] = Moments()
+            for batch in self.sample:
+                self.moments[number].merge(self.pipeline.maker.moments(batch))
+        return self.moments[number]
+
+    def _ridge(self, rows: Tensor, loss: Tensor) -> float:
+        situation = Situation(
+            checkpoints=self.together,
+            columns=self.pipeline.maker.projector.random_dim or None,
+            loss=loss,
+            curvature=self.curvature,
+        )
+        factors = roots(loss) if self.curvature else None
+        return relative_ridge(weighted(rows, factors), situation)
 
 
 def _solved(

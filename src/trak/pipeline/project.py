@@ -105,6 +105,7 @@ class RowMaker:
         if isinstance(self.projector, LeadingProjector):
             kept = self.projector.basis(whitening) if basis is None else basis
             self.projector.use(kept, model_id)
+            whitening.bases.clear()  # which fill memory
 
     @contextmanager
     def making(

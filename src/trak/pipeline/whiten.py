@@ -182,6 +182,4 @@ class Whitener:
             The whitening, with what the projector needs of it.
         """
         leading = isinstance(self.maker.projector, LeadingProjector)
-        return Whitening(
-            sums, self.shapes, strength, DAMPING, self.dtype, keep_bases=leading
-        )
+        return Whitening(sums, self.shapes, strength, DAMPING, self.dtype, in_bases=leading)

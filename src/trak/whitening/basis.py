@@ -25,6 +25,19 @@ class Basis:
         """Rows of the factor, `o`."""
         return len(self.values)
 
+    def to(self, dtype: torch.dtype) -> "Basis":
+        """The same with vectors of another dtype, which fill memory.
+
+        Args:
+            dtype: theirs.
+
+        Returns:
+            Values and powers stay as they are.
+        """
+        if self.vectors is None:
+            return self
+        return Basis(self.vectors.to(dtype), self.values, self.powers)
+
     def power(self) -> Tensor:
         """`(factor + damping)^(-alpha / 2)`.
 
@@ -46,7 +59,8 @@ class Basis:
         """
         numbers = numbers.to(self.powers.device)
         if self.vectors is not None:
-            return (self.vectors[:, numbers] * self.powers[numbers]).cpu()
+            powers = self.powers[numbers].to(self.vectors)
+            return (self.vectors[:, numbers] * powers).cpu()
         found = torch.zeros(self.size, len(numbers), dtype=self.powers.dtype)
         found[numbers.cpu(), torch.arange(len(numbers))] = self.powers[numbers].cpu()
         return found

@@ -47,12 +47,13 @@ class Whitening:
         strength: `alpha`, 0 to 1.
         damping: above 0.
         dtype: of the multiplications.
-        keep_bases: keep eigenvectors and eigenvalues, for `LeadingProjector`.
+        in_bases: for `LeadingProjector`, which wants eigenvectors and eigenvalues instead
+            of the matrices that are made of them.
 
     Attributes:
-        sides: name to what its gradient is multiplied by.
+        sides: name to what its gradient is multiplied by; empty if `in_bases`.
         scales: name to what its entries are multiplied by, where there are no factors.
-        bases: name to the eigendecompositions of both factors, if they are kept.
+        bases: name to the eigendecompositions of both factors; empty unless `in_bases`.
         mean_squares: name to the mean square of each entry, for those in `scales`.
 
     Raises:
@@ -68,7 +69,7 @@ class Whitening:
         damping: float = DAMPING,
         dtype: torch.dtype = torch.float32,
         *,
-        keep_bases: bool = False,
+        in_bases: bool = False,
     ) -> None:
         if not moments.count:
             raise InputError("There are no examples to whiten by: the sums are empty.")
@@ -93,9 +94,10 @@ class Whitening:
                     _basis(left, half, strength, name),
                     _basis(right, half, strength, name),
                 )
-                self.sides[name] = Sides(*(basis.power().to(dtype) for basis in bases))
-                if keep_bases:
-                    self.bases[name] = bases
+                if in_bases:
+                    self.bases[name] = (bases[0].to(dtype), bases[1].to(dtype))
+                else:
+                    self.sides[name] = Sides(*(basis.power().to(dtype) for basis in bases))
             elif name in moments.squares:
                 mean = moments.squares[name].double() / moments.count
                 self.mean_squares[name] = mean
