@@ -20,13 +20,15 @@ from torch import Tensor
 
 from trak.encodings import RowSource, row_encoding
 from trak.score_computers.curvature import roots as roots_of
-from trak.score_computers.retraining import Halves, retrained
+from trak.score_computers.retraining import SUBSETS, Halves, retrained
 from trak.score_computers.stationarity import Training, training_of
 from trak.score_computers.stream import rows_per_block, stream
-from trak.score_computers.unwhitened import SAMPLE, Unwhitened
+from trak.score_computers.unwhitened import Unwhitened
 
 logger = logging.getLogger(__name__)
 
+SAMPLE = 600
+"""Rows that are played with; of whitened ones `trak.score_computers.unwhitened.SAMPLE`."""
 _SAMPLE_BYTES = 1 << 29  # of them
 _FEWEST = 40  # rows that something can be told from
 _RIDGES = np.logspace(-2, 3.5, 45)
@@ -141,7 +143,10 @@ def best_ridge(sample: Sample, training: Training) -> float:
         the ridges that are as good as the best, within 0.01 of its correlation.
     """
     halves = retrained(
-        training.kernel, training.ridge * sample.share, answers=training.answers
+        training.kernel,
+        training.ridge * sample.share,
+        answers=training.answers,
+        subsets=SUBSETS if len(sample.loss) <= SAMPLE else SUBSETS // 2,
     )
     # a squared loss is equally curved everywhere, however rows are weighted
     even = training.answers is not None

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 SUBSETS = 32
+"""Halves that are trained on."""
 _STEPS = 25
 _FARTHEST = 4.0  # an output moves by so much in a Newton step
-_CONVERGED = 1e-3
+_CONVERGED = 1e-2  # of an output
 _LEAST = 1e-6  # curvature of an example that is fitted perfectly
 _ROUNDING = 1e-6
 
@@ -49,7 +50,11 @@ class Halves:
 
 
 def retrained(
-    kernel: Tensor, ridge: float, answers: Tensor | None = None, seed: int = 0
+    kernel: Tensor,
+    ridge: float,
+    answers: Tensor | None = None,
+    seed: int = 0,
+    subsets: int = SUBSETS,
 ) -> Halves:
     """Trains the linearized model on random halves of three quarters of the examples.
 
@@ -60,6 +65,7 @@ def retrained(
         answers: of a regression with half the squared error as its loss, `[n]`. If None,
             the loss is logistic, `log(1 + exp(-f))`.
         seed: of the halves.
+        subsets: how many halves.
 
     Returns:
         The halves and what their models answer for the remaining quarter.
@@ -70,9 +76,9 @@ def retrained(
     held, train = order[: size // 4], order[size // 4 :]
     half = max(1, len(train) // 2)
     chosen = torch.stack([
-        torch.randperm(len(train), generator=generator)[:half] for _ in range(SUBSETS)
+        torch.randperm(len(train), generator=generator)[:half] for _ in range(subsets)
     ])
-    masks = torch.zeros(SUBSETS, len(train), dtype=kernel.dtype).scatter_(1, chosen, 1.0)
+    masks = torch.zeros(subsets, len(train), dtype=kernel.dtype).scatter_(1, chosen, 1.0)
     own = train[chosen].to(kernel.device)  # [subsets, half]
     inside = kernel[own[:, :, None], own[:, None, :]]
     if answers is None:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from trak.errors import StoreCorruptedError
 
-SAMPLE = 600
+SAMPLE = 1000
 """Examples that are kept."""
 _SAMPLE_BYTES = 1 << 29  # of their rows
+_STRIP = 256
 _PREFIX, _PARTS = "unwhitened/", ("kernel", "pull", "loss")
 
 
@@ -125,12 +126,22 @@ class Chosen:
         Returns:
             The examples; None if there is none, or a row is not finite.
         """
-        taken = self._lots < 1
-        rows = self._rows[taken.to(self._rows.device)]
-        if not len(rows):
+        taken, rows = self._lots < 1, self._rows
+        if not bool(taken.any()):
             return None
-        kernel = (rows @ rows.T).float().cpu()
-        pull = (rows.double() @ self._total).cpu() / self._seen
+        if not bool(taken.all()):
+            rows = rows[taken.to(rows.device)]
+        kernel = _products(rows).float().cpu()
+        pull = (rows @ (self._total / self._seen).to(rows)).cpu().double()
         if not bool(torch.isfinite(kernel).all() and torch.isfinite(pull).all()):
             return None
         return Unwhitened(kernel, pull, self._loss[taken])
+
+
+def _products(rows: Tensor) -> Tensor:
+    # by strips of the lower triangle, which is half of the work
+    found = rows.new_zeros(len(rows), len(rows))
+    for start in range(0, len(rows), _STRIP):
+        stop = start + _STRIP
+        found[start:stop, :stop] = rows[start:stop] @ rows[:stop].T
+    return found.tril() + found.tril(-1).T
