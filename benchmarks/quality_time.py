@@ -2,8 +2,8 @@
 
 Bar: at most 0.5. `trak.attribute` with its defaults against `kronfluence`'s EK-FAC with
 one damping, of one checkpoint of a bank, all targets against all training examples. Each
-run is a process of its own that times the work without imports and loading; the two take
-turns, and the median of the ratios of neighbours counts.
+run is a process of its own that times the work without imports and loading, with nothing
+else on the machine and torch's own way of waiting for threads; the two take turns, and the median of the ratios of neighbours counts.
 
     python -m benchmarks.quality_time [--bank digits] [--rounds 5]
 """
@@ -45,7 +45,7 @@ def measure(bank: str, rounds: int, threads: int) -> dict[str, Any]:
         # each comes first equally often
         for name in list(SIDES)[:: 1 if turn % 2 else -1]:
             library, side = SIDES[name]
-            found = launch(library, side, bank, 1, threads, LIMIT)
+            found = launch(library, side, bank, 1, threads, LIMIT, alone=True)
             if "error" in found:
                 return {"bank": bank, "error": f"{name}: {found['error']}"}
             seconds[name].append(round(found["seconds"], 3))

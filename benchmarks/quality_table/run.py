@@ -71,7 +71,14 @@ def fingerprint(bank: str, library: str) -> str:
 
 
 def launch(
-    library: str, side: str, bank: str, count: int, threads: int, limit: float
+    library: str,
+    side: str,
+    bank: str,
+    count: int,
+    threads: int,
+    limit: float,
+    *,
+    alone: bool = False,
 ) -> Any:
     """Runs a side in its environment.
 
@@ -82,6 +89,7 @@ def launch(
         count: checkpoints.
         threads: that it may use.
         limit: seconds it may take.
+        alone: on the machine; else threads that wait do not spin, since others have work.
 
     Returns:
         `{"files": [[label, path], ...], "seconds", "megabytes"}`, or `{"error"}`.
@@ -95,9 +103,8 @@ def launch(
     keep = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR") if key in os.environ}
     if library == "ours" and "PYTHONPATH" in os.environ:
         keep["PYTHONPATH"] = os.environ["PYTHONPATH"]
-    # threads that wait must not spin where others have work
     keep |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    keep |= {"OMP_WAIT_POLICY": "PASSIVE"}
+    keep |= {} if alone else {"OMP_WAIT_POLICY": "PASSIVE"}
     try:
         done = subprocess.run(
             [python, "-m", module, str(WORK / bank), side, str(count), str(threads), bank],
