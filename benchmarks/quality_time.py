@@ -3,7 +3,8 @@
 Bar: at most 0.5. `trak.attribute` with its defaults against `kronfluence`'s EK-FAC with
 one damping, of one checkpoint of a bank, all targets against all training examples. Each
 run is a process of its own that times the work without imports and loading, with nothing
-else on the machine and torch's own way of waiting for threads; the two take turns, and the median of the ratios of neighbours counts.
+else on the machine and torch's own way of waiting for threads; the two take turns, and the
+median of the ratios of neighbours counts.
 
     python -m benchmarks.quality_time [--bank digits] [--rounds 5]
 """
