@@ -9,7 +9,7 @@ import torch
 from tests import cases, reference, runs
 from torch import nn
 
-from trak.blocks import DenseBlock, FactoredBlock, IndexedBlock
+from trak.blocks import ConvolvedBlock, DenseBlock, FactoredBlock, IndexedBlock
 from trak.errors import InputError, NumericalError, PhaseError, StoreCorruptedError
 from trak.gradient_computers import FunctionalGradientComputer
 from trak.projectors import FactoredProjector, NoOpProjector, make_projector
@@ -430,3 +430,21 @@ def test_rows_of_a_users_own_computer_and_projector(tmp_path):
         fit(traker, train, state)
         found.append(whitened_rows(traker, train))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 3])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_the_patches_of_a_convolution(axes, stride, dilation):
+    torch.manual_seed(0)
+    size = 2 * dilation + 1 + 3  # room for a position that a stride of 2 leaves out
+    images = torch.randn(2, 3, *[size] * axes).double().transpose(0, 1).contiguous()
+    images = images.transpose(0, 1)  # not contiguous
+    positions = [(size - 2 * dilation - 1) // stride + 1] * axes
+    backprops = torch.randn(2, 4, *positions).double()
+    kernel, *rest = ((n,) * axes for n in (3, stride, dilation))
+    block = ConvolvedBlock("c", images, backprops, kernel, *rest)
+    left, right = block.factors()
+    assert right.shape == (2, math.prod(positions), 3 * 3**axes)
+    whole = torch.einsum("bso,bsi->boi", left, right).flatten(1)
+    torch.testing.assert_close(whole, block.dense().gradient)

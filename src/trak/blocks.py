@@ -171,10 +171,16 @@ class ConvolvedBlock:
             Backprops `[b, s, o]`, and the patches that the kernel sees, cut out,
             `[b, s, c * kernel]`.
         """
-        channels = self.inputs.shape[1]
+        count, channels, *_ = self.inputs.shape
+        inputs, space = self.inputs.contiguous(), self.backprops.shape[2:]
+        each, channel, *axes = inputs.stride()
+        steps = [axis * step for axis, step in zip(axes, self.stride, strict=True)]
+        taps = [axis * apart for axis, apart in zip(axes, self.dilation, strict=True)]
+        patches = inputs.as_strided(
+            (count, *space, channels, *self.kernel), (each, *steps, channel, *taps)
+        )
         width = channels * torch.Size(self.kernel).numel()
-        every = torch.eye(width, dtype=self.inputs.dtype, device=self.inputs.device)
-        return self.backprops.flatten(start_dim=2).mT, self._seen(every).mT
+        return self.backprops.flatten(start_dim=2).mT, patches.reshape(count, -1, width)
 
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """`left^T G right` of every sample's gradient `G`, without forming `G`.
