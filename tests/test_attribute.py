@@ -229,3 +229,23 @@ def test_dimensions_that_are_chosen(tmp_path):
     assert isinstance(named.projector, FactoredProjector)
     assert named.proj_dim == named.num_params_for_grad
     assert EXACT_UP_TO < 1 << 30
+
+
+def test_state_dicts_of_the_model_itself_are_taken_as_they_were(world, tmp_path):
+    model, _, _, states = world
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = call(world, tmp_path / "a", checkpoints=[states[1], own], whitening=0.4)
+    live = [states[1], model.state_dict()]  # loading the first overwrites the second
+    found = call(world, tmp_path / "b", checkpoints=live, whitening=0.4)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_the_same_weights_twice_are_noticed(world, tmp_path, caplog):
+    model, train, _, states = world
+    traker = TRAKer(model, TASK, N, tmp_path)
+    traker.load_checkpoint(states[0], model_id=0)
+    live = model.state_dict()
+    traker.load_checkpoint(states[1], model_id=1)
+    assert "counts twice" not in caplog.text
+    traker.load_checkpoint(live, model_id=2)
+    assert "model_id=2 has the same weights as model_id=1" in caplog.text

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from tqdm import tqdm
 
@@ -92,7 +92,7 @@ def attribute(
     }
     settings |= _projection(model, settings)
     with _restored(model) as before:
-        states = [before if c is model else c for c in checkpoints or [model]]
+        states = [_apart(c, model, before) for c in checkpoints or [model]]
         if isinstance(whitening, str) and whitening == "auto":
             whitening = _strength(model, states, examples, Path(save_dir), settings)
         traker = TRAKer(model, save_dir=save_dir, whitening=whitening, **settings)
@@ -109,6 +109,22 @@ def _restored(model: nn.Module) -> Generator[dict[str, Any]]:
         model.load_state_dict(before)
         for module, training in modes.items():
             module.training = training
+
+
+def _apart(checkpoint: Any, model: nn.Module, before: Mapping[str, Any]) -> Any:
+    # a state dict of the model itself changes as soon as other weights are loaded
+    if checkpoint is model:
+        return before
+    if not isinstance(checkpoint, Mapping):
+        return checkpoint
+    own = {value.data_ptr() for value in model.state_dict().values() if value.numel()}
+    tensors = [value for value in checkpoint.values() if isinstance(value, Tensor)]
+    if not any(value.data_ptr() in own for value in tensors):
+        return checkpoint
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else value
+        for name, value in checkpoint.items()
+    }
 
 
 class _Run:

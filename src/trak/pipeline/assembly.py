@@ -22,6 +22,7 @@ from trak.projectors import (
     NoOpProjector,
     make_projector,
 )
+from trak.projectors.choice import cheapest
 from trak.projectors.dimension import USUAL
 from trak.savers import AbstractSaver, MmapSaver
 from trak.score_computers import AbstractScoreComputer
@@ -117,7 +118,7 @@ def make_pipeline(
         shapes=shapes,
         strength=parts.whitening,
         dtype=torch.promote_types(float_dtype(parts.dtype), torch.float32),
-        sketch=_make_sketch(parts, shapes),
+        sketch=_make_sketch(parts, shapes) if parts.whitening else NoOpProjector(),
     )
     return Pipeline(
         model=parts.model,
@@ -154,7 +155,7 @@ def _make_sketch(parts: Parts, shapes: Mapping[str, Sequence[int]]) -> AbstractP
         return parts.projector
     if width <= _WIDEST_SKETCH:
         return NoOpProjector(device=parts.device)
-    return make_projector(shapes, USUAL, 0, parts.device)
+    return make_projector(shapes, USUAL, 0, parts.device, cheapest(shapes, USUAL))
 
 
 def _settings(parts: Parts, layout: Mapping[str, int]) -> RunSettings:

@@ -22,7 +22,7 @@ from trak.pipeline.model_state import WeightWatch, evaluation_mode, validate_sta
 from trak.pipeline.order import refuse_shuffled_loader
 from trak.pipeline.phase import Phase
 from trak.pipeline.project import RowMaker
-from trak.pipeline.readiness import chosen_ids, is_current, not_ready
+from trak.pipeline.readiness import chosen_ids, is_current, not_ready, warn_of_twins
 from trak.pipeline.rows import (
     check_examples,
     hash_examples,
@@ -99,6 +99,7 @@ class Pipeline:
         self.verify()
         digest = validate_state(self.model, checkpoint)
         self.saver.register_model_id(model_id, digest)
+        warn_of_twins(self.saver, model_id, digest)
         self.load_weights(checkpoint)
         self.saver.load_current_store(model_id)
         self.phase = Phase("featurize", model_id, "", WeightWatch(self.model))

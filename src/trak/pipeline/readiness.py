@@ -1,5 +1,6 @@
 """Which checkpoints are meant, and what they lack before they can be scored."""
 
+import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,6 +14,8 @@ from trak.score_computers import (
     LinearScoreComputer,
     RidgeScoreComputer,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def chosen_ids(saver: AbstractSaver, model_ids: Iterable[int] | None) -> list[int]:
@@ -147,3 +150,23 @@ def _factor_serves(
         return is_current(scorer, saver, model_id)
     info = saver.load_factor(model_id)[1]
     return info["computer"] == type(scorer).__name__
+
+
+def warn_of_twins(saver: AbstractSaver, model_id: int, digest: str) -> None:
+    """Warns if a checkpoint has the weights of another one in the store.
+
+    Args:
+        saver: the store.
+        model_id: the checkpoint, which is registered.
+        digest: content hash of its weights.
+    """
+    others = [i for i in sorted(saver.model_ids) if i != model_id]
+    twins = [i for i in others if saver.checkpoint_digest(i) == digest]
+    if twins:
+        logger.warning(
+            "model_id=%d has the same weights as model_id=%d, which then counts twice. "
+            "Is it a state dict of the model that TRAKer loads checkpoints into? Loading "
+            "overwrites that: keep copies (copy.deepcopy(model.state_dict())).",
+            model_id,
+            twins[0],
+        )

@@ -62,7 +62,7 @@ def make_projector(
     size = f"{sum(layout.values()):,} parameters to {proj_dim:,} numbers"
     if kind is None:
         costs = projection_costs(full, proj_dim)
-        kind = _chosen(costs)
+        kind = cheapest(full, proj_dim)
         logger.info(
             "Projecting %s with projector=%r: %.2g operations a sample, against %s.",
             size,
@@ -124,7 +124,17 @@ def projection_costs(
     return costs
 
 
-def _chosen(costs: Mapping[str, float]) -> str:
+def cheapest(shapes: Mapping[str, Sequence[int]], proj_dim: int) -> str:
+    """The random projection that None stands for.
+
+    Args:
+        shapes: name to shape of every selected parameter.
+        proj_dim: projection dimension `k`.
+
+    Returns:
+        Its name.
+    """
+    costs = projection_costs(shapes, proj_dim)
     for kind in _BEST_FIRST:
         if costs[kind] <= _UNNOTICED:
             return kind
