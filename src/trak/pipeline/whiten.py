@@ -12,7 +12,7 @@ from trak.errors import InputError, PhaseError
 from trak.pipeline.project import RowMaker
 from trak.projectors import AbstractProjector, LeadingProjector
 from trak.savers import AbstractSaver
-from trak.score_computers.unwhitened import Chosen, Unwhitened
+from trak.score_computers.unwhitened import PREFIX, Chosen, Unwhitened
 from trak.whitening import Moments, Whitening
 from trak.whitening.whitening import DAMPING, STRENGTH
 
@@ -85,7 +85,7 @@ class Whitener:
                 "This run does not whiten, so there is nothing to fit. Make the TRAKer "
                 "with whitening='auto' or a number above 0, or leave fit_whitening out."
             )
-        if self.saver.settled_moments(model_id, settle=False) is not None:
+        if self.fitted(model_id):
             raise PhaseError(
                 f"Rows of model_id={model_id} are whitened by what was fitted before, so "
                 "nothing can be added. Featurize on, or use another save_dir."
@@ -119,7 +119,9 @@ class Whitener:
         """
         if not self.strength:
             return True
-        return self.saver.settled_moments(model_id, settle=False) is not None
+        # without reading the sums, which are large
+        known = self.saver.settled_moments(model_id, settle=False, prefix="format")
+        return known is not None
 
     def unwhitened(self, model_id: int) -> list[Unwhitened]:
         """Examples that every process kept as they are without whitening.
@@ -132,7 +134,8 @@ class Whitener:
         """
         if not self.strength:
             return []
-        parts = self.saver.settled_moments(model_id, settle=False) or []
+        settled = self.saver.settled_moments
+        parts = settled(model_id, settle=False, prefix=PREFIX) or []
         found = (Unwhitened.of_arrays(arrays, path) for path, arrays in parts)
         return [examples for examples in found if examples is not None]
 

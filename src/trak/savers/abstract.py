@@ -142,19 +142,20 @@ class AbstractSaver(ABC):
         )
 
     def settled_moments(
-        self, model_id: int, *, settle: bool
+        self, model_id: int, *, settle: bool, prefix: str = ""
     ) -> list[tuple[Path, dict[str, NDArray[Any]]]] | None:
         """The sums that a checkpoint's rows are whitened by.
 
         Args:
             model_id: the checkpoint.
             settle: if nothing is settled yet, settle on all sums that are there.
+            prefix: read arrays only whose names begin so.
 
         Returns:
             Every process's sums, with the files that they are in; None if nothing is
             settled, and no sums are there or `settle` is False.
         """
-        del model_id, settle
+        del model_id, settle, prefix
         return None
 
     def gradient_files(self, model_id: int) -> GradientFiles:

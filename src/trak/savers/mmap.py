@@ -234,30 +234,28 @@ class MmapSaver(AbstractSaver):
         moments.add(self._layout.checkpoint(model_id), arrays)
 
     def settled_moments(
-        self, model_id: int, *, settle: bool
+        self, model_id: int, *, settle: bool, prefix: str = ""
     ) -> list[tuple[Path, dict[str, NDArray[Any]]]] | None:
         """Reads the sums that `{id}/whitening.json` names.
 
         Args:
             model_id: the checkpoint.
             settle: write that file if it is not there.
+            prefix: read arrays only whose names begin so.
 
         Returns:
             As for `AbstractSaver`.
         """
-        return moments.settled(self._layout.checkpoint(model_id), settle=settle)
+        where = self._layout.checkpoint(model_id)
+        return moments.settled(where, settle=settle, prefix=prefix)
 
     def settled_basis(
         self, model_id: int, make: Callable[[], Mapping[str, NDArray[Any]]]
     ) -> dict[str, NDArray[Any]]:
-        """Reads `{id}/leading.npz`, and writes it before the first row.
-
-        Args:
-            model_id: the checkpoint.
-            make: chooses what to write.
+        """Reads `{id}/leading.npz`, and writes what `make` gives before the first row.
 
         Returns:
-            As for `AbstractSaver`.
+            Name to array.
         """
         begun = bool(self.train_rows(model_id).done.any())
         return moments.settled_basis(self._layout.checkpoint(model_id), make, begun=begun)

@@ -62,13 +62,16 @@ def settled_basis(
     return _read(path)
 
 
-def settled(checkpoint: Path, *, settle: bool) -> list[tuple[Path, Arrays]] | None:
+def settled(
+    checkpoint: Path, *, settle: bool, prefix: str = ""
+) -> list[tuple[Path, Arrays]] | None:
     """Reads the sums that a checkpoint's rows are whitened by.
 
     Args:
         checkpoint: the checkpoint's folder.
         settle: if nothing is settled yet, settle on all files that are there; of several
             processes one wins.
+        prefix: read arrays only whose names begin so.
 
     Returns:
         Files and their arrays; None if nothing is settled.
@@ -80,7 +83,7 @@ def settled(checkpoint: Path, *, settle: bool) -> list[tuple[Path, Arrays]] | No
             return None
         create_json(listing, {"parts": names})
     paths = [folder / name for name in read_json(listing)["parts"]]
-    return [(path, _read(path)) for path in paths]
+    return [(path, _read(path, prefix)) for path in paths]
 
 
 def _write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -93,10 +96,10 @@ def _write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     temporary.unlink()
 
 
-def _read(path: Path) -> Arrays:
+def _read(path: Path, prefix: str = "") -> Arrays:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return dict(file)
+            return {name: file[name] for name in file.files if name.startswith(prefix)}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise StoreCorruptedError(
             f"{path} is lost or damaged ({error}), and rows depend on it. Restore "

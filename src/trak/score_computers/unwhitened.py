@@ -19,7 +19,9 @@ SAMPLE = 1000
 """Examples that are kept."""
 _SAMPLE_BYTES = 1 << 29  # of their rows
 _STRIP = 256
-_PREFIX, _PARTS = "unwhitened/", ("kernel", "pull", "loss")
+PREFIX = "unwhitened/"
+"""Of the arrays' names in a file."""
+_PARTS = ("kernel", "pull", "loss")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Unwhitened:
         Returns:
             Name to array.
         """
-        return {f"{_PREFIX}{part}": getattr(self, part).cpu().numpy() for part in _PARTS}
+        return {f"{PREFIX}{part}": getattr(self, part).cpu().numpy() for part in _PARTS}
 
     @classmethod
     def of_arrays(
@@ -61,7 +63,7 @@ class Unwhitened:
         Raises:
             StoreCorruptedError: if they do not fit together.
         """
-        found = {p: arrays[_PREFIX + p] for p in _PARTS if _PREFIX + p in arrays}
+        found = {p: arrays[PREFIX + p] for p in _PARTS if PREFIX + p in arrays}
         if not found:
             return None
         shapes = {part: array.shape for part, array in found.items()}
