@@ -136,12 +136,8 @@ class TRAKer(Results):
         self.dtype = storage_dtype(chosen.values(), half, row_dtype)
         self.proj_seed = as_integer("projector_seed", projector_seed)
         self.save_dir = as_folder(save_dir)
-        whitened = self.whitening > 0
-        self._usual = usual_projector(
-            projector, gradient_computer, self.task, whitened=whitened
-        )
-        self.init_projector(projector, proj_dim, proj_max_batch_size)
         self.gradient_computer = make_computer(gradient_computer, self, chosen)
+        self.init_projector(projector, proj_dim, proj_max_batch_size)
         self.score_computer = make_scorer(
             score_computer,
             self.dtype,
@@ -151,17 +147,17 @@ class TRAKer(Results):
             curvature=curvature,
         )
         self.load_from_save_dir = load_from_save_dir
-        layout = {name: p.numel() for name, p in chosen.items()}
-        self.saver: AbstractSaver = make_saver(
-            saver,
-            self,
-            layout,
-            load_from_save_dir=load_from_save_dir,
-            logging_level=logging_level,
-            use_half_precision=use_half_precision,
-        )
+        options = {"logging_level": logging_level, "use_half_precision": use_half_precision}
+        self._open(saver, options, examples_are_checked=check_examples)
+
+    def _open(
+        self, saver: Any, options: dict[str, Any], *, examples_are_checked: bool
+    ) -> None:
+        layout = {name: math.prod(shape) for name, shape in self._shapes.items()}
+        options = {"load_from_save_dir": self.load_from_save_dir, **options}
+        self.saver: AbstractSaver = make_saver(saver, self, layout, **options)
         self._pipeline = make_pipeline(
-            self, self._shapes, examples_are_checked=check_examples
+            self, self._shapes, examples_are_checked=examples_are_checked
         )
 
     def _select(self, grad_wrt: Iterable[str] | None) -> dict[str, nn.Parameter]:
@@ -189,9 +185,12 @@ class TRAKer(Results):
         """
         del proj_max_batch_size
         size = self.train_set_size, self.dtype.itemsize, self.save_dir
+        usual = usual_projector(
+            projector, self.gradient_computer, whitened=self.whitening > 0
+        )
         if projector is None or isinstance(projector, str):
             made = self._shapes, proj_dim, self.proj_seed, self.device, projector
-            projector = projector_of_width(*made, *size, usual=self._usual)
+            projector = projector_of_width(*made, *size, usual=usual)
         self.projector: AbstractProjector = projector
         self.proj_dim: int = width_of_rows(projector, self._shapes, self.dtype, *size)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from trak.arguments import Ridge
 from trak.encodings import encoding_of
 from trak.errors import InputError, InputTypeError
-from trak.gradient_computers import HookGradientComputer, choose_computer
+from trak.gradient_computers import AbstractGradientComputer, HookGradientComputer
 from trak.pipeline.checks import describe
 from trak.projectors import LeadingProjector
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
@@ -54,14 +54,13 @@ def float_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def usual_projector(
-    projector: Any, gradient_computer: Any, task: Any, *, whitened: bool
+    projector: Any, gradient_computer: AbstractGradientComputer, *, whitened: bool
 ) -> str | None:
     """What no projector stands for, where something is projected.
 
     Args:
         projector: the user's wish.
-        gradient_computer: a class, or None for the fastest that the task allows.
-        task: an instance.
+        gradient_computer: the run's.
         whitened: whether the run whitens.
 
     Returns:
@@ -79,8 +78,7 @@ def usual_projector(
                 "projector."
             )
         return None
-    computer = gradient_computer or choose_computer(task)
-    return "leading" if issubclass(computer, HookGradientComputer) else None
+    return "leading" if isinstance(gradient_computer, HookGradientComputer) else None
 
 
 def make_scorer(

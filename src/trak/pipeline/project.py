@@ -217,20 +217,19 @@ class RowMaker:
             return total, torch.zeros(0, 0)
 
         def work(piece: Batch, start: int) -> Tensor:
-            # sums of its own, since an attempt may fail half way
-            found = Moments()
+            size = batch_size(piece)
 
-            def attempt() -> Tensor:
-                nonlocal found
+            def attempt() -> tuple[Moments, Tensor]:
+                # sums of its own, since an attempt may fail half way
                 found = Moments()
                 with found.adding(size) as sink:
                     if projector is not None:
-                        return self._projected(projector, piece, model_id, None, sink)
+                        made = self._projected(projector, piece, model_id, None, sink)
+                        return found, made
                     self.computer.run(piece, sink, self.layout)
-                    return torch.zeros(size, 0)
+                    return found, torch.zeros(size, 0)
 
-            size = batch_size(piece)
-            rows = self.with_copies(attempt)
+            found, rows = self.with_copies(attempt)
             if projector is not None:
                 weights = self._loss_weights(piece, list(range(start, start + size)))
                 rows = torch.cat([rows, weights.to(rows)], dim=1)

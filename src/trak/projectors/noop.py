@@ -63,6 +63,7 @@ class NoOpProjector(AbstractProjector):
 
         def consume(block: Block) -> None:
             block = block if whitening is None else whitening.apply(block)
-            places[block.name].add_(block.dense().gradient.detach())
+            gradient = block.dense().gradient.detach()
+            places[block.name].add_(gradient.to(out.device, out.dtype))
 
         yield consume
