@@ -448,3 +448,41 @@ def test_the_patches_of_a_convolution(axes, stride, dilation):
     assert right.shape == (2, math.prod(positions), 3 * 3**axes)
     whole = torch.einsum("bso,bsi->boi", left, right).flatten(1)
     torch.testing.assert_close(whole, block.dense().gradient)
+
+
+@pytest.mark.parametrize("shape", [(7,), (6, 5), (5, 4, 6)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("kind", ["everywhere", "zeros in images", "zeros in backprops"])
+def test_moments_of_patches(shape, stride, dilation, kind):
+    # as if all patches had been cut out, also where taps are added up along rows
+    torch.manual_seed(0)
+    axes = len(shape)
+    taps = [3, 2, 1][:axes]
+    padded = [shape[0] + 2, *shape[1:]]
+    space = [
+        (size - (tap - 1) * dilation - 1) // stride + 1
+        for size, tap in zip(padded, taps, strict=True)
+    ]
+    images = torch.zeros(4, 3, *padded).double()
+    images[:, :, 1:-1] = torch.randn(4, 3, *shape).double()
+    backprops = torch.randn(4, 2, *space).double()
+    if kind == "zeros in images":
+        images[1] = 0
+        images[2, :, :4] = 0
+    if kind == "zeros in backprops":
+        backprops[1, ..., 0] = 0
+    steps = (tuple(taps), (stride,) * axes, (dilation,) * axes)
+    block = ConvolvedBlock("c", images, backprops, *steps)
+    left, right = (part.flatten(0, 1) for part in block.factors())
+    used = left.any(dim=1) & right.any(dim=1)
+    assert bool(used.all()) == (kind == "everywhere")
+    moments = Moments()
+    with moments.adding(4) as sink:
+        sink(block)
+    sums = moments.matrices["c", "layer"]
+    assert int(sums.positions) == int(used.sum())
+    torch.testing.assert_close(sums.left, left[used].T @ left[used])
+    torch.testing.assert_close(sums.right, right[used].T @ right[used])
+    if kind == "zeros in backprops" and stride == 1 and axes < 3:  # it does matter
+        assert not torch.allclose(sums.right, right.T @ right)

@@ -6,6 +6,7 @@ positions that share a weight, Grosse and Martens 2016, Sec. 3). Sums of two par
 data add up to those of the whole, whoever computed them.
 """
 
+import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak.blocks import Block, DenseBlock, IndexedBlock, Sink
+from trak.blocks import Block, ConvolvedBlock, DenseBlock, IndexedBlock, MatrixBlock, Sink
 from trak.errors import InputError, StoreCorruptedError
+from trak.whitening.patches import occupied, second_moment, slides
 
 FORMAT = 1
 LARGEST_SIDE = 4096
@@ -187,8 +189,10 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _sums(block: Any) -> Sums:
+def _sums(block: MatrixBlock) -> Sums:
     # positions where a side is zero (padding, unused ones) have no part in G
+    if isinstance(block, ConvolvedBlock) and (found := _of_patches(block)) is not None:
+        return found
     if isinstance(block, IndexedBlock):
         right = _wide(block.backprops.flatten(0, 1))
         used = (right != 0).any(dim=1)
@@ -200,6 +204,20 @@ def _sums(block: Any) -> Sums:
     if not used.all():
         left, right = left[used], right[used]
     return Sums(_second(left), _second(right), used.sum())
+
+
+def _of_patches(block: ConvolvedBlock) -> Sums | None:
+    # None if patches have to be told apart
+    channels, width = block.inputs.shape[1], math.prod(block.kernel)
+    if channels * width > LARGEST_SIDE or not slides(block):
+        return None
+    used = occupied(block)
+    if (used & (block.backprops == 0).all(dim=1)).any():
+        return None
+    left = _wide(block.backprops.movedim(1, -1).flatten(end_dim=-2))
+    if not used.all():
+        left = left[used.flatten()]
+    return Sums(_second(left), second_moment(block, left.dtype), used.sum())
 
 
 def _second(rows: Tensor) -> Tensor:
