@@ -161,8 +161,10 @@ def _language_margin(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _log_p(logits: Tensor, tokens: Tensor) -> Tensor:
-    logits = logits[:, :-1].float()
-    return logits.gather(2, tokens[:, 1:, None]).squeeze(2) - logits.logsumexp(2)
+    # by the function that the training step's loss uses
+    logits = logits[:, :-1].float().flatten(0, 1)
+    found = functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
+    return -found.unflatten(0, (len(tokens), -1))
 
 
 def _bert(shape: tuple[int, int, int], batch_size: int, dtype: torch.dtype) -> Case:
