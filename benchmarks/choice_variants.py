@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.systems import (
+    RULES,
     Checkpoint,
     Gradients,
     System,
@@ -44,6 +45,7 @@ class Choice:
         curved_by_corrected: and R from them.
         targets: gradients of the targets' `"margin"`, of their `"loss"`, or margins of
             `"unit"` norm.
+        weights: R, one of `benchmarks.systems.RULES`; empty for that of the setting.
         against: the choice that this one is compared with.
         group: heading of the table.
     """
@@ -56,6 +58,7 @@ class Choice:
     corrected: bool = False
     curved_by_corrected: bool = False
     targets: str = "margin"
+    weights: str = ""
     against: str = "default"
     group: str = ""
 
@@ -99,6 +102,8 @@ def _choices() -> dict[str, Choice]:
     }
     for name, kernel in shapes.items():
         listed[name] = Choice(kernel=kernel, group=rows)
+    for rule in RULES:
+        listed[f"R = {rule}"] = Choice(weights=rule, group="Curvature")
     listed["training rows and targets of unit norm"] = Choice(
         kernel="unit", targets="unit", group=rows
     )
@@ -225,7 +230,7 @@ class Part:
         self.loss, self.target_loss = loss[: self.n], loss[self.n :]
         self.sizes = sizes
         self.curvature = curvature
-        self.systems: dict[str, System] = {}
+        self.systems: dict[tuple[str, str], System] = {}
         self.corrected: dict[tuple[str, float], System] = {}
 
     @cached_property
@@ -244,22 +249,25 @@ class Part:
         """
         return self.made[name] if name in self.made else reshaped(self.made[ALL], name)
 
-    def system(self, name: str) -> System:
+    def system(self, name: str, rule: str = "") -> System:
         """The system of a kernel.
 
         Args:
             name: of the kernel.
+            rule: of its weights; empty for those of the setting.
 
         Returns:
             The same one every time.
         """
-        if name not in self.systems:
+        if (name, rule) not in self.systems:
             kernel, weights = self.kernel(name), self.weights
+            if rule:
+                weights = curvatures(self.loss, rule)
             if name == "unit gram":
                 inverse = _inverse_norms(kernel).double().square()
                 weights = inverse if weights is None else inverse * weights
-            self.systems[name] = System(kernel, weights)
-        return self.systems[name]
+            self.systems[name, rule] = System(kernel, weights)
+        return self.systems[name, rule]
 
     def corrected_system(self, name: str, ridge: float) -> System:
         """The system with R of leave-one-out outputs.
@@ -311,7 +319,7 @@ def scores(choice: Choice, parts: Sequence[Part], ridge: float) -> Tensor:
     """
     taus, losses = [], []
     for part in parts:
-        system = part.system(choice.kernel)
+        system = part.system(choice.kernel, choice.weights)
         loss = part.loss
         if choice.corrected:
             loss = leave_one_out_loss(loss, system.leverage(ridge), system.weights)

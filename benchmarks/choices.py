@@ -34,6 +34,7 @@ from benchmarks.choice_variants import (
 from benchmarks.common import RESULTS, Row, environment, write
 from benchmarks.systems import RIDGES, Swept, checkpoint, curvatures, sweep
 from trak.evaluation import lds_difference
+from trak.score_computers.curvature import RULE
 
 COUNTS = (1, 3, 5)
 SETTINGS = {"plain": (0.0, False), "whitened, curvature": (0.5, True)}
@@ -95,8 +96,10 @@ def swept(choice: Choice, parts: Sequence[Part], bank: Bank) -> Swept | None:
     if choice.kernel in NEEDS_NORMS and choice.kernel not in parts[0].made:
         return None
     probable = curvatures(parts[0].loss) is not None
-    if not probable and (choice.targets == "loss" or choice.power != 1):
+    if not probable and (choice.targets == "loss" or choice.power != 1 or choice.weights):
         return None  # outputs are predictions, Q residuals
+    if choice.weights == (RULE if parts[0].curvature else "1"):
+        return None
     used = list(parts)
     if choice.average in KERNELS_ONLY:
         used = [merged(parts, equal=choice.average == "equal kernels")]

@@ -23,11 +23,19 @@ from benchmarks.lds import lds
 from trak.evaluation import group_scores
 from trak.gradient_computers import FunctionalGradientComputer, HookGradientComputer
 from trak.modelout_functions import resolve_task
-from trak.score_computers.curvature import FLOOR
+from trak.score_computers.curvature import FLOOR, RULE
 from trak.whitening import Moments, Whitening
 
 RIDGES = tuple(float(f"{ridge:.4g}") for ridge in np.logspace(-1, 2.5, 15))
 """Of every sweep, in units of the mean squared row norm: 0.1 to 316."""
+RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    RULE: lambda q: q * (1 - q / 2),
+    "q (1 - q)": lambda q: q * (1 - q),
+    "q": lambda q: q,
+    "q^2": lambda q: q * q,
+    "1": torch.ones_like,
+}
+"""What R may be."""
 Gradients = dict[str, Tensor]
 Computer = TypeVar("Computer", FunctionalGradientComputer, HookGradientComputer)
 
@@ -171,18 +179,19 @@ def kernel_of(rows: Sequence[Tensor], n: int) -> Tensor:
     return total
 
 
-def curvatures(loss: Tensor) -> Tensor | None:
+def curvatures(loss: Tensor, rule: str = RULE) -> Tensor | None:
     """The R of the Gram matrix.
 
     Args:
         loss: Q, `[n]`.
+        rule: one of `RULES`; the library's by default.
 
     Returns:
-        `q (1 - q)`, at least the library's floor; None where Q is no probability.
+        At least the library's floor, `[n]`; None where Q is no probability.
     """
     if not bool(((loss >= 0) & (loss <= 1)).all()):
         return None
-    return (loss * (1 - loss)).clamp(min=FLOOR)
+    return RULES[rule](loss).clamp(min=FLOOR)
 
 
 class System:

@@ -12,6 +12,7 @@ from trak.errors import InputError, StoreCorruptedError
 from trak.evaluation import lds
 from trak.score_computers import BasicScoreComputer, RidgeScoreComputer
 from trak.score_computers.auto_ridge import (
+    BY_CURVATURE,
     BY_STRENGTH,
     USUAL,
     Situation,
@@ -52,8 +53,8 @@ def logistic(n=300, k=12, ridge=5.0, seed=0):
 
 def test_what_is_known_beforehand():
     one = noise_factor(90, Situation())
-    assert one == pytest.approx(1.125)
-    assert noise_factor(90, Situation(checkpoints=5)) == pytest.approx(0.945)
+    assert one == pytest.approx(1.15)
+    assert noise_factor(90, Situation(checkpoints=5)) == pytest.approx(0.83)
     narrow = noise_factor(90, Situation(columns=10))
     assert narrow > 2 * one
     assert noise_factor(90, Situation(columns=10, checkpoints=8)) < narrow
@@ -250,7 +251,7 @@ def test_every_process_has_a_say():
 
 def test_whitened_rows_of_which_too_little_is_known():
     rows, q = logistic(n=120)
-    usual = pytest.approx(1.125 * USUAL * (1 + BY_STRENGTH * 0.5))
+    usual = pytest.approx(1.15 * USUAL * (1 + BY_STRENGTH * 0.5))
     settings = {"loss": q, "strength": 0.5}
     assert chosen(rows, **settings) == usual
     assert chosen(rows, unwhitened=[unwhitened(rows[:30], q[:30], 9)], **settings) == usual
@@ -308,9 +309,14 @@ def test_a_squared_loss_is_played_without_weights():
 @pytest.mark.parametrize("loss", [None, torch.zeros(50)])
 def test_where_nothing_is_known(loss):
     rows = torch.randn(50, 8, dtype=torch.float64)
-    assert chosen(rows, loss=loss) == pytest.approx(1.125 * USUAL)
-    assert chosen(torch.zeros(50, 8), loss=torch.rand(50)) == pytest.approx(1.125 * USUAL)
-    assert chosen(rows[:20], loss=torch.rand(20)) == pytest.approx(1.125 * USUAL)
+    assert chosen(rows, loss=loss) == pytest.approx(1.15 * USUAL)
+    curved = 1.15 * USUAL * (1 if loss is None else BY_CURVATURE)
+    assert chosen(rows, loss=loss, curvature=True) == pytest.approx(curved)
+    squared = torch.linspace(-1, 2, 50)
+    one, other = (chosen(rows, loss=squared, curvature=c) for c in (False, True))
+    assert one == other
+    assert chosen(torch.zeros(50, 8), loss=torch.rand(50)) == pytest.approx(1.15 * USUAL)
+    assert chosen(rows[:20], loss=torch.rand(20)) == pytest.approx(1.15 * USUAL)
 
 
 @pytest.mark.parametrize(

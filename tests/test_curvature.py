@@ -18,7 +18,7 @@ def explicit(rows, ridge):
     found, weights = [], []
     for phi, psi, q in rows:
         q = q.reshape(-1, 1)
-        curvature = (q * (1 - q)).clamp(min=FLOOR)
+        curvature = (q * (1 - q / 2)).clamp(min=FLOOR)
         gram = phi.T @ (phi * curvature)
         absolute = ridge * float(gram.trace()) / len(phi)
         inverse = torch.linalg.inv(gram + absolute * torch.eye(len(gram)))
@@ -69,7 +69,7 @@ def test_methods_over_the_same_system(finished):
     energies, weights = [], []
     for phi, _, q in rows:
         q = q.flatten()
-        gram = phi.T @ (phi * (q * (1 - q)).clamp(min=FLOOR)[:, None])
+        gram = phi.T @ (phi * (q * (1 - q / 2)).clamp(min=FLOOR)[:, None])
         gram += 2 * float(gram.trace()) / N * torch.eye(len(gram))
         energies.append((phi @ torch.linalg.inv(gram) * phi).sum(1))
         weights.append(q)
@@ -102,6 +102,10 @@ def test_it_is_part_of_what_a_checkpoint_was_finalized_with(tmp_path):
         curved.finalize_scores("exp")
     curved.finalize_features()
     curved.finalize_scores("exp")
+    info = curved.saver.load_factor(0)[1]
+    assert curved.score_computer.matches(info)
+    # other weights were used once, and noted down as True
+    assert not curved.score_computer.matches(info | {"curvature": True})
 
 
 def test_losses_of_constant_curvature_are_not_weighted():
@@ -115,7 +119,17 @@ def test_losses_of_constant_curvature_are_not_weighted():
     )
     np.testing.assert_array_equal(one[0], other[0])
     q = torch.tensor([0.0, 0.5, 1.0])
-    np.testing.assert_allclose(roots(q).flatten(), [FLOOR**0.5, 0.5, FLOOR**0.5])
+    expected = np.sqrt([FLOOR, 0.375, 0.5])
+    np.testing.assert_allclose(roots(q).flatten(), expected, rtol=1e-6)
+
+
+def test_weights_are_the_softmaxs_curvature():
+    # half the trace of diag(p) - p p^T, if many classes share what the right one lacks
+    q = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    classes = 10**4
+    p = torch.cat([1 - q[:, None], (q[:, None] / classes).expand(-1, classes)], dim=1)
+    expected = (1 - p.square().sum(1)) / 2
+    torch.testing.assert_close(roots(q).flatten().square(), expected, rtol=1e-3, atol=0)
 
 
 def test_bad_input(tmp_path):

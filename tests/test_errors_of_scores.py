@@ -35,7 +35,7 @@ def finished(request, tmp_path):
 
 
 def solved(phi, psi, q, *, curvature, ridge=2.0):
-    weights = (q * (1 - q)).clamp(min=1e-4) if curvature else torch.ones_like(q)
+    weights = (q * (1 - q / 2)).clamp(min=1e-4) if curvature else torch.ones_like(q)
     gram = phi.T @ (phi * weights.reshape(-1, 1))
     gram = gram + ridge * float(gram.trace()) / len(phi) * torch.eye(len(gram))
     return phi @ torch.linalg.inv(gram) @ psi.T

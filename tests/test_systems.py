@@ -7,6 +7,8 @@ import torch
 from benchmarks.choice_variants import Choice, Part, merged, reshaped, scores
 from benchmarks.systems import System, kernel_of, leave_one_out_loss
 
+from trak.score_computers.curvature import RULE, roots
+
 
 @pytest.fixture
 def rows():
@@ -110,3 +112,20 @@ def test_powers_of_loss_weights(rows):
     root = scores(Choice(power=0.5), [part], 1.0)
     usual = scores(Choice(), [part], 1.0)
     torch.testing.assert_close(root * loss[:N, None].sqrt(), usual)
+
+
+def test_weights_by_a_rule_of_the_choice():
+    torch.manual_seed(0)
+    kernel = torch.randn(N, 9)
+    kernel = torch.cat([kernel @ kernel.T, torch.randn(N, 3)], dim=1)
+    loss = torch.rand(N + 3).double()
+    sizes = torch.ones(3).double()
+    part = Part({"all": kernel}, loss, sizes, curvature=True)
+    own = roots(loss[:N]).flatten().square()
+    torch.testing.assert_close(part.weights, own, rtol=1e-6, atol=0)
+    usual = scores(Choice(), [part], 2.0)
+    for rule, weights in (("1", torch.ones(N)), ("q", loss[:N]), (RULE, own)):
+        found = scores(Choice(weights=rule), [part], 2.0)
+        expected = System(kernel, weights).tau(2.0) * loss[:N, None]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        assert torch.allclose(found, usual, rtol=1e-6) == (rule == RULE)

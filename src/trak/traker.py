@@ -88,8 +88,9 @@ class TRAKer(Results):
             `"float16"`, `"bfloat16"`, `"int8"` (with a scale a row) or `"float64"`.
         whitening: how much layers' gradients are whitened before they are projected: 0 or
             None for plain TRAK, up to 1, or `"auto"`. Asks for `fit_whitening`.
-        curvature: weigh the training examples in the Gram matrix by the curvature
-            `q (1 - q)` of their loss, as TRAK's derivation does before it leaves this out.
+        curvature: weigh the training examples in the Gram matrix by the curvature of
+            their loss, `q (1 - q / 2)`; TRAK's derivation has such weights, and leaves
+            them out at last.
 
     Raises:
         InputError: if an argument cannot be used.

@@ -35,7 +35,9 @@ _RIDGES = np.logspace(-2, 3.5, 45)
 _AS_GOOD = 0.01  # of the correlation
 BY_STRENGTH = 3.0
 """How much larger the ridge is where rows are white, `1 + 3 alpha`."""
-_NOISE, _BY_TRAINING, _BY_SKETCH, _AVERAGED = 0.9, 0.225, 0.9, 0.4
+BY_CURVATURE = 1.2
+"""How much larger it is where rows are weighted by curvature."""
+_NOISE, _BY_TRAINING, _BY_SKETCH, _AVERAGED = 0.75, 0.4, 0.8, 0.4
 USUAL = 2.0
 """The multiple for rows that nothing can be told from."""
 
@@ -93,6 +95,7 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
     """
     factor = noise_factor(rows.shape[0], situation)
     factor *= 1 + BY_STRENGTH * situation.strength
+    factor *= BY_CURVATURE if _curved(situation) else 1
     known = situation.loss is not None and rows.shape[0] >= _FEWEST
     samples = _samples(rows, situation) if known else []
     if not samples:
@@ -177,14 +180,22 @@ def _samples(rows: RowSource, situation: Situation) -> list[Sample]:
     if not situation.strength:
         found = [sampled(rows, situation)]
     else:
-        every = torch.as_tensor(np.asarray(situation.loss))
-        curved = situation.curvature and roots_of(every) is not None
+        curved = _curved(situation)
         found = [
             _sample_of(examples, rows.shape[0], curvature=curved)
             for examples in situation.unwhitened
             if len(examples.loss) >= _FEWEST
         ]
     return [sample for sample in found if sample is not None]
+
+
+def _curved(situation: Situation) -> bool:
+    # losses of constant curvature leave rows as they are
+    return (
+        situation.curvature
+        and situation.loss is not None
+        and roots_of(situation.loss) is not None
+    )
 
 
 def _sample_of(examples: Unwhitened, count: int, *, curvature: bool) -> Sample | None:

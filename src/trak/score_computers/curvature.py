@@ -9,6 +9,8 @@ from torch import Tensor
 
 from trak.encodings import RowSource
 
+RULE = "q (1 - q / 2)"
+"""What rows are weighted by, as the store notes it down."""
 FLOOR = 1e-4
 """Examples that are fitted perfectly count a little, so that the system stays regular."""
 
@@ -16,22 +18,27 @@ FLOOR = 1e-4
 def roots(loss: Any) -> Tensor | None:
     """Square roots of the rows' weights in the Gram matrix.
 
-    With the logistic loss `log(1 + exp(-f))` the Newton step of TRAK's derivation (Park et
-    al. 2023, Sec. 3.1, equation 8) has `(Phi^T R Phi)^-1`, `R = diag(q (1 - q))` with
-    `q = 1 / (1 + exp(f))`, the loss weight; the paper then leaves `R` out. Losses of
-    constant curvature, such as the squared one, have `R = I`.
+    The Newton step of TRAK's derivation (Park et al. 2023, Sec. 3.1, equation 8) has
+    `(Phi^T R Phi)^-1`, where `R` holds the curvature of each example's loss; the paper then
+    leaves `R` out. With a softmax, curvature along the logits is half the trace of
+    `diag(p) - p p^T`, its Fisher information: `(1 - sum_c p_c^2) / 2`. That is `q (1 - q)`
+    if all that the right class lacks, `q = 1 - p_y`, goes to one other class, and
+    `q (1 - q / 2)` if it is spread over many. The latter is taken: the two differ for
+    examples that the model gets wrong, and there it was better, with two classes too
+    (docs/whitening.md). Losses of constant curvature, such as the squared one, have
+    `R = I`.
 
     Args:
         loss: Q, `[n]` or `[n, 1]`.
 
     Returns:
-        `sqrt(max(q (1 - q), 1e-4))`, `[n, 1]`, float64 (numbers that float32 holds); None
-        if Q is no probability, so that nothing is to be weighted.
+        `sqrt(max(q (1 - q / 2), 1e-4))`, `[n, 1]`, float64 (numbers that float32 holds);
+        None if Q is no probability, so that nothing is to be weighted.
     """
     weights = torch.as_tensor(np.asarray(loss)).to(torch.float64).reshape(-1, 1)
     if not bool(((weights >= 0) & (weights <= 1)).all()):
         return None
-    return (weights * (1 - weights)).clamp(min=FLOOR).sqrt().float().double()
+    return (weights * (1 - weights / 2)).clamp(min=FLOOR).sqrt().float().double()
 
 
 def weighted(rows: RowSource, factors: Tensor | None) -> RowSource:

@@ -12,7 +12,7 @@ from trak.arguments import Ridge, as_ridge, multiple_of
 from trak.encodings import RowSource, row_encoding
 from trak.errors import InputError
 from trak.score_computers.auto_ridge import Situation, relative_ridge
-from trak.score_computers.curvature import roots, weighted
+from trak.score_computers.curvature import RULE, roots, weighted
 from trak.score_computers.factor import Form, RidgeFactor, factorize, smaller_form
 from trak.score_computers.gram import dual_gram, primal_gram
 from trak.score_computers.linear import (
@@ -296,7 +296,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         info = {
             "computer": type(self).__name__,
             "lambda_reg": lambda_reg,
-            "curvature": self.curvature,
+            "curvature": RULE if self.curvature else None,
             "auto": auto,
             "form": factor.form,
             "ridge": factor.ridge,
@@ -308,7 +308,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         return {
             "computer": type(self).__name__,
             "lambda_reg": self.lambda_reg,
-            "curvature": self.curvature,
+            "curvature": RULE if self.curvature else None,
         }
 
     def factor(self, kept: Kept, device: torch.device) -> RidgeFactor:
