@@ -23,7 +23,7 @@ from trak.score_computers.auto_ridge import (
 )
 from trak.score_computers.curvature import roots, weighted
 from trak.score_computers.retraining import retrained
-from trak.score_computers.stationarity import LEAST, MOST, training_of
+from trak.score_computers.stationarity import EARLY, LEAST, MOST, training_of
 from trak.score_computers.unwhitened import SAMPLE, Chosen, Unwhitened
 
 
@@ -136,6 +136,21 @@ def test_outputs_that_nobody_can_have_learned_are_no_outputs(leading, logistic):
     assert (training_of(kernel, kernel @ q, q).answers is None) == logistic
     few = torch.sigmoid(-outputs - 5)  # most are right: details may have been learned
     assert training_of(kernel, kernel @ few, few).answers is None
+
+
+def test_a_training_that_had_hardly_begun():
+    rows = torch.randn(240, 30, generator=torch.Generator().manual_seed(0)).double()
+    kernel = rows @ rows.T / 30
+    begun = {}
+    for offset in (-2.2, 2.2):
+        outputs = torch.full((240,), offset).double()
+        for _ in range(3):  # steps of gradient descent
+            outputs = outputs + 0.02 * kernel @ torch.sigmoid(-outputs)
+        q = torch.sigmoid(-outputs)
+        steep = float((q * (1 - q)).mean())
+        begun[offset] = training_of(kernel, kernel @ q, q).ridge / steep
+    assert begun[-2.2] == pytest.approx(EARLY)
+    assert begun[2.2] <= MOST  # most are right, whatever has been learned
 
 
 def test_a_direction_that_is_held_back_counts_less():

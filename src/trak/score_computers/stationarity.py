@@ -13,12 +13,15 @@ from torch import Tensor
 
 LEAST, MOST = 0.3, 8.0
 """Ridges of a training, in units of the mean squared row norm times `q (1 - q)`."""
+EARLY = 50.0
+"""That of a training which was stopped when it had hardly begun."""
 _UNKNOWN = 0.4
 _OF_WORDS = 0.03  # a text is many examples
 _DEPTH = 2.5
 """Outputs of a network of `L` layers grow like the `L`-th power of its weights, so that
 `Phi w = L f`. How many layers there are cannot be told from rows; 2.5 was best."""
 _FIRST, _LAST = 5, 100  # leading directions have few examples each on their side
+_MOST_WRONG = 0.5
 _LEARNED = 0.6  # of the outputs' variance, by the leading directions
 _PRESENT = 1e-6  # smaller eigenvalues are rounding
 _RIGHT, _WRONG = 1e-30, 1e-9  # loss weights of 0 and 1 stand for finite outputs
@@ -48,8 +51,11 @@ def training_of(kernel: Tensor, pull: Tensor, loss: Tensor) -> Training:
     such as a mean over a text's words.) There the ridge is the median over eigenvectors
     6 to 100. The direction in which all outputs grow may be held back more strongly
     than others, as by batch normalization or the length of training; the kernel is then
-    smaller along it. For other losses the ridge is a constant (0.4 for the squared
-    one), and the answers are those that would have led to the loss weights.
+    smaller along it. Where most examples are wrong and yet pulled away from their
+    outputs, these are little else than what training began with, as after a few epochs;
+    the ridge is then 50, so that models on halves are about a gradient step. For other
+    losses the ridge is a constant (0.4 for the squared one), and the answers are those
+    that would have led to the loss weights.
 
     Args:
         kernel: `Phi Phi^T` of a sample, in units of the mean squared row norm, `[n, n]`,
@@ -69,6 +75,8 @@ def training_of(kernel: Tensor, pull: Tensor, loss: Tensor) -> Training:
     ridge = _median_ridge(kernel, pull, outputs) / steep / _DEPTH
     ridge = min(max(ridge, LEAST), MOST) if ridge > 0 else _UNKNOWN
     growing = float(outputs @ pull / (outputs @ outputs)) / steep
+    if growing < 0 and float(loss.median()) > _MOST_WRONG:
+        ridge = EARLY
     if growing > _DEPTH * ridge:
         along = kernel @ outputs
         excess = (1 - _DEPTH * ridge / growing) / float(outputs @ along)
@@ -82,7 +90,7 @@ def _outputs(kernel: Tensor, loss: Tensor) -> Tensor | None:
         return None
     bounded = loss.clamp(_RIGHT, 1 - _WRONG)
     outputs = torch.log1p(-bounded) - bounded.log()
-    if float(loss.median()) > 0.5:
+    if float(loss.median()) > _MOST_WRONG:
         vectors = torch.linalg.eigh(kernel).eigenvectors[:, -max(1, len(loss) // 12) :]
         apart = outputs - outputs.mean()
         if (vectors.T @ apart).square().sum() < _LEARNED * apart.square().sum():

@@ -1,0 +1,128 @@
+"""Is the one call as good as plain TRAK at its best ridge, on many small banks?
+
+Bar: `trak.attribute` with its defaults has at least the LDS of unprojected plain TRAK at the
+best of 25 ridges, on every bank of `benchmarks.banks.variants`, with one checkpoint and with
+five. What is known of other banks is kept.
+
+    python -m benchmarks.one_call [--bank noisy] [--small]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trak
+from benchmarks.banks.bank import Bank
+from benchmarks.banks.recipes import Recipe
+from benchmarks.banks.variants import UNSEEN, VARIANTS, make
+from benchmarks.common import RESULTS, Row, environment, write
+from benchmarks.lds import lds
+from benchmarks.quality_table.ours import batches
+from benchmarks.ridge import COUNTS, measure, with_others
+from trak.evaluation import group_scores
+
+RESULT = RESULTS / "one_call.json"
+
+
+def one_call(made: Recipe, bank: Bank, count: int) -> float:
+    """The LDS of `trak.attribute`.
+
+    Args:
+        made: data and model.
+        bank: ground truth.
+        count: checkpoints.
+
+    Returns:
+        Mean over targets.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        scores = trak.attribute(
+            made.make_model(),
+            task=made.objective.task,
+            train=batches(made.train),
+            targets=batches(made.targets),
+            checkpoints=[made.weights(stored) for stored in bank.checkpoints[:count]],
+            save_dir=folder,
+            progress=False,
+            logging_level=logging.ERROR,
+        )
+    return float(lds(group_scores(scores, bank.masks), bank.outputs).mean())
+
+
+def judged(made: Recipe, bank: Bank, count: int) -> dict[str, Any]:
+    """Both sides on one bank.
+
+    Args:
+        made: data and model.
+        bank: ground truth.
+        count: checkpoints.
+
+    Returns:
+        Their LDS, and the ridge that was best.
+    """
+    _, _, swept = measure(made, bank, count, proj_dim="exact")
+    best = max(swept, key=lambda ridge: swept[ridge])
+    return {
+        "commit": environment()["commit"],
+        "k": "exact",
+        "checkpoints": count,
+        "one call": round(one_call(made, bank, count), 4),
+        "best": best,
+        "best plain": round(swept[best], 4),
+    }
+
+
+def row_of(name: str, details: list[dict[str, Any]]) -> Row:
+    """A line of the page.
+
+    Args:
+        name: the bank.
+        details: of its settings.
+
+    Returns:
+        The line.
+    """
+    gains = [entry["one call"] - entry["best plain"] for entry in details]
+    counts = " and ".join(str(entry["checkpoints"]) for entry in details)
+    quality = ", ".join(
+        f"{entry['one call']:.3f} against {entry['best plain']:.3f} ({entry['best']})"
+        for entry in details
+    )
+    seen = "not among those that constants were set on; " if name in UNSEEN else ""
+    return Row(
+        f"LDS of the one call, less tuned plain TRAK's, {name}",
+        "at least 0",
+        ", ".join(f"{gain:+.3f}" for gain in gains),
+        min(gains) >= 0,
+        f"{seen}{counts} checkpoints: {quality}",
+    )
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--bank", action="append", choices=VARIANTS)
+    parser.add_argument("--small", action="store_true", help="one bank")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    details: list[dict[str, Any]] = []
+    for name in options.bank or (["few"] if options.small else VARIANTS):
+        made, bank = make(name)
+        for count in COUNTS:
+            details.append({"bank": name, **judged(made, bank, count)})
+            print(details[-1], flush=True)
+        every = with_others(details, options.out or RESULT)
+        banks = dict.fromkeys(entry["bank"] for entry in every)
+        rows = [row_of(b, [e for e in every if e["bank"] == b]) for b in banks]
+        write("one_call", rows, every, options.out)
+
+
+if __name__ == "__main__":
+    main()
