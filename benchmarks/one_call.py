@@ -1,8 +1,8 @@
 """Is the one call as good as plain TRAK at its best ridge, on many small banks?
 
-Bar: `trak.attribute` with its defaults has at least the LDS of unprojected plain TRAK at the
-best of 25 ridges, on every bank of `benchmarks.banks.variants`, with one checkpoint and with
-five. What is known of other banks is kept.
+Bar: `trak.attribute` with its defaults has at least the LDS of unprojected plain TRAK at
+the best of 25 ridges, on every bank of `benchmarks.banks.variants`, with one checkpoint and
+with five. What is known of other banks is kept.
 
     python -m benchmarks.one_call [--bank noisy] [--small]
 """
