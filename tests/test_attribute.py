@@ -12,10 +12,11 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 import trak
 from trak import TRAKer
 from trak.attribution import EXACT_UP_TO
-from trak.errors import InputError, InputTypeError
+from trak.batches import normalize
+from trak.errors import InputError, InputTypeError, NumericalError
 from trak.projectors import FactoredProjector, NoOpProjector
 from trak.projectors.dimension import chosen_dimension, exact_cost
-from trak.strength import STRENGTHS, choose_strength, sampled
+from trak.strength import STRENGTHS, Trial, choose_strength, sampled
 
 N, M = 60, 6
 TASK = "image_classification"
@@ -249,3 +250,33 @@ def test_the_same_weights_twice_are_noticed(world, tmp_path, caplog):
     assert "counts twice" not in caplog.text
     traker.load_checkpoint(live, model_id=2)
     assert "model_id=2 has the same weights as model_id=1" in caplog.text
+
+
+def test_whole_gradients_are_whitened_as_rows_would_be(world, tmp_path):
+    model, train, _, states = world
+    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, projector=NoOpProjector())
+    batches = [normalize(batch) for batch in runs.split(train, 9)]
+    found = []
+    for whole in (True, False):
+        trial = Trial(traker.pipeline, batches, states, curvature=True)
+        assert trial.whole
+        trial.whole = whole
+        found.append(trial.agreements([0.0, 0.75]) + trial.agreements([0.25]))
+    assert len(set(found[0])) == 3
+    np.testing.assert_allclose(*found, atol=1e-3)
+
+
+def test_examples_whose_gradients_are_not_finite_are_named(world, tmp_path):
+    model, train, _, states = world
+    broken = {name: value.clone() for name, value in states[0].items()}
+    next(iter(broken.values())).view(-1)[0] = torch.nan
+    with pytest.raises(NumericalError, match="sample 0 is not finite"):
+        trak.attribute(
+            model,
+            task=TASK,
+            train=runs.split(train, 9),
+            targets=runs.split(train, 9),
+            checkpoints=[states[1], broken],
+            save_dir=tmp_path,
+            progress=False,
+        )

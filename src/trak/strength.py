@@ -20,7 +20,7 @@ from trak.batches import Batch, batch_size, normalize
 from trak.errors import InputTypeError
 from trak.evaluation.ranks import correlations
 from trak.pipeline import Pipeline
-from trak.projectors import LeadingProjector
+from trak.projectors import LeadingProjector, NoOpProjector
 from trak.score_computers.auto_ridge import BY_STRENGTH, Situation, relative_ridge
 from trak.score_computers.curvature import roots, weighted
 from trak.whitening import Moments
@@ -75,7 +75,7 @@ def choose_strength(
         strength = STRENGTH if probable else 0.0
         logger.info("whitening='auto' stands for %g.", strength)
         return strength
-    trial = _Trial(pipeline, sample, states, curvature=curvature)
+    trial = Trial(pipeline, sample, states, curvature=curvature)
     agreements: list[float] = []
     chosen = 0
     for stage in (STRENGTHS[:_FIRST], STRENGTHS[_FIRST:]):
@@ -135,8 +135,19 @@ def state_of(checkpoint: Any) -> Mapping[str, Any]:
     return found
 
 
-class _Trial:
-    """Scores of some examples by some checkpoints, at any strength."""
+class Trial:
+    """Scores of some examples by some checkpoints, at any strength.
+
+    Args:
+        pipeline: of a run that whitens.
+        sample: the examples.
+        states: the checkpoints, as `state_of` takes them; up to three are used.
+        curvature: weigh rows by the curvature of the loss.
+
+    Attributes:
+        whole: rows are whole gradients, so that one pass over the sample serves all
+            strengths.
+    """
 
     def __init__(
         self,
@@ -153,6 +164,7 @@ class _Trial:
         self.curvature = curvature
         self.moments: dict[int, Moments] = {}
         self.plain: float | None = None
+        self.whole = type(pipeline.maker.projector) is NoOpProjector
 
     def agreements(self, strengths: Sequence[float]) -> list[float]:
         """Of the checkpoints' scores, averaged over targets and pairs.
@@ -163,17 +175,51 @@ class _Trial:
         Returns:
             A Spearman correlation for each.
         """
-        maker = self.pipeline.maker
         found: list[list[NDArray[np.float64]]] = [[] for _ in strengths]
         for number, state in enumerate(self.states):
             self.pipeline.load_weights(state_of(state))
+            plain = self._plain(number) if self.whole else None
             for kept, strength in zip(found, strengths, strict=True):
-                kept.append(self._scores(number, strength))
-        maker.whitenings.clear()
+                if plain is None:
+                    rows, loss = self._made(number, strength)
+                else:
+                    rows, loss = self._whitened(plain[0], number, strength), plain[1]
+                kept.append(self._scores(rows, loss, strength))
+        self.pipeline.maker.whitenings.clear()
         return [_agreement(scores) for scores in found]
 
-    def _scores(self, number: int, strength: float) -> NDArray[np.float64]:
+    def _scores(self, rows: Tensor, loss: Tensor, strength: float) -> NDArray[np.float64]:
         # [examples, targets] of one checkpoint
+        if self.plain is None:
+            self.plain = self._ridge(rows, loss.double().cpu())
+        # played for each strength, the largest ridge would win: it is most reproducible
+        ridge = self.plain * (1 + BY_STRENGTH * strength)
+        return _solved(rows, loss, ridge, curvature=self.curvature)
+
+    def _plain(self, number: int) -> tuple[Tensor, Tensor]:
+        # gradients and loss weights; moments in the same pass
+        maker, projector = self.pipeline.maker, self.pipeline.maker.projector
+        total, parts = Moments(), []
+        for batch in self.sample:
+            moments, rows = maker.fitted(batch, number, projector)
+            if not bool(torch.isfinite(rows).all()):  # this one says where
+                maker.rows(batch, number, list(range(len(rows))), with_weights=True)
+            total.merge(moments)
+            parts.append(rows)
+        self.moments.setdefault(number, total)
+        every = torch.cat(parts)
+        return every[:, :-1], every[:, -1:]
+
+    def _whitened(self, rows: Tensor, number: int, strength: float) -> Tensor:
+        if not strength:
+            return rows
+        whitening = self.pipeline.whitener.made(self._moments(number), strength)
+        found = whitening.whole(rows, self.pipeline.maker.layout)
+        assert isinstance(found, Tensor)  # noqa: S101 - as the rows are
+        return found
+
+    def _made(self, number: int, strength: float) -> tuple[Tensor, Tensor]:
+        # rows and loss weights
         maker, whitener = self.pipeline.maker, self.pipeline.whitener
         maker.whitenings.clear()
         if strength or isinstance(maker.projector, LeadingProjector):
@@ -183,12 +229,7 @@ class _Trial:
             for batch in self.sample
         ]
         rows = torch.cat([part for part, _ in parts])
-        loss = torch.cat([weights for _, weights in parts if weights is not None])
-        if self.plain is None:
-            self.plain = self._ridge(rows, loss.double().cpu())
-        # played for each strength, the largest ridge would win: it is most reproducible
-        ridge = self.plain * (1 + BY_STRENGTH * strength)
-        return _solved(rows, loss, ridge, curvature=self.curvature)
+        return rows, torch.cat([weights for _, weights in parts if weights is not None])
 
     def _moments(self, number: int) -> Moments:
         if number not in self.moments:
@@ -215,15 +256,12 @@ def _solved(
     held = every % round(1 / _TARGETS) == 0
     q = loss[~held].double()
     factors = roots(q.cpu()) if curvature else None
-    phi = weighted(rows[~held].double(), factors)
-    assert isinstance(phi, Tensor)  # noqa: S101 - as the rows are
-    gram = phi @ phi.T
+    kernel = (rows[~held] @ rows.T).double()
+    scales = torch.ones_like(q) if factors is None else factors.to(q)
+    gram = scales * kernel[:, ~held] * scales.T
     gram.diagonal().add_(ridge * gram.diagonal().mean())
-    lower = torch.linalg.cholesky(gram)
-    solved = torch.cholesky_solve(phi @ rows[held].double().T, lower)
-    if factors is not None:
-        solved = solved / factors.to(solved)
-    return (solved * q.to(solved)).cpu().numpy()
+    solved = torch.cholesky_solve(scales * kernel[:, held], torch.linalg.cholesky(gram))
+    return (solved / scales * q).cpu().numpy()
 
 
 def _agreement(scores: list[NDArray[np.float64]]) -> float:

@@ -22,7 +22,7 @@ from trak.projectors import (
     NoOpProjector,
     make_projector,
 )
-from trak.projectors.choice import cheapest
+from trak.projectors.choice import projection_costs
 from trak.projectors.dimension import USUAL
 from trak.savers import AbstractSaver, MmapSaver
 from trak.score_computers import AbstractScoreComputer
@@ -155,7 +155,9 @@ def _make_sketch(parts: Parts, shapes: Mapping[str, Sequence[int]]) -> AbstractP
         return parts.projector
     if width <= _WIDEST_SKETCH:
         return NoOpProjector(device=parts.device)
-    return make_projector(shapes, USUAL, 0, parts.device, cheapest(shapes, USUAL))
+    costs = projection_costs(shapes, USUAL)
+    kind = min(costs, key=lambda name: costs[name])
+    return make_projector(shapes, USUAL, 0, parts.device, kind)
 
 
 def _settings(parts: Parts, layout: Mapping[str, int]) -> RunSettings:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 LEAST, MOST = 0.3, 8.0
 """Ridges of a training, in units of the mean squared row norm times `q (1 - q)`."""
-EARLY = 50.0
+EARLY = 20.0
 """That of a training which was stopped when it had hardly begun."""
 _UNKNOWN = 0.4
 _OF_WORDS = 0.03  # a text is many examples
@@ -52,8 +52,9 @@ def training_of(kernel: Tensor, pull: Tensor, loss: Tensor) -> Training:
     6 to 100. The direction in which all outputs grow may be held back more strongly
     than others, as by batch normalization or the length of training; the kernel is then
     smaller along it. Where most examples are wrong and yet pulled away from their
-    outputs, these are little else than what training began with, as after a few epochs;
-    the ridge is then 50, so that models on halves are about a gradient step. For other
+    outputs, more strongly than any ridge would hold them, these are little else than
+    what training began with, as after a few epochs; the ridge is then 20, so that
+    models on halves are about a gradient step. For other
     losses the ridge is a constant (0.4 for the squared one), and the answers are those
     that would have led to the loss weights.
 
@@ -75,7 +76,7 @@ def training_of(kernel: Tensor, pull: Tensor, loss: Tensor) -> Training:
     ridge = _median_ridge(kernel, pull, outputs) / steep / _DEPTH
     ridge = min(max(ridge, LEAST), MOST) if ridge > 0 else _UNKNOWN
     growing = float(outputs @ pull / (outputs @ outputs)) / steep
-    if growing < 0 and float(loss.median()) > _MOST_WRONG:
+    if growing < -MOST and float(loss.median()) > _MOST_WRONG:
         ridge = EARLY
     if growing > _DEPTH * ridge:
         along = kernel @ outputs
