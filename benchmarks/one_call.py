@@ -24,9 +24,10 @@ from benchmarks.banks.variants import UNSEEN, VARIANTS, make
 from benchmarks.common import RESULTS, Row, environment, write
 from benchmarks.lds import lds
 from benchmarks.quality_table.ours import batches
-from benchmarks.ridge import COUNTS, measure, with_others
+from benchmarks.ridge import measure, with_others
 from trak.evaluation import group_scores
 
+COUNTS = (1, 5)
 RESULT = RESULTS / "one_call.json"
 
 

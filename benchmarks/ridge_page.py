@@ -31,8 +31,30 @@ def cell(found: dict[str, Any] | None) -> str:
     return text if found["share"] >= BAR else f"**{text}**"
 
 
-def table(details: list[dict[str, Any]]) -> str:
+def table(details: list[dict[str, Any]], count: int) -> list[str]:
     """The shares of the best LDS, bank by bank.
+
+    Args:
+        details: of all settings.
+        count: checkpoints.
+
+    Returns:
+        Lines of Markdown.
+    """
+    known = {(d["bank"], str(d["k"])): d for d in details if d["checkpoints"] == count}
+    heads = [str(dim) if dim == "exact" else f"k = {dim}" for dim in DIMS]
+    lines = [f"| | {' | '.join(heads)} | chosen |", "| --- " * (len(heads) + 2) + "|"]
+    for bank in dict.fromkeys(bank for bank, _ in known):
+        own = [d["auto"] for (owner, _), d in known.items() if owner == bank]
+        cells = [cell(known.get((bank, str(dim)))) for dim in DIMS]
+        name = f"*{bank}*" if bank in UNSEEN else bank
+        span = f"{min(own):.2g} to {max(own):.2g}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {span} |")
+    return lines
+
+
+def tables(details: list[dict[str, Any]]) -> str:
+    """A table for each number of checkpoints, and a summary.
 
     Args:
         details: of all settings.
@@ -40,24 +62,17 @@ def table(details: list[dict[str, Any]]) -> str:
     Returns:
         Markdown.
     """
-    known = {(d["bank"], str(d["k"]), d["checkpoints"]): d for d in details}
-    columns = [(str(dim), count) for count in COUNTS for dim in DIMS]
-    heads = [f"{dim} x {count}" for dim, count in columns]
-    lines = [f"| | {' | '.join(heads)} | chosen |", "| --- " * (len(columns) + 2) + "|"]
-    for bank in dict.fromkeys(d["bank"] for d in details):
-        own = [d["auto"] for d in details if d["bank"] == bank]
-        cells = [cell(known.get((bank, *column))) for column in columns]
-        name = f"*{bank}*" if bank in UNSEEN else bank
-        span = f"{min(own):.2g} to {max(own):.2g}"
-        lines.append(f"| {name} | {' | '.join(cells)} | {span} |")
+    lines: list[str] = []
+    for count in COUNTS:
+        some = "One checkpoint" if count == 1 else f"{count} checkpoints"
+        lines += [f"{some}:", "", *table(details, count), ""]
     met = sum(d["share"] >= BAR for d in details)
     worst = min(details, key=lambda d: d["share"])
-    lines += [
-        "",
+    lines.append(
         f"The bar is met in {met} of {len(details)} settings; the worst is "
-        f"{worst['share']:.1%}, {worst['bank']} at k = {worst['k']} with "
-        f"{worst['checkpoints']} checkpoints.",
-    ]
+        f"{worst['share']:.1%}, {worst['bank']} at k = {worst['k']}, checkpoints: "
+        f"{worst['checkpoints']}."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -67,7 +82,7 @@ def main() -> None:
     text = PAGE.read_text("utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    PAGE.write_text(before + BEGIN + "\n" + table(details) + "\n" + END + after, "utf-8")
+    PAGE.write_text(before + BEGIN + "\n" + tables(details) + "\n" + END + after, "utf-8")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from benchmarks.banks.bank import Bank
 from benchmarks.banks.recipes import Recipe, train_together
 from benchmarks.banks.recipes import outputs as evaluate
 
-SUBSETS, SEEDS, CHECKPOINTS, TOGETHER = 64, 4, 5, 32
+SUBSETS, SEEDS, CHECKPOINTS, TOGETHER = 64, 4, 10, 32
 Examples = tuple[Tensor, Tensor]
 
 
