@@ -106,8 +106,9 @@ def test_the_ridge_of_a_training_is_found_again():
 
 
 def test_the_ridge_of_a_training_stays_in_bounds():
-    for ridge, bound in ((1e-3, LEAST), (1e6, MOST)):
-        rows, q = logistic(ridge=ridge)
+    for ridge, bias, bound in ((1e-3, 0.0, LEAST), (1e6, 1.0, MOST)):
+        rows = torch.cat([logistic()[0], torch.full((300, 1), bias).double()], dim=1)
+        q = torch.sigmoid(-rows @ fitted(rows, ridge))
         kernel = rows @ rows.T
         unit = kernel.diagonal().mean()
         training = training_of(kernel / unit, kernel @ q / unit, q)
@@ -126,16 +127,21 @@ def test_answers_of_a_regression_lead_to_its_residuals():
     torch.testing.assert_close(training.answers - kernel @ duals, residuals)
 
 
-@pytest.mark.parametrize(("leading", "logistic"), [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("leading", "logistic"), [(1.0, True), (0.85, True), (0.65, False), (0.0, False)]
+)
 def test_outputs_that_nobody_can_have_learned_are_no_outputs(leading, logistic):
     rows = torch.randn(240, 200, generator=torch.Generator().manual_seed(0)).double()
     kernel = rows @ rows.T / 200
     vectors = torch.linalg.eigh(kernel).eigenvectors
-    outputs = 5 * (vectors[:, -4:] if leading else vectors[:, 40:44]).sum(dim=1) - 2
+    parts = [vectors[:, -4:].sum(dim=1), vectors[:, 40:44].sum(dim=1)]
+    outputs = 5 * (leading**0.5 * parts[0] + (1 - leading) ** 0.5 * parts[1]) - 2
     q = torch.sigmoid(-outputs)  # most examples are wrong
     assert (training_of(kernel, kernel @ q, q).answers is None) == logistic
     few = torch.sigmoid(-outputs - 5)  # most are right: details may have been learned
     assert training_of(kernel, kernel @ few, few).answers is None
+    alike = torch.sigmoid(-0.5 * outputs - 5)  # hardly so where all are alike
+    assert (training_of(kernel, kernel @ alike, alike).answers is None) == logistic
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ _DEPTH = 2.5
 `Phi w = L f`. How many layers there are cannot be told from rows; 2.5 was best."""
 _FIRST, _LAST = 5, 100  # leading directions have few examples each on their side
 _MOST_WRONG = 0.5
-_LEARNED = 0.6  # of the outputs' variance, by the leading directions
+_ALIKE = 0.6
+_LEARNED = 0.75  # of the variance of outputs, by the leading directions
 _PRESENT = 1e-6  # smaller eigenvalues are rounding
 _RIGHT, _WRONG = 1e-30, 1e-9  # loss weights of 0 and 1 stand for finite outputs
 
@@ -46,17 +47,17 @@ def training_of(kernel: Tensor, pull: Tensor, loss: Tensor) -> Training:
     """The training whose result these examples are.
 
     Outputs are known where loss weights are probabilities of being wrong, `q = 1 / (1 +
-    exp(f))`. (Where most examples are wrong, nothing but the leading directions can
-    have been learned; if the outputs do not lie in these, Q is another kind of number,
-    such as a mean over a text's words.) There the ridge is the median over eigenvectors
-    6 to 100. The direction in which all outputs grow may be held back more strongly
-    than others, as by batch normalization or the length of training; the kernel is then
-    smaller along it. Where most examples are wrong and yet pulled away from their
-    outputs, more strongly than any ridge would hold them, these are little else than
-    what training began with, as after a few epochs; the ridge is then 20, so that
-    models on halves are about a gradient step. For other
-    losses the ridge is a constant (0.4 for the squared one), and the answers are those
-    that would have led to the loss weights.
+    exp(f))`. (Where most examples are wrong, or hardly differ, nothing but the leading
+    directions can have been learned; if the outputs do not lie in these, Q is another
+    kind of number, such as a mean over a text's words.) There the ridge is the median
+    over eigenvectors 6 to 100. The direction in which all outputs grow may be held back
+    more strongly than others, as by batch normalization or the length of training; the
+    kernel is then smaller along it. Where most examples are wrong and yet pulled away
+    from their outputs, more strongly than any ridge would hold them, these are little
+    else than what training began with, as after a few epochs; the ridge is then 20, so
+    that models on halves are about a gradient step. For other losses the ridge is a
+    constant (0.4 for the squared one), and the answers are those that would have led to
+    the loss weights.
 
     Args:
         kernel: `Phi Phi^T` of a sample, in units of the mean squared row norm, `[n, n]`,
@@ -91,7 +92,7 @@ def _outputs(kernel: Tensor, loss: Tensor) -> Tensor | None:
         return None
     bounded = loss.clamp(_RIGHT, 1 - _WRONG)
     outputs = torch.log1p(-bounded) - bounded.log()
-    if float(loss.median()) > _MOST_WRONG:
+    if float(loss.median()) > _MOST_WRONG or float(outputs.std()) < _ALIKE:
         vectors = torch.linalg.eigh(kernel).eigenvectors[:, -max(1, len(loss) // 12) :]
         apart = outputs - outputs.mean()
         if (vectors.T @ apart).square().sum() < _LEARNED * apart.square().sum():
