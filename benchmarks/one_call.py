@@ -10,50 +10,22 @@ with five. What is known of other banks is kept.
 from __future__ import annotations
 
 import argparse
-import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import trak
 from benchmarks.banks.bank import Bank
 from benchmarks.banks.recipes import Recipe
 from benchmarks.banks.variants import UNSEEN, VARIANTS, make
 from benchmarks.common import RESULTS, Row, environment, write
 from benchmarks.lds import lds
-from benchmarks.quality_table.ours import batches
+from benchmarks.quality_table.ours import one_call
 from benchmarks.ridge import measure, with_others
 from trak.evaluation import group_scores
 
 COUNTS = (1, 5)
 RESULT = RESULTS / "one_call.json"
-
-
-def one_call(made: Recipe, bank: Bank, count: int) -> float:
-    """The LDS of `trak.attribute`.
-
-    Args:
-        made: data and model.
-        bank: ground truth.
-        count: checkpoints.
-
-    Returns:
-        Mean over targets.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        scores = trak.attribute(
-            made.make_model(),
-            task=made.objective.task,
-            train=batches(made.train),
-            targets=batches(made.targets),
-            checkpoints=[made.weights(stored) for stored in bank.checkpoints[:count]],
-            save_dir=folder,
-            progress=False,
-            logging_level=logging.ERROR,
-        )
-    return float(lds(group_scores(scores, bank.masks), bank.outputs).mean())
 
 
 def judged(made: Recipe, bank: Bank, count: int) -> dict[str, Any]:
@@ -68,12 +40,15 @@ def judged(made: Recipe, bank: Bank, count: int) -> dict[str, Any]:
         Their LDS, and the ridge that was best.
     """
     _, _, swept = measure(made, bank, count, proj_dim="exact")
+    states = [made.weights(stored) for stored in bank.checkpoints[:count]]
+    scores = one_call(made, states)["auto"]
+    quality = float(lds(group_scores(scores, bank.masks), bank.outputs).mean())
     best = max(swept, key=lambda ridge: swept[ridge])
     return {
         "commit": environment()["commit"],
         "k": "exact",
         "checkpoints": count,
-        "one call": round(one_call(made, bank, count), 4),
+        "one call": round(quality, 4),
         "best": best,
         "best plain": round(swept[best], 4),
     }

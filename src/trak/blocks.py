@@ -171,16 +171,30 @@ class ConvolvedBlock:
             Backprops `[b, s, o]`, and the patches that the kernel sees, cut out,
             `[b, s, c * kernel]`.
         """
-        count, channels, *_ = self.inputs.shape
-        inputs, space = self.inputs.contiguous(), self.backprops.shape[2:]
+        width = self.inputs.shape[1] * torch.Size(self.kernel).numel()
+        patches = self.windows().reshape(len(self.inputs), -1, width)
+        return self.backprops.flatten(start_dim=2).mT, patches
+
+    def windows(self, first: int = 0) -> Tensor:
+        """What the kernel sees at each position, as a view of a contiguous input.
+
+        Args:
+            first: axis of space from which on the kernel is looked through; those before
+                stay as they are in the input.
+
+        Returns:
+            `[b, *space[:first], *positions[first:], c, *kernel[first:]]`.
+        """
+        count, channels, *space = self.inputs.shape
+        inputs, positions = self.inputs.contiguous(), self.backprops.shape[2 + first :]
         each, channel, *axes = inputs.stride()
-        steps = [axis * step for axis, step in zip(axes, self.stride, strict=True)]
-        taps = [axis * apart for axis, apart in zip(axes, self.dilation, strict=True)]
-        patches = inputs.as_strided(
-            (count, *space, channels, *self.kernel), (each, *steps, channel, *taps)
+        seen = list(zip(axes, self.stride, self.dilation, strict=True))[first:]
+        steps = [axis * step for axis, step, _ in seen]
+        taps = [axis * apart for axis, _, apart in seen]
+        return inputs.as_strided(
+            (count, *space[:first], *positions, channels, *self.kernel[first:]),
+            (each, *axes[:first], *steps, channel, *taps),
         )
-        width = channels * torch.Size(self.kernel).numel()
-        return self.backprops.flatten(start_dim=2).mT, patches.reshape(count, -1, width)
 
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """`left^T G right` of every sample's gradient `G`, without forming `G`.

@@ -178,7 +178,7 @@ class Trial:
         found: list[list[NDArray[np.float64]]] = [[] for _ in strengths]
         for number, state in enumerate(self.states):
             self.pipeline.load_weights(state_of(state))
-            plain = self._plain(number) if self.whole else None
+            plain = self._gradients(number) if self.whole else None
             for kept, strength in zip(found, strengths, strict=True):
                 if plain is None:
                     rows, loss = self._made(number, strength)
@@ -196,8 +196,10 @@ class Trial:
         ridge = self.plain * (1 + BY_STRENGTH * strength)
         return _solved(rows, loss, ridge, curvature=self.curvature)
 
-    def _plain(self, number: int) -> tuple[Tensor, Tensor]:
-        # gradients and loss weights; moments in the same pass
+    def _gradients(self, number: int) -> tuple[Tensor, Tensor]:
+        # gradients and loss weights; moments in the same pass, unless they are known
+        if number in self.moments:
+            return self._made(number, 0.0)
         maker, projector = self.pipeline.maker, self.pipeline.maker.projector
         total, parts = Moments(), []
         for batch in self.sample:
@@ -206,7 +208,7 @@ class Trial:
                 maker.rows(batch, number, list(range(len(rows))), with_weights=True)
             total.merge(moments)
             parts.append(rows)
-        self.moments.setdefault(number, total)
+        self.moments[number] = total
         every = torch.cat(parts)
         return every[:, :-1], every[:, -1:]
 

@@ -84,14 +84,5 @@ def second_moment(block: ConvolvedBlock, dtype: torch.dtype) -> Tensor:
 
 def _rows(block: ConvolvedBlock) -> Tensor:
     # what a row of the kernel sees along a row of the image, [rows, b, positions, c * taps]
-    inputs, positions = block.inputs.contiguous(), block.backprops.shape[3:]
-    count, channels, height, *_ = inputs.shape
-    each, channel, row, *axes = inputs.stride()
-    steps = [axis * step for axis, step in zip(axes, block.stride[1:], strict=True)]
-    taps = [axis * apart for axis, apart in zip(axes, block.dilation[1:], strict=True)]
-    seen = inputs.as_strided(
-        (height, count, *positions, channels, *block.kernel[1:]),
-        (row, each, *steps, channel, *taps),
-    )
-    width = channels * math.prod(block.kernel[1:])
-    return seen.reshape(height, -1, width)
+    width = block.inputs.shape[1] * math.prod(block.kernel[1:])
+    return block.windows(first=1).transpose(0, 1).reshape(block.inputs.shape[2], -1, width)
