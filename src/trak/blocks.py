@@ -5,7 +5,7 @@ hands it to a sink and forgets it, so one layer at a time is alive.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -236,3 +236,20 @@ _CONVOLUTIONS = {
 MatrixBlock = FactoredBlock | IndexedBlock | ConvolvedBlock
 Block = DenseBlock | MatrixBlock
 Sink = Callable[[Block], None]
+
+
+def of_samples(block: Block, places: Tensor) -> Block:
+    """The gradients of some of the samples.
+
+    Args:
+        block: of a batch.
+        places: which samples, int64, `[c]`.
+
+    Returns:
+        A block of `c` samples.
+    """
+    held = {field.name: getattr(block, field.name) for field in fields(block)}
+    taken: dict[str, Any] = {
+        name: value[places] for name, value in held.items() if isinstance(value, Tensor)
+    }
+    return replace(block, **taken)

@@ -14,6 +14,7 @@ from trak.pipeline.describe import describe_run, store_metadata
 from trak.pipeline.kernel import KernelMaker
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker, by_blocks
+from trak.pipeline.sampled import SamplingMaker
 from trak.pipeline.whiten import Whitener
 from trak.projectors import (
     AbstractProjector,
@@ -25,9 +26,14 @@ from trak.projectors import (
 from trak.projectors.choice import projection_costs
 from trak.projectors.dimension import USUAL
 from trak.savers import AbstractSaver, MmapSaver
-from trak.score_computers import AbstractScoreComputer
+from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
+from trak.score_computers.auto_ridge import drawn
 from trak.settings import RunSettings
 
+WIDE = 2048
+"""Columns of the wide rows that a ridge of narrow ones is told from."""
+_NARROW = 4  # times as wide as the rows, at least
+_WIDE_SEED = 104_729  # of no relation to the rows' own
 _WIDEST_SKETCH = 65_536  # numbers of one example
 
 
@@ -111,7 +117,7 @@ def make_pipeline(
         The pipeline.
     """
     layout = {name: math.prod(shape) for name, shape in shapes.items()}
-    maker = _make_maker(parts, layout)
+    maker = _make_maker(parts, layout, shapes)
     whitener = Whitener(
         maker=maker,
         saver=parts.saver,
@@ -133,7 +139,9 @@ def make_pipeline(
     )
 
 
-def _make_maker(parts: Parts, layout: Mapping[str, int]) -> RowMaker:
+def _make_maker(
+    parts: Parts, layout: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
+) -> RowMaker:
     common: dict[str, Any] = {
         "model": parts.model,
         "computer": parts.gradient_computer,
@@ -144,7 +152,35 @@ def _make_maker(parts: Parts, layout: Mapping[str, int]) -> RowMaker:
     }
     if isinstance(parts.projector, KernelProjector):
         return KernelMaker(**common, saver=parts.saver, dtype=parts.dtype)
+    if _are_narrow(parts, layout):
+        sample = drawn(parts.train_set_size)
+        sketch = _wide_sketch(shapes, parts.device)
+        return SamplingMaker(**common, saver=parts.saver, sketch=sketch, sample=sample)
     return RowMaker(**common)
+
+
+def _are_narrow(parts: Parts, layout: Mapping[str, int]) -> bool:
+    # the ridge of narrow random rows asks for wider ones; whitened rows have others
+    columns = parts.projector.random_dim
+    wide = min(WIDE, sum(layout.values()))
+    automatic = isinstance(parts.score_computer, RidgeScoreComputer)
+    return (
+        automatic
+        and not parts.whitening
+        and bool(columns)
+        and by_blocks(parts.projector)
+        and _NARROW * columns <= wide
+    )
+
+
+def _wide_sketch(
+    shapes: Mapping[str, Sequence[int]], device: torch.device
+) -> AbstractProjector:
+    if sum(math.prod(shape) for shape in shapes.values()) <= WIDE:
+        return NoOpProjector(device=device)
+    costs = projection_costs(shapes, WIDE)
+    kind = min(costs, key=lambda name: costs[name])
+    return make_projector(shapes, WIDE, _WIDE_SEED, device, kind)
 
 
 def _make_sketch(parts: Parts, shapes: Mapping[str, Sequence[int]]) -> AbstractProjector:

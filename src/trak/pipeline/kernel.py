@@ -120,7 +120,8 @@ class KernelMaker(RowMaker):
         pieces: list[Part] = []
         made = 0
 
-        def gather(piece: Batch) -> Tensor:
+        def gather(piece: Batch, own: list[int]) -> Tensor:
+            del own
             nonlocal made
 
             def attempt() -> Collector:

@@ -13,16 +13,13 @@ from torch import nn
 from trak.arguments import Ridge, as_integer
 from trak.batches import batch_size, normalize
 from trak.errors import ModelIDException, PhaseError
-from trak.pipeline.describe import (
-    as_model_id,
-    describe_rows,
-    store_metadata,
-)
+from trak.pipeline.describe import as_model_id, store_metadata
+from trak.pipeline.finalizing import finalize_checkpoints
 from trak.pipeline.model_state import WeightWatch, evaluation_mode, validate_state
 from trak.pipeline.order import refuse_shuffled_loader
 from trak.pipeline.phase import Phase
 from trak.pipeline.project import RowMaker
-from trak.pipeline.readiness import chosen_ids, is_current, not_ready, warn_of_twins
+from trak.pipeline.readiness import chosen_ids, not_ready, warn_of_twins
 from trak.pipeline.rows import (
     check_examples,
     hash_examples,
@@ -31,12 +28,11 @@ from trak.pipeline.rows import (
     row_numbers,
     to_store,
 )
-from trak.pipeline.scoring import ScorePass, finalize_rows
+from trak.pipeline.scoring import ScorePass
 from trak.pipeline.solving import ScoreSet, ridge_name, row_source, score_sets
 from trak.pipeline.whiten import Whitener
 from trak.savers import AbstractSaver, Rows
 from trak.score_computers import AbstractScoreComputer, LinearScoreComputer
-from trak.score_computers.auto_ridge import Situation
 from trak.score_computers.stream import decoded
 from trak.settings import RunSettings
 
@@ -202,39 +198,13 @@ class Pipeline:
             model_ids: the checkpoints; all of the store if None.
             del_grads: the user's wish to delete the rows, which is not granted.
 
-        Raises:
-            ModelIDException: if one is unknown or rows are missing.
         """
         self.maker.projector.free_memory()
         self.verify()
-        self.saver.refresh()
-        chosen = chosen_ids(self.saver, model_ids)
-        for model_id in chosen:
-            rows = self.saver.train_rows(model_id)
-            missing = np.flatnonzero(~rows.refresh())
-            if len(missing):
-                raise ModelIDException(
-                    f"model_id={model_id} is not fully featurized: "
-                    f"{len(missing)} of {len(rows.done)} rows are missing "
-                    f"({describe_rows(missing)}). Featurize them, or check that "
-                    "train_set_size is the size of the training set."
-                )
-            together = len(self.saver.model_ids)
-            if self.saver.model_ids[model_id]["is_finalized"] and is_current(
-                self.scorer, self.saver, model_id, together
-            ):
-                logger.info("model_id=%s is finalized already.", model_id)
-                continue
-            phi = row_source(rows)
-            situation = Situation(
-                checkpoints=together,
-                strength=self.whitener.strength,
-                columns=self.maker.projector.random_dim or None,
-                loss=rows.array("out_to_loss"),
-                unwhitened=self.whitener.unwhitened(model_id),
-            )
-            matrix, info = finalize_rows(self.scorer, phi, self.maker.device, situation)
-            self.saver.save_factor(model_id, matrix, info)
+        finalized = finalize_checkpoints(
+            self.scorer, self.saver, self.maker, self.whitener, model_ids
+        )
+        if finalized:
             self._features = None
         if del_grads:
             logger.warning(

@@ -79,10 +79,11 @@ class RowMaker:
             `[b, k]`, finite, float32 or float64, and `[b, 1]` or None.
         """
         if not batch_size(batch):
-            blank = self._blank(0, self.projector.proj_dim)
+            blank = self.blank(0, self.projector.proj_dim)
             return blank, blank[:, :1] if with_weights else None
 
-        def project(piece: Batch) -> Tensor:
+        def project(piece: Batch, own: list[int]) -> Tensor:
+            del own
             return self._project(piece, model_id) / self.scale
 
         return self.worked(batch, model_id, numbers, project, with_weights=with_weights)
@@ -129,7 +130,7 @@ class RowMaker:
         batch: Batch,
         model_id: int,
         numbers: list[int],
-        project: Callable[[Batch], Tensor],
+        project: Callable[[Batch, list[int]], Tensor],
         *,
         with_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -139,7 +140,8 @@ class RowMaker:
             batch: a normalized batch of at least one sample.
             model_id: the checkpoint.
             numbers: the samples' row numbers, for messages.
-            project: what to do with a piece; gives rows that must be finite.
+            project: what to do with a piece and its row numbers; gives rows that must be
+                finite.
             with_weights: compute Q too.
 
         Returns:
@@ -148,12 +150,13 @@ class RowMaker:
 
         def make(bucket: Batch, own: list[int]) -> Tensor:
             def work(piece: Batch, start: int) -> Tensor:
-                part = project(piece)
-                self._check(part, piece, model_id, own[start:])
+                its = own[start : start + batch_size(piece)]
+                part = project(piece, its)
+                self._check(part, piece, model_id, its)
                 if not with_weights:
                     return part
                 # right after the gradients, whose forward pass may answer for Q's
-                weights = self._loss_weights(piece, own[start:])
+                weights = self._loss_weights(piece, its)
                 return torch.cat([part, weights.to(part)], dim=1)
 
             return self.micro.rows(bucket, work, self._most)
@@ -224,7 +227,7 @@ class RowMaker:
                 found = Moments()
                 with found.adding(size) as sink:
                     if projector is not None:
-                        made = self._projected(projector, piece, model_id, None, sink)
+                        made = self.projected(projector, piece, model_id, None, sink)
                         return found, made
                     self.computer.run(piece, sink, self.layout)
                     return found, torch.zeros(size, 0)
@@ -300,7 +303,16 @@ class RowMaker:
             )
         return weights
 
-    def _blank(self, size: int, width: int) -> Tensor:
+    def blank(self, size: int, width: int) -> Tensor:
+        """Rows of zeros.
+
+        Args:
+            size: how many.
+            width: of each; 0 for the number of selected parameters.
+
+        Returns:
+            `[size, width]` in the dtype that rows are made in, on the projector's device.
+        """
         parameters = dict(self.model.named_parameters())
         double = any(parameters[name].dtype is torch.float64 for name in self.layout)
         width = width or sum(self.layout.values())
@@ -311,7 +323,7 @@ class RowMaker:
         projector, whitening = self.projector, self.whitenings.get(model_id)
         if by_blocks(projector):
             return self.with_copies(
-                lambda: self._projected(projector, batch, model_id, whitening)
+                lambda: self.projected(projector, batch, model_id, whitening)
             )
         grads = self.computer.compute_per_sample_grad(batch)
         if whitening is not None:
@@ -326,7 +338,7 @@ class RowMaker:
         dtype = torch.promote_types(rows.dtype, torch.float32)
         return rows.to(self.device, dtype)
 
-    def _projected(
+    def projected(
         self,
         projector: AbstractProjector,
         batch: Batch,
@@ -334,8 +346,20 @@ class RowMaker:
         whitening: Whitening | None,
         also: Sink | None = None,
     ) -> Tensor:
-        out = self._blank(batch_size(batch), projector.proj_dim)
-        with self._gathering(projector, out, model_id, whitening) as sink:
+        """Rows of a piece of a batch by a projector that takes blocks.
+
+        Args:
+            projector: makes the rows.
+            batch: the piece.
+            model_id: the checkpoint.
+            whitening: is done to the gradients before.
+            also: is given every block, too, before it is whitened.
+
+        Returns:
+            `[b, k]`, not scaled.
+        """
+        out = self.blank(batch_size(batch), projector.proj_dim)
+        with self.gathering(projector, out, model_id, whitening) as sink:
 
             def both(block: Block) -> None:
                 if also is not None:
@@ -345,13 +369,24 @@ class RowMaker:
             self.computer.run(batch, both, self.layout)
         return out
 
-    def _gathering(
+    def gathering(
         self,
         projector: AbstractProjector,
         out: Tensor,
         model_id: int,
         whitening: Whitening | None,
     ) -> AbstractContextManager[Sink]:
+        """A sink of blocks that become rows.
+
+        Args:
+            projector: makes the rows; one that does not take blocks is not asked.
+            out: zeros, `[b, k]`, for the rows.
+            model_id: the checkpoint.
+            whitening: is done to the gradients before.
+
+        Returns:
+            Gives the sink; the rows are there when it is left.
+        """
         if isinstance(projector, BlockProjector):
             return projector.gathering(out, model_id, whitening)
         return NoOpProjector().gathering(out, self.layout, whitening)

@@ -10,22 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak.encodings import EncodedRows, RowSource, row_encoding
+from trak.encodings import RowSource, row_encoding
 from trak.errors import NumericalError
-from trak.pipeline.solving import ScoreSet, row_source, solve
+from trak.pipeline.solving import ScoreSet, placed, row_source, solve
 from trak.savers import AbstractSaver
 from trak.score_computers import (
     AbstractScoreComputer,
-    LinearScoreComputer,
-    RidgeScoreComputer,
     RunningTop,
     TopScores,
 )
-from trak.score_computers.auto_ridge import Situation
 from trak.score_computers.linear import BlockScorer
 from trak.score_computers.stream import (
     Multiplier,
-    decoded,
     products_dtype,
     refuse_nonfinite,
     rows_per_block,
@@ -38,34 +34,6 @@ _BUFFERS = 3  # one is made, one waits, one is being written
 _SAFE = (1e-24, 1e24)  # weights whose products with rows and Q float32 can hold
 
 Scored = Generator[tuple[int, Tensor]]
-
-
-def finalize_rows(
-    scorer: AbstractScoreComputer,
-    rows: RowSource,
-    device: torch.device,
-    situation: Situation | None = None,
-) -> tuple[NDArray[np.float64], dict[str, object]]:
-    """Makes the square matrix that the store keeps of a checkpoint.
-
-    Args:
-        scorer: the score computer; one with upstream's three methods only gets its
-            `get_xtx` kept.
-        rows: Phi, `[n, k]`.
-        device: where to compute.
-        situation: what an automatic ridge depends on, beside the rows.
-
-    Returns:
-        The matrix and how it was made.
-    """
-    if isinstance(scorer, RidgeScoreComputer) and situation is not None:
-        matrix, info = scorer.finalize(_on(rows, device), situation)
-        return matrix, {**info, "checkpoints": situation.checkpoints}
-    if isinstance(scorer, LinearScoreComputer):
-        return scorer.finalize(_on(rows, device))
-    gram = scorer.get_xtx(decoded(rows, torch.float32).to(device))
-    matrix = gram.detach().to(torch.float64).cpu().numpy()
-    return matrix, {"computer": type(scorer).__name__}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +110,8 @@ class ScorePass:
             for.
         """
         sources = [
-            _on(row_source(self.saver.train_rows(i)), self.device) for i in self.model_ids
+            placed(row_source(self.saver.train_rows(i)), self.device)
+            for i in self.model_ids
         ]
         solved = [
             solve(self.scorer, self.saver, self.sets, model_id, rows)
@@ -228,10 +197,3 @@ def _products(sources: list[RowSource], weights: list[Tensor]) -> torch.dtype:
         if not ((largest == 0) | ((largest > low) & (largest < high))).all():
             return torch.float64
     return torch.float32
-
-
-def _on(rows: RowSource, device: torch.device) -> RowSource:
-    # rows in a file travel block by block
-    if isinstance(rows, EncodedRows) or device.type == "cpu":
-        return rows
-    return rows.to(device)

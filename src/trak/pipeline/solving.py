@@ -98,6 +98,21 @@ def row_source(rows: Rows) -> RowSource:
     return found
 
 
+def placed(rows: RowSource, device: torch.device) -> RowSource:
+    """The same rows where they are to be computed with.
+
+    Args:
+        rows: `[n, k]`; those in a file travel block by block later.
+        device: where to.
+
+    Returns:
+        `[n, k]`.
+    """
+    if isinstance(rows, EncodedRows) or device.type == "cpu":
+        return rows
+    return rows.to(device)
+
+
 def solve(
     scorer: AbstractScoreComputer,
     saver: AbstractSaver,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from trak.errors import PhaseError
 from trak.savers.gradient_files import GradientFiles
+from trak.savers.wide_rows import WideRows
 
 
 class Rows(Protocol):
@@ -172,6 +173,19 @@ class AbstractSaver(ABC):
             f"{type(self).__name__} does not define gradient_files, so it cannot keep what "
             "the exact kernel needs. Use MmapSaver, NoOpProjector or a projection."
         )
+
+    def wide_rows(self, model_id: int) -> WideRows | None:
+        """Where wider rows of some examples are kept, for the automatic ridge.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            None if the saver has no place for them: the ridge is then told from the
+            stored rows alone.
+        """
+        del model_id
+        return None
 
     @abstractmethod
     def experiment(self, exp_name: str) -> dict[str, Any]:

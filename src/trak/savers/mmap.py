@@ -1,7 +1,7 @@
 """The store: one folder, readable with NumPy and a text editor. See FORMAT.md."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,23 @@ from trak.errors import (
     StoreCorruptedError,
     StoreMismatchError,
 )
-from trak.savers import factor_files, moments
-from trak.savers.abstract import AbstractSaver
+from trak.savers import factor_files
 from trak.savers.filesystem import (
     create_json,
     read_json,
-    replace_json,
     sync_directory,
 )
-from trak.savers.gradient_files import GradientFiles
 from trak.savers.layout import StoreLayout, lowest_format
 from trak.savers.rows import RowGroup
 from trak.savers.score_files import ScoreFiles
+from trak.savers.side_files import SideFiles
 from trak.savers.view import CurrentStore
 from trak.settings import differences
 
 logger = logging.getLogger(__name__)
 
 
-class MmapSaver(AbstractSaver):
+class MmapSaver(SideFiles):
     """The store on a local file system.
 
     Args:
@@ -213,63 +211,16 @@ class MmapSaver(AbstractSaver):
         self.init_store(model_id)
         self.refresh()
 
-    def record_coverage(self, model_id: int, coverage: Mapping[str, Any]) -> None:
-        """Writes `coverage.json` beside a checkpoint's rows, unless it says this already.
-
-        Args:
-            model_id: the checkpoint.
-            coverage: numbers of scalars by way.
-        """
-        path = self._layout.checkpoint(model_id) / "coverage.json"
-        if not path.exists() or read_json(path) != coverage:
-            replace_json(path, dict(coverage))
-
-    def add_moments(self, model_id: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Writes sums for whitening to a file of their own in `{id}/whitening`.
-
-        Args:
-            model_id: the checkpoint.
-            arrays: the sums.
-        """
-        moments.add(self._layout.checkpoint(model_id), arrays)
-
-    def settled_moments(
-        self, model_id: int, *, settle: bool, prefix: str = ""
-    ) -> list[tuple[Path, dict[str, NDArray[Any]]]] | None:
-        """Reads the sums that `{id}/whitening.json` names.
-
-        Args:
-            model_id: the checkpoint.
-            settle: write that file if it is not there.
-            prefix: read arrays only whose names begin so.
-
-        Returns:
-            As for `AbstractSaver`.
-        """
-        where = self._layout.checkpoint(model_id)
-        return moments.settled(where, settle=settle, prefix=prefix)
-
-    def settled_basis(
-        self, model_id: int, make: Callable[[], Mapping[str, NDArray[Any]]]
-    ) -> dict[str, NDArray[Any]]:
-        """Reads `{id}/leading.npz`, and writes what `make` gives before the first row.
-
-        Returns:
-            Name to array.
-        """
-        begun = bool(self.train_rows(model_id).done.any())
-        return moments.settled_basis(self._layout.checkpoint(model_id), make, begun=begun)
-
-    def gradient_files(self, model_id: int) -> GradientFiles:
-        """Files of unprojected gradients in `{id}/kernel`.
+    def checkpoint_folder(self, model_id: int) -> Path:
+        """Where a checkpoint's files lie.
 
         Args:
             model_id: the checkpoint.
 
         Returns:
-            The files; none are made yet.
+            `{id}` in the store's folder.
         """
-        return GradientFiles(self._layout.checkpoint(model_id) / "kernel")
+        return self._layout.checkpoint(model_id)
 
     def init_store(self, model_id: int) -> None:
         """Creates a checkpoint's row files, or opens those that are there.

@@ -11,11 +11,12 @@ multiplied by what is known of the noise that the linearized model does not have
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trak.encodings import RowSource, row_encoding
@@ -38,8 +39,21 @@ BY_STRENGTH = 3.0
 BY_CURVATURE = 1.2
 """How much larger it is where rows are weighted by curvature."""
 _NOISE, _BY_TRAINING, _BY_SKETCH, _AVERAGED = 0.75, 0.4, 0.8, 0.4
+_SEEN_AVERAGED = 0.5
 USUAL = 2.0
 """The multiple for rows that nothing can be told from."""
+
+
+class Wide(NamedTuple):
+    """Some examples in a wider projection than the rows.
+
+    Attributes:
+        numbers: their row numbers, ascending, `[s]`.
+        rows: `[s, w]`.
+    """
+
+    numbers: NDArray[np.int64]
+    rows: NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +67,8 @@ class Situation:
         loss: Q, `[n]` or `[n, 1]`; None if unknown.
         curvature: the rows are weighted by the loss's curvature.
         unwhitened: some of the examples without whitening, for rows that are whitened.
+        wide: some of the examples in a wider projection, for rows that are not whitened.
+        multiple: the ridge that was chosen already, in mean squared row norms.
     """
 
     checkpoints: int = 1
@@ -61,6 +77,8 @@ class Situation:
     loss: Any = None
     curvature: bool = False
     unwhitened: Sequence[Unwhitened] = ()
+    wide: Wide | None = None
+    multiple: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,9 @@ class Sample:
 def relative_ridge(rows: RowSource, situation: Situation) -> float:
     """The ridge in units of the mean squared row norm, in one pass over the rows.
 
+    Where some examples are known in a wider projection, it is the geometric mean of what
+    the rows say and of what these do.
+
     Args:
         rows: Phi, `[n, k]`; weighted rows if the situation says so.
         situation: what else counts.
@@ -100,6 +121,7 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
     samples = _samples(rows, situation) if known else []
     if not samples:
         return USUAL * factor
+    wider = _by_wide(samples[0], situation)
     trainings = [training_of(s.kernel, s.pull, s.loss) for s in samples]
     pairs = zip(samples, trainings, strict=True)
     logs = [math.log(best_ridge(sample, training)) for sample, training in pairs]
@@ -111,7 +133,32 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
         ", ".join(f"{training.ridge:.3g}" for training in trainings),
         factor,
     )
-    return played * factor
+    return played * factor if wider is None else math.sqrt(played * factor * wider)
+
+
+def _by_wide(narrow: Sample, situation: Situation) -> float | None:
+    # the noise of narrow rows is measured here: they score models that wide ones train
+    if situation.wide is None or len(narrow.loss) < _FEWEST:
+        return None
+    rows = torch.from_numpy(situation.wide.rows).to(narrow.kernel)
+    kernel = rows @ rows.T
+    sample = replace(narrow, kernel=kernel / kernel.diagonal().mean())
+    training = training_of(sample.kernel, sample.pull, sample.loss)
+    whole = best_ridge(sample, training)
+    seen = best_ridge(narrow, training)
+    noise = (seen / whole) ** (situation.checkpoints**-_SEEN_AVERAGED)
+    factor = noise_factor(len(narrow.loss), replace(situation, columns=None))
+    factor *= BY_CURVATURE if _curved(situation) else 1
+    logger.info(
+        "By wider rows of %d examples: %.3g for a training with a ridge of %.3g; times "
+        "%.3g for the rows' width, times %.3g.",
+        len(narrow.loss),
+        whole,
+        training.ridge,
+        noise,
+        factor,
+    )
+    return whole * noise * factor
 
 
 def noise_factor(num_rows: int, situation: Situation) -> float:
@@ -209,6 +256,20 @@ def _sample_of(examples: Unwhitened, count: int, *, curvature: bool) -> Sample |
     return Sample(kernel / unit, pull, loss, factors, min(1.0, len(loss) / count))
 
 
+def drawn(count: int, most: int = SAMPLE) -> NDArray[np.int64]:
+    """Which examples the ridge is told from.
+
+    Args:
+        count: examples that there are, `n`.
+        most: how many at most.
+
+    Returns:
+        Row numbers, ascending.
+    """
+    lots = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return lots[:most].sort().values.numpy()
+
+
 def sampled(rows: RowSource, situation: Situation) -> Sample | None:
     """Draws rows, in one pass that also multiplies all by `Phi^T q`.
 
@@ -223,9 +284,11 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
     loss = torch.as_tensor(np.asarray(situation.loss)).double().flatten().clone()
     weights = roots_of(loss) if situation.curvature else None
     factors = torch.ones(count).double() if weights is None else weights.flatten()
-    most = max(_FEWEST, _SAMPLE_BYTES // (4 * width))
-    generator = torch.Generator().manual_seed(0)
-    numbers = torch.randperm(count, generator=generator)[: min(SAMPLE, most)].sort().values
+    if situation.wide is None:
+        most = max(_FEWEST, _SAMPLE_BYTES // (4 * width))
+        numbers = torch.from_numpy(drawn(count, min(SAMPLE, most)))
+    else:
+        numbers = torch.from_numpy(situation.wide.numbers)
     kept, total = _gathered(rows, numbers, loss / factors)
     kept = kept / factors[numbers].to(kept)[:, None]
     kernel = (kept @ kept.T).double()

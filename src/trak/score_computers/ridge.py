@@ -60,7 +60,7 @@ class RidgeScoreComputer(LinearScoreComputer):
     def finalize(self, rows: RowSource, situation: Situation | None = None) -> Kept:
         """Factors the Gram matrix plus ridge, in one pass over the rows.
 
-        A second, cheaper one is for the automatic ridge, where the loss weights are known.
+        A cheaper one before it is for the automatic ridge, unless this was chosen already.
 
         Args:
             rows: Phi, `[n, k]`.
@@ -70,12 +70,26 @@ class RidgeScoreComputer(LinearScoreComputer):
             The Cholesky factor and its description.
         """
         situation = situation or Situation()
+        auto = situation.multiple
+        if auto is None:
+            auto = self.choose(rows, situation)
         rows = self.weighted(rows, situation.loss)
         form = smaller_form(*rows.shape)
         gram = self._gram(rows, form)
-        situation = replace(situation, curvature=self.curvature)
-        auto = relative_ridge(rows, situation)
         return self._factored(gram, form, rows, self.lambda_reg, auto)
+
+    def choose(self, rows: RowSource, situation: Situation) -> float:
+        """The automatic ridge of one checkpoint.
+
+        Args:
+            rows: Phi, `[n, k]`.
+            situation: what it depends on, beside the rows.
+
+        Returns:
+            In units of the mean squared row norm.
+        """
+        situation = replace(situation, curvature=self.curvature)
+        return relative_ridge(self.weighted(rows, situation.loss), situation)
 
     def at_ridges(
         self,

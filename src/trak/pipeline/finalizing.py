@@ -1,0 +1,138 @@
+"""What the store keeps of every checkpoint once its rows are there."""
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trak.encodings import RowSource
+from trak.errors import ModelIDException
+from trak.pipeline.describe import describe_rows
+from trak.pipeline.project import RowMaker
+from trak.pipeline.readiness import chosen_ids, is_current
+from trak.pipeline.solving import placed, row_source
+from trak.pipeline.whiten import Whitener
+from trak.savers import AbstractSaver
+from trak.score_computers import (
+    AbstractScoreComputer,
+    LinearScoreComputer,
+    RidgeScoreComputer,
+)
+from trak.score_computers.auto_ridge import Situation, Wide, drawn
+from trak.score_computers.stream import decoded
+
+logger = logging.getLogger(__name__)
+
+
+def finalize_checkpoints(
+    scorer: AbstractScoreComputer,
+    saver: AbstractSaver,
+    maker: RowMaker,
+    whitener: Whitener,
+    model_ids: Iterable[int] | None,
+) -> list[int]:
+    """Factors the Gram matrix of every checkpoint that needs it.
+
+    The automatic ridge is the median of what the rows of these checkpoints say, so that
+    one of which too little can be told does not outweigh the others.
+
+    Args:
+        scorer: the score computer.
+        saver: the store.
+        maker: made the rows.
+        whitener: whitened them.
+        model_ids: the checkpoints; all of the store if None.
+
+    Returns:
+        Those that were finalized; others were before.
+
+    Raises:
+        ModelIDException: if one is unknown or rows are missing.
+    """
+    saver.refresh()
+    chosen = chosen_ids(saver, model_ids)
+    together = len(saver.model_ids)
+    wanted: dict[int, Situation] = {}
+    for model_id in chosen:
+        rows = saver.train_rows(model_id)
+        missing = np.flatnonzero(~rows.refresh())
+        if len(missing):
+            raise ModelIDException(
+                f"model_id={model_id} is not fully featurized: "
+                f"{len(missing)} of {len(rows.done)} rows are missing "
+                f"({describe_rows(missing)}). Featurize them, or check that "
+                "train_set_size is the size of the training set."
+            )
+        if saver.model_ids[model_id]["is_finalized"] and is_current(
+            scorer, saver, model_id, together
+        ):
+            logger.info("model_id=%s is finalized already.", model_id)
+            continue
+        wanted[model_id] = Situation(
+            checkpoints=together,
+            strength=whitener.strength,
+            columns=maker.projector.random_dim or None,
+            loss=rows.array("out_to_loss"),
+            unwhitened=whitener.unwhitened(model_id),
+            wide=_wide(saver, model_id, len(rows.done)),
+        )
+    sources = {model_id: row_source(saver.train_rows(model_id)) for model_id in wanted}
+    multiple = _chosen_together(scorer, sources, wanted, maker.device)
+    for model_id, situation in wanted.items():
+        settled = replace(situation, multiple=multiple)
+        found = finalize_rows(scorer, sources[model_id], maker.device, settled)
+        saver.save_factor(model_id, *found)
+    return list(wanted)
+
+
+def _chosen_together(
+    scorer: AbstractScoreComputer,
+    sources: dict[int, RowSource],
+    situations: dict[int, Situation],
+    device: torch.device,
+) -> float | None:
+    if not isinstance(scorer, RidgeScoreComputer) or not situations:
+        return None
+    found = [scorer.choose(placed(sources[i], device), s) for i, s in situations.items()]
+    return math.exp(np.median(np.log(found)))
+
+
+def _wide(saver: AbstractSaver, model_id: int, count: int) -> Wide | None:
+    # rows that another version of this library began have none
+    files = saver.wide_rows(model_id)
+    found = files.read() if files is not None else None
+    if found is None or 2 * len(found[0]) < len(drawn(count)):
+        return None
+    return Wide(*found)
+
+
+def finalize_rows(
+    scorer: AbstractScoreComputer,
+    rows: RowSource,
+    device: torch.device,
+    situation: Situation | None = None,
+) -> tuple[NDArray[np.float64], dict[str, object]]:
+    """Makes the square matrix that the store keeps of a checkpoint.
+
+    Args:
+        scorer: the score computer; one with upstream's three methods only gets its
+            `get_xtx` kept.
+        rows: Phi, `[n, k]`.
+        device: where to compute.
+        situation: what an automatic ridge depends on, beside the rows.
+
+    Returns:
+        The matrix and how it was made.
+    """
+    if isinstance(scorer, RidgeScoreComputer) and situation is not None:
+        matrix, info = scorer.finalize(placed(rows, device), situation)
+        return matrix, {**info, "checkpoints": situation.checkpoints}
+    if isinstance(scorer, LinearScoreComputer):
+        return scorer.finalize(placed(rows, device))
+    gram = scorer.get_xtx(decoded(rows, torch.float32).to(device))
+    matrix = gram.detach().to(torch.float64).cpu().numpy()
+    return matrix, {"computer": type(scorer).__name__}

@@ -1,0 +1,98 @@
+"""What a checkpoint's folder holds beside its rows: whitening, coverage and the like."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from trak.savers import moments
+from trak.savers.abstract import AbstractSaver
+from trak.savers.filesystem import read_json, replace_json
+from trak.savers.gradient_files import GradientFiles
+from trak.savers.wide_rows import WideRows
+
+
+class SideFiles(AbstractSaver):
+    """The part of a store of files that knows them."""
+
+    @abstractmethod
+    def checkpoint_folder(self, model_id: int) -> Path:
+        """Where a checkpoint's files lie.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            The folder.
+        """
+
+    def record_coverage(self, model_id: int, coverage: Mapping[str, Any]) -> None:
+        """Writes `coverage.json` beside a checkpoint's rows, unless it says this already.
+
+        Args:
+            model_id: the checkpoint.
+            coverage: numbers of scalars by way.
+        """
+        path = self.checkpoint_folder(model_id) / "coverage.json"
+        if not path.exists() or read_json(path) != coverage:
+            replace_json(path, dict(coverage))
+
+    def add_moments(self, model_id: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Writes sums for whitening to a file of their own in `{id}/whitening`.
+
+        Args:
+            model_id: the checkpoint.
+            arrays: the sums.
+        """
+        moments.add(self.checkpoint_folder(model_id), arrays)
+
+    def settled_moments(
+        self, model_id: int, *, settle: bool, prefix: str = ""
+    ) -> list[tuple[Path, dict[str, NDArray[Any]]]] | None:
+        """Reads the sums that `{id}/whitening.json` names.
+
+        Args:
+            model_id: the checkpoint.
+            settle: write that file if it is not there.
+            prefix: read arrays only whose names begin so.
+
+        Returns:
+            As for `AbstractSaver`.
+        """
+        where = self.checkpoint_folder(model_id)
+        return moments.settled(where, settle=settle, prefix=prefix)
+
+    def settled_basis(
+        self, model_id: int, make: Callable[[], Mapping[str, NDArray[Any]]]
+    ) -> dict[str, NDArray[Any]]:
+        """Reads `{id}/leading.npz`, and writes what `make` gives before the first row.
+
+        Returns:
+            Name to array.
+        """
+        begun = bool(self.train_rows(model_id).done.any())
+        return moments.settled_basis(self.checkpoint_folder(model_id), make, begun=begun)
+
+    def gradient_files(self, model_id: int) -> GradientFiles:
+        """Files of unprojected gradients in `{id}/kernel`.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            The files; none are made yet.
+        """
+        return GradientFiles(self.checkpoint_folder(model_id) / "kernel")
+
+    def wide_rows(self, model_id: int) -> WideRows:
+        """The files `{id}/wide.mmap` and `{id}/wide_numbers.mmap`.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            The files; none are made yet.
+        """
+        return WideRows(self.checkpoint_folder(model_id))
