@@ -28,6 +28,17 @@ def world():
     return model, train, targets, cases.checkpoints("mlp", 3)
 
 
+@pytest.fixture
+def learned(world):
+    """The same, with labels that the first checkpoint is sure about."""
+    model, train, targets, states = world
+    states = [{k: 6 * v for k, v in state.items()} for state in states]
+    model.load_state_dict(states[0])
+    with torch.no_grad():
+        found = [(x, model(x).argmax(1)) for x, _ in (train, targets)]
+    return model, *found, states
+
+
 def call(world, folder, **options):
     model, train, targets, states = world
     defaults = {
@@ -98,8 +109,8 @@ def test_the_model_itself_is_the_default_and_may_be_among_the_checkpoints(world,
     )
 
 
-def test_it_goes_on_and_adds_targets(world, tmp_path, monkeypatch):
-    whole = call(world, tmp_path / "a")
+def test_it_goes_on_and_adds_targets(learned, tmp_path, monkeypatch):
+    whole = call(learned, tmp_path / "a")
     real, calls = TRAKer.featurize, []
 
     def breaks(self, batch, **options):
@@ -110,13 +121,13 @@ def test_it_goes_on_and_adds_targets(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TRAKer, "featurize", breaks)
     with pytest.raises(KeyboardInterrupt):
-        call(world, tmp_path / "b")
+        call(learned, tmp_path / "b")
     metadata = json.loads((tmp_path / "b" / "metadata.json").read_text())
     monkeypatch.setattr("trak.attribution.choose_strength", None)  # must not be asked
-    np.testing.assert_array_equal(whole, call(world, tmp_path / "b"))
+    np.testing.assert_array_equal(whole, call(learned, tmp_path / "b"))
     monkeypatch.setattr(TRAKer, "featurize", None)
-    few = [tuple(p[:3] for p in world[2])]
-    more = call(world, tmp_path / "b", targets=few, exp_name="few")
+    few = [tuple(p[:3] for p in learned[2])]
+    more = call(learned, tmp_path / "b", targets=few, exp_name="few")
     np.testing.assert_allclose(more, whole[:, :3], rtol=1e-5)
     assert (metadata.get("whitening") or {"strength": 0.0})["strength"] in STRENGTHS
 
@@ -155,8 +166,8 @@ def test_what_has_no_fixed_order_is_refused(world, tmp_path):
         call(world, tmp_path, whitening="much")
 
 
-def test_strength_follows_agreement(world, tmp_path, caplog, monkeypatch):
-    model, train, _, states = world
+def test_strength_follows_agreement(learned, tmp_path, caplog, monkeypatch):
+    model, train, _, states = learned
     traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
     batches = runs.split(train, 9)
     assert choose_strength(traker.pipeline, states[:1], batches) == 0.4
@@ -167,27 +178,39 @@ def test_strength_follows_agreement(world, tmp_path, caplog, monkeypatch):
         assert choose_strength(traker.pipeline, states[:1], batches) == 0.0
         assert choose_strength(traker.pipeline, states, batches) == 0.0
     for agreements, expected in (
-        ([0.5, 0.503, 0.9, 0.9], 0.0),
-        ([0.5, 0.52, 0.523, 0.9], 0.25),
-        ([0.5, 0.52, 0.54, 0.54], 0.5),
-        ([0.5, 0.52, 0.54, 0.56], 0.75),
-        ([0.5, 0.4, 0.9, 0.9], 0.0),
+        ([0.5, 0.503, 0.9], 0.25),
+        ([0.5, 0.52, 0.523], 0.5),
+        ([0.5, 0.52, 0.54], 0.75),
+        ([0.5, 0.4, 0.9], 0.25),
     ):
         answers = iter(agreements)
         monkeypatch.setattr("trak.strength._agreement", lambda _, a=answers: next(a))
         with caplog.at_level(logging.INFO):
             assert choose_strength(traker.pipeline, states, batches) == expected
-    assert "scores of 3 checkpoints agree by 0.500 (0)" in caplog.text
+    assert "scores of 3 checkpoints agree by 0.500 (0.25)" in caplog.text
+
+
+def test_a_classifier_that_gets_most_wrong_is_not_whitened(world, tmp_path, monkeypatch):
+    model, train, _, states = world
+    wrong = (train[0], (train[1] + 1) % 3)
+    batches = runs.split(wrong, 9)
+    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
+    assert choose_strength(traker.pipeline, states[:1], batches) == 0.0
+    assert choose_strength(traker.pipeline, states, batches) == 0.0
+    # of other losses that says nothing
+    monkeypatch.setattr(type(traker.task), "loss_is_logistic", False)
+    assert choose_strength(traker.pipeline, states[:1], batches) == 0.4
+    assert choose_strength(traker.pipeline, states, batches) > 0
 
 
 def test_agreement_is_one_for_equal_checkpoints_and_less_for_others(
-    world, tmp_path, caplog
+    learned, tmp_path, caplog
 ):
-    model, train, _, states = world
+    model, train, _, states = learned
     traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
     with caplog.at_level(logging.INFO):
         choose_strength(traker.pipeline, [states[0]] * 2, runs.split(train, 9))
-    assert "agree by 1.000 (0), 1.000 (0.25), 1.000 (0.5)" in caplog.text
+    assert "agree by 1.000 (0.25), 1.000 (0.5)" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
         choose_strength(traker.pipeline, states, runs.split(train, 9))

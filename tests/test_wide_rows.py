@@ -180,7 +180,7 @@ def test_a_store_without_them_is_told_from_its_rows(few, tmp_path):
     traker.finalize_features()
     phi = torch.from_numpy(np.array(traker.saver.train_rows(0).array("grads")))
     loss = traker.saver.train_rows(0).array("out_to_loss")
-    expected = relative_ridge(phi, Situation(columns=8, loss=loss))
+    expected = relative_ridge(phi, Situation(columns=8, loss=loss, logistic=True))
     assert traker.saver.load_factor(0)[1]["auto"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -276,6 +276,7 @@ def test_checkpoints_share_the_median_ridge(tmp_path):
             checkpoints=3,
             columns=8,
             loss=rows.array("out_to_loss"),
+            logistic=True,
             wide=Wide(*traker.saver.wide_rows(model_id).read()),
         )
         own.append(

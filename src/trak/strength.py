@@ -28,11 +28,12 @@ from trak.whitening.whitening import STRENGTH
 
 logger = logging.getLogger(__name__)
 
-STRENGTHS = (0.0, 0.25, 0.5, 0.75)
+STRENGTHS = (0.25, 0.5, 0.75)
 WORTH = 0.005
 """A step up must raise the agreement by so much, since whitening can also do harm."""
 SAMPLE = 600
-_FIRST = 3  # strengths that are tried in any case
+_FIRST = 2  # strengths that are tried in any case
+_MOST_WRONG = 0.5
 _CHECKPOINTS = 3
 _TOGETHER = 10  # checkpoints beyond which averaging more of them hardly matters
 _GROUPS = 100
@@ -62,20 +63,22 @@ def choose_strength(
 
     Returns:
         One of `STRENGTHS`. For a single checkpoint, which has none to agree with,
-        `trak.whitening.whitening.STRENGTH`. 0 where the loss weights are no
-        probabilities: the squared loss was best without.
+        `trak.whitening.whitening.STRENGTH`. 0 where loss weights are no probabilities, as
+        of the squared loss, and where a classifier gets most examples wrong: both were
+        best without.
     """
     device = next(pipeline.model.parameters()).device
     sample = [normalize(batch, device) for batch in batches]
     count = sum(batch_size(batch) for batch in sample)
     pipeline.load_weights(state_of(states[0]))
     weights = [pipeline.maker.computer.compute_loss_grad(batch) for batch in sample]
-    probable = all(bool(((q >= 0) & (q <= 1)).all()) for q in weights)
-    if len(states) < 2 or count < _FEWEST or not probable:
-        strength = STRENGTH if probable else 0.0
+    logistic = pipeline.losses.tell(sample, weights)
+    useful = _is_useful(torch.cat([q.flatten() for q in weights]), logistic)
+    if len(states) < 2 or count < _FEWEST or not useful:
+        strength = STRENGTH if useful else 0.0
         logger.info("whitening='auto' stands for %g.", strength)
         return strength
-    trial = Trial(pipeline, sample, states, curvature=curvature)
+    trial = Trial(pipeline, sample, states, curvature=curvature, logistic=logistic)
     agreements: list[float] = []
     chosen = 0
     for stage in (STRENGTHS[:_FIRST], STRENGTHS[_FIRST:]):
@@ -93,6 +96,11 @@ def choose_strength(
         ", ".join(f"{a:.3f} ({s:g})" for s, a in zip(STRENGTHS, agreements, strict=False)),
     )
     return STRENGTHS[chosen]
+
+
+def _is_useful(loss: Tensor, logistic: bool | None) -> bool:
+    probable = bool(((loss >= 0) & (loss <= 1)).all())
+    return probable and not (logistic and float(loss.double().median()) > _MOST_WRONG)
 
 
 def sampled(batches: Iterable[Any], num_batches: int, size: int) -> list[Any]:
@@ -143,6 +151,7 @@ class Trial:
         sample: the examples.
         states: the checkpoints, as `state_of` takes them; up to three are used.
         curvature: weigh rows by the curvature of the loss.
+        logistic: whether the loss is logistic; None if unknown.
 
     Attributes:
         whole: rows are whole gradients, so that one pass over the sample serves all
@@ -156,12 +165,14 @@ class Trial:
         states: Sequence[Any],
         *,
         curvature: bool,
+        logistic: bool | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.sample = sample
         self.states = states[:_CHECKPOINTS]
         self.together = min(len(states), _TOGETHER)
         self.curvature = curvature
+        self.logistic = logistic
         self.moments: dict[int, Moments] = {}
         self.plain: float | None = None
         self.whole = type(pipeline.maker.projector) is NoOpProjector
@@ -179,22 +190,19 @@ class Trial:
         for number, state in enumerate(self.states):
             self.pipeline.load_weights(state_of(state))
             plain = self._gradients(number) if self.whole else None
+            if self.plain is None:
+                self.plain = self._ridge(*(plain or self._made(number, 0.0)))
             for kept, strength in zip(found, strengths, strict=True):
                 if plain is None:
                     rows, loss = self._made(number, strength)
                 else:
                     rows, loss = self._whitened(plain[0], number, strength), plain[1]
-                kept.append(self._scores(rows, loss, strength))
+                # played for each strength, the largest ridge would win: it is most
+                # reproducible
+                ridge = self.plain * (1 + BY_STRENGTH * strength)
+                kept.append(_solved(rows, loss, ridge, curvature=self.curvature))
         self.pipeline.maker.whitenings.clear()
         return [_agreement(scores) for scores in found]
-
-    def _scores(self, rows: Tensor, loss: Tensor, strength: float) -> NDArray[np.float64]:
-        # [examples, targets] of one checkpoint
-        if self.plain is None:
-            self.plain = self._ridge(rows, loss.double().cpu())
-        # played for each strength, the largest ridge would win: it is most reproducible
-        ridge = self.plain * (1 + BY_STRENGTH * strength)
-        return _solved(rows, loss, ridge, curvature=self.curvature)
 
     def _gradients(self, number: int) -> tuple[Tensor, Tensor]:
         # gradients and loss weights; moments in the same pass, unless they are known
@@ -240,11 +248,13 @@ class Trial:
                 self.moments[number].merge(self.pipeline.maker.moments(batch))
         return self.moments[number]
 
-    def _ridge(self, rows: Tensor, loss: Tensor) -> float:
+    def _ridge(self, rows: Tensor, weights: Tensor) -> float:
+        loss = weights.double().cpu()
         situation = Situation(
             checkpoints=self.together,
             columns=self.pipeline.maker.projector.random_dim or None,
             loss=loss,
+            logistic=self.logistic,
             curvature=self.curvature,
         )
         factors = roots(loss) if self.curvature else None

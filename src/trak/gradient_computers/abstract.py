@@ -73,6 +73,18 @@ class AbstractGradientComputer(ABC):
             `[b]` or `[b, 1]`.
         """
 
+    def compute_outputs(self, batch: Any) -> Tensor | None:
+        """Computes the model output of every sample of a batch, without gradients.
+
+        Args:
+            batch: tensors whose first axis is the sample axis.
+
+        Returns:
+            `[b]`; None from computers that cannot tell.
+        """
+        del batch
+        return None
+
     @property
     def samples_at_once(self) -> int | None:
         """How many samples are best handed over together; None if it does not matter."""

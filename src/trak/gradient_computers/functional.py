@@ -1,6 +1,7 @@
 """Exact per-sample gradients with `torch.func`: what every other computer must equal."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -96,6 +97,19 @@ class FunctionalGradientComputer(SelectingGradientComputer):
                 self.model, self.func_weights, self.func_buffers, normalize(batch)
             )
 
+    def compute_outputs(self, batch: Any) -> Tensor:
+        """Computes the model output of every sample of a batch, one after the other.
+
+        Args:
+            batch: tuple or dict of tensors whose first axis is the sample axis.
+
+        Returns:
+            `[b]`.
+        """
+        with undisturbed(self.model), torch.no_grad():
+            outputs = [self._output({}, *sample) for sample in _samples(normalize(batch))]
+        return torch.stack(outputs)
+
     @property
     def samples_at_once(self) -> int | None:
         """How many samples are best handed over together; None if it does not matter."""
@@ -123,16 +137,9 @@ class FunctionalGradientComputer(SelectingGradientComputer):
         return per_sample(self._chosen(), *sample)
 
     def _one_by_one(self, batch: Batch) -> dict[str, Tensor]:
-        num_samples = batch_size(batch)
         chosen = {n: w.detach().requires_grad_() for n, w in self._chosen().items()}
         rows: list[list[Tensor]] = []
-        for j in range(num_samples):
-            one = select(batch, slice(j, j + 1))
-            sample = (
-                ({name: part[0] for name, part in one.items()},)
-                if isinstance(one, dict)
-                else tuple(part[0] for part in leaves(one))
-            )
+        for sample in _samples(batch):
             with torch.enable_grad():
                 output = self._output(chosen, *sample)
                 found: tuple[Tensor | None, ...] = (None,) * len(chosen)
@@ -142,11 +149,21 @@ class FunctionalGradientComputer(SelectingGradientComputer):
                     )
             pairs = zip(found, chosen.values(), strict=True)
             rows.append([_or_zeros(gradient, weight) for gradient, weight in pairs])
-        if num_samples == 1:  # a view: embeddings make these too large to copy idly
+        if len(rows) == 1:  # a view: embeddings make these too large to copy idly
             stacked = [gradient.unsqueeze(0) for gradient in rows[0]]
         else:
             stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
         return dict(zip(chosen, stacked, strict=True))
+
+
+def _samples(batch: Batch) -> Iterator[tuple[Any, ...]]:
+    # each without its batch axis
+    for j in range(batch_size(batch)):
+        one = select(batch, slice(j, j + 1))
+        if isinstance(one, dict):
+            yield ({name: part[0] for name, part in one.items()},)
+        else:
+            yield tuple(part[0] for part in leaves(one))
 
 
 def _or_zeros(gradient: Tensor | None, weight: Tensor) -> Tensor:

@@ -148,6 +148,20 @@ class HookGradientComputer(SelectingGradientComputer):
         self._echo.forget()
         return weights
 
+    def compute_outputs(self, batch: Any) -> Tensor:
+        """Computes the model output of every sample of a batch, without gradients.
+
+        Args:
+            batch: tuple or dict of tensors whose first axis is the sample axis.
+
+        Returns:
+            `[b]`.
+        """
+        with undisturbed(self.model), torch.no_grad():
+            outputs = self._outputs(normalize(batch))
+        self._echo.forget()
+        return outputs
+
     def coverage(self) -> Coverage:
         """Tells how the selected parameters' gradients are computed.
 

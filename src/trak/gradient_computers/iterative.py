@@ -81,6 +81,20 @@ class IterativeGradientComputer(SelectingGradientComputer):
                 self.model, None, None, normalize(batch)
             )
 
+    def compute_outputs(self, batch: Any) -> Tensor:
+        """Computes the model output of every sample of a batch, without gradients.
+
+        Args:
+            batch: tuple or dict of tensors whose first axis is the sample axis.
+
+        Returns:
+            `[b]`.
+        """
+        normal = normalize(batch)
+        parts = (normal,) if isinstance(normal, dict) else normal
+        with torch.no_grad():
+            return output_function(self.modelout_fn)(self.model, None, None, *parts)
+
     def _row(self, output: Tensor) -> Tensor:
         found = torch.autograd.grad(
             output, self.model_params, retain_graph=True, allow_unused=True

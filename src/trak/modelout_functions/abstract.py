@@ -25,10 +25,14 @@ class AbstractModelOutput(ABC):
 
     Attributes:
         loss_temperature: divides the logits inside Q.
+        loss_is_logistic: whether `Q = 1 / (1 + exp(f))`, as it is for classification, and
+            not for a mean over a text's words. The automatic ridge and the strength of
+            whitening depend on it. None: it is found out from the first examples.
         softmax: over the last axis, for use in `get_out_to_loss_grad`.
     """
 
     loss_temperature: float = 1.0
+    loss_is_logistic: bool | None = None
     softmax = torch.nn.Softmax(-1)
 
     def __init__(self) -> None:  # noqa: B027 - subclasses may have none of their own

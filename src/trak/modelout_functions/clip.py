@@ -34,6 +34,8 @@ class CLIPModelOutput(AbstractModelOutput):
         seed: seed of the draw.
     """
 
+    loss_is_logistic: bool | None = True  # Q is the mean of two that are
+
     def __init__(
         self,
         temperature: float | None = None,

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from trak.encodings import RowSource
 from trak.errors import ModelIDException
 from trak.pipeline.describe import describe_rows
+from trak.pipeline.losses import LossWatch
 from trak.pipeline.project import RowMaker
 from trak.pipeline.readiness import chosen_ids, is_current
 from trak.pipeline.solving import placed, row_source
 from trak.pipeline.whiten import Whitener
-from trak.savers import AbstractSaver
+from trak.savers import AbstractSaver, Rows
 from trak.score_computers import (
     AbstractScoreComputer,
     LinearScoreComputer,
@@ -33,6 +34,7 @@ def finalize_checkpoints(
     saver: AbstractSaver,
     maker: RowMaker,
     whitener: Whitener,
+    losses: LossWatch,
     model_ids: Iterable[int] | None,
 ) -> list[int]:
     """Factors the Gram matrix of every checkpoint that needs it.
@@ -45,13 +47,11 @@ def finalize_checkpoints(
         saver: the store.
         maker: made the rows.
         whitener: whitened them.
+        losses: knows which loss they are of.
         model_ids: the checkpoints; all of the store if None.
 
     Returns:
         Those that were finalized; others were before.
-
-    Raises:
-        ModelIDException: if one is unknown or rows are missing.
     """
     saver.refresh()
     chosen = chosen_ids(saver, model_ids)
@@ -59,14 +59,7 @@ def finalize_checkpoints(
     wanted: dict[int, Situation] = {}
     for model_id in chosen:
         rows = saver.train_rows(model_id)
-        missing = np.flatnonzero(~rows.refresh())
-        if len(missing):
-            raise ModelIDException(
-                f"model_id={model_id} is not fully featurized: "
-                f"{len(missing)} of {len(rows.done)} rows are missing "
-                f"({describe_rows(missing)}). Featurize them, or check that "
-                "train_set_size is the size of the training set."
-            )
+        _refuse_missing(rows, model_id)
         if saver.model_ids[model_id]["is_finalized"] and is_current(
             scorer, saver, model_id, together
         ):
@@ -77,6 +70,7 @@ def finalize_checkpoints(
             strength=whitener.strength,
             columns=maker.projector.random_dim or None,
             loss=rows.array("out_to_loss"),
+            logistic=losses.known(model_id),
             unwhitened=whitener.unwhitened(model_id),
             wide=_wide(saver, model_id, len(rows.done)),
         )
@@ -87,6 +81,16 @@ def finalize_checkpoints(
         found = finalize_rows(scorer, sources[model_id], maker.device, settled)
         saver.save_factor(model_id, *found)
     return list(wanted)
+
+
+def _refuse_missing(rows: Rows, model_id: int) -> None:
+    missing = np.flatnonzero(~rows.refresh())
+    if len(missing):
+        raise ModelIDException(
+            f"model_id={model_id} is not fully featurized: {len(missing)} of "
+            f"{len(rows.done)} rows are missing ({describe_rows(missing)}). Featurize "
+            "them, or check that train_set_size is the size of the training set."
+        )
 
 
 def _chosen_together(

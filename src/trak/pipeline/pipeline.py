@@ -15,6 +15,7 @@ from trak.batches import batch_size, normalize
 from trak.errors import ModelIDException, PhaseError
 from trak.pipeline.describe import as_model_id, store_metadata
 from trak.pipeline.finalizing import finalize_checkpoints
+from trak.pipeline.losses import LossWatch
 from trak.pipeline.model_state import WeightWatch, evaluation_mode, validate_state
 from trak.pipeline.order import refuse_shuffled_loader
 from trak.pipeline.phase import Phase
@@ -73,6 +74,7 @@ class Pipeline:
         self.saver = saver
         self.scorer = scorer
         self.whitener = whitener
+        self.losses = LossWatch(task=task, computer=maker.computer, saver=saver)
         self.settings = settings
         self.dtype = dtype
         self.examples_are_checked = examples_are_checked
@@ -202,7 +204,7 @@ class Pipeline:
         self.maker.projector.free_memory()
         self.verify()
         finalized = finalize_checkpoints(
-            self.scorer, self.saver, self.maker, self.whitener, model_ids
+            self.scorer, self.saver, self.maker, self.whitener, self.losses, model_ids
         )
         if finalized:
             self._features = None
@@ -444,6 +446,7 @@ class Pipeline:
             values = {"examples": digests[:, None]}
             values["grads"] = to_store(made, self.dtype, numbers)
             if weights is not None:
+                self.losses.look(batch, weights, phase.model_id)
                 values["out_to_loss"] = weights.to(torch.float64).cpu().numpy()
             rows.commit(numbers, values)
 

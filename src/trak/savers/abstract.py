@@ -174,6 +174,28 @@ class AbstractSaver(ABC):
             "the exact kernel needs. Use MmapSaver, NoOpProjector or a projection."
         )
 
+    def record_loss(  # noqa: B027 - savers may do without
+        self, model_id: int, record: Mapping[str, Any]
+    ) -> None:
+        """Keeps what was found of a checkpoint's loss, if the saver can.
+
+        Args:
+            model_id: the checkpoint.
+            record: `logistic`, whether it is a logistic loss of the model output.
+        """
+
+    def loss_record(self, model_id: int) -> Mapping[str, Any] | None:
+        """What `record_loss` kept.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            The record; None if there is none.
+        """
+        del model_id
+        return None
+
     def wide_rows(self, model_id: int) -> WideRows | None:
         """Where wider rows of some examples are kept, for the automatic ridge.
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from trak.savers import moments
 from trak.savers.abstract import AbstractSaver
-from trak.savers.filesystem import read_json, replace_json
+from trak.savers.filesystem import create_json, read_json, replace_json
 from trak.savers.gradient_files import GradientFiles
 from trak.savers.wide_rows import WideRows
 
@@ -38,6 +38,27 @@ class SideFiles(AbstractSaver):
         path = self.checkpoint_folder(model_id) / "coverage.json"
         if not path.exists() or read_json(path) != coverage:
             replace_json(path, dict(coverage))
+
+    def record_loss(self, model_id: int, record: Mapping[str, Any]) -> None:
+        """Writes `loss.json` beside a checkpoint's rows; of several processes one wins.
+
+        Args:
+            model_id: the checkpoint.
+            record: what was found.
+        """
+        create_json(self.checkpoint_folder(model_id) / "loss.json", dict(record))
+
+    def loss_record(self, model_id: int) -> Mapping[str, Any] | None:
+        """Reads `loss.json`.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            What was found; None if there is no such file.
+        """
+        path = self.checkpoint_folder(model_id) / "loss.json"
+        return read_json(path) if path.exists() else None
 
     def add_moments(self, model_id: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Writes sums for whitening to a file of their own in `{id}/whitening`.

@@ -65,6 +65,7 @@ class Situation:
         strength: of whitening, 0 to 1.
         columns: projection dimension; None if the rows are not projected.
         loss: Q, `[n]` or `[n, 1]`; None if unknown.
+        logistic: whether Q is that of a logistic loss of the output; None if unknown.
         curvature: the rows are weighted by the loss's curvature.
         unwhitened: some of the examples without whitening, for rows that are whitened.
         wide: some of the examples in a wider projection, for rows that are not whitened.
@@ -75,6 +76,7 @@ class Situation:
     strength: float = 0.0
     columns: int | None = None
     loss: Any = None
+    logistic: bool | None = None
     curvature: bool = False
     unwhitened: Sequence[Unwhitened] = ()
     wide: Wide | None = None
@@ -122,7 +124,9 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
     if not samples:
         return USUAL * factor
     wider = _by_wide(samples[0], situation)
-    trainings = [training_of(s.kernel, s.pull, s.loss) for s in samples]
+    trainings = [
+        training_of(s.kernel, s.pull, s.loss, logistic=situation.logistic) for s in samples
+    ]
     pairs = zip(samples, trainings, strict=True)
     logs = [math.log(best_ridge(sample, training)) for sample, training in pairs]
     played = math.exp(np.average(logs, weights=[len(s.loss) for s in samples]))
@@ -143,7 +147,9 @@ def _by_wide(narrow: Sample, situation: Situation) -> float | None:
     rows = torch.from_numpy(situation.wide.rows).to(narrow.kernel)
     kernel = rows @ rows.T
     sample = replace(narrow, kernel=kernel / kernel.diagonal().mean())
-    training = training_of(sample.kernel, sample.pull, sample.loss)
+    training = training_of(
+        sample.kernel, sample.pull, sample.loss, logistic=situation.logistic
+    )
     whole = best_ridge(sample, training)
     seen = best_ridge(narrow, training)
     noise = (seen / whole) ** (situation.checkpoints**-_SEEN_AVERAGED)

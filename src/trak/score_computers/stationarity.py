@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trak.score_computers.logistic import log_odds
+
 LEAST, MOST = 0.3, 8.0
 """Ridges of a training, in units of the mean squared row norm times `q (1 - q)`."""
 EARLY = 20.0
@@ -43,33 +45,36 @@ class Training:
     answers: Tensor | None
 
 
-def training_of(kernel: Tensor, pull: Tensor, loss: Tensor) -> Training:
+def training_of(
+    kernel: Tensor, pull: Tensor, loss: Tensor, *, logistic: bool | None = None
+) -> Training:
     """The training whose result these examples are.
 
     Outputs are known where loss weights are probabilities of being wrong, `q = 1 / (1 +
-    exp(f))`. (Where most examples are wrong, or hardly differ, nothing but the leading
-    directions can have been learned; if the outputs do not lie in these, Q is another
-    kind of number, such as a mean over a text's words.) There the ridge is the median
-    over eigenvectors 6 to 100. The direction in which all outputs grow may be held back
-    more strongly than others, as by batch normalization or the length of training; the
-    kernel is then smaller along it. Where most examples are wrong and yet pulled away
-    from their outputs, more strongly than any ridge would hold them, these are little
-    else than what training began with, as after a few epochs; the ridge is then 20, so
-    that models on halves are about a gradient step. For other losses the ridge is a
-    constant (0.4 for the squared one), and the answers are those that would have led to
-    the loss weights.
+    exp(f))`. (If nobody says whether they are: where most examples are wrong, or hardly
+    differ, nothing but the leading directions can have been learned; if the outputs do not
+    lie in these, Q is another kind of number, such as a mean over a text's words.) There
+    the ridge is the median over eigenvectors 6 to 100. The direction in which all outputs
+    grow may be held back more strongly than others, as by batch normalization or the
+    length of training; the kernel is then smaller along it. Where most examples are wrong
+    and yet pulled away from their outputs, more strongly than any ridge would hold them,
+    these are little else than what training began with, as after a few epochs; the ridge
+    is then 20, so that models on halves are about a gradient step. For other losses the
+    ridge is a constant (0.4 for the squared one), and the answers are those that would
+    have led to the loss weights.
 
     Args:
         kernel: `Phi Phi^T` of a sample, in units of the mean squared row norm, `[n, n]`,
             float64.
         pull: `Phi Phi^T q`, with all training examples in the inner sum, `[n]`.
         loss: Q, `[n]`.
+        logistic: whether Q is that of a logistic loss; None if unknown.
 
     Returns:
         The training.
     """
     steep = float((loss * (1 - loss)).mean())
-    outputs = _outputs(kernel, loss)
+    outputs = _outputs(kernel, loss, logistic)
     if outputs is None:
         squared = bool(((loss < 0) | (loss > 1)).any())
         ridge = _UNKNOWN if squared else _OF_WORDS
@@ -86,18 +91,23 @@ def training_of(kernel: Tensor, pull: Tensor, loss: Tensor) -> Training:
     return Training(ridge * steep, kernel, None)
 
 
-def _outputs(kernel: Tensor, loss: Tensor) -> Tensor | None:
+def _outputs(kernel: Tensor, loss: Tensor, logistic: bool | None) -> Tensor | None:
     # None where loss weights are no probabilities of a logistic model
     if not bool(((loss >= 0) & (loss <= 1)).all()) or not bool((loss * (1 - loss)).any()):
         return None
-    bounded = loss.clamp(_RIGHT, 1 - _WRONG)
-    outputs = torch.log1p(-bounded) - bounded.log()
-    if float(loss.median()) > _MOST_WRONG or float(outputs.std()) < _ALIKE:
-        vectors = torch.linalg.eigh(kernel).eigenvectors[:, -max(1, len(loss) // 12) :]
-        apart = outputs - outputs.mean()
-        if (vectors.T @ apart).square().sum() < _LEARNED * apart.square().sum():
-            return None
-    return outputs
+    outputs = log_odds(loss, _RIGHT, 1 - _WRONG)
+    if logistic is None:
+        logistic = _as_if_learned(kernel, loss, outputs)
+    return outputs if logistic else None
+
+
+def _as_if_learned(kernel: Tensor, loss: Tensor, outputs: Tensor) -> bool:
+    if float(loss.median()) <= _MOST_WRONG and float(outputs.std()) >= _ALIKE:
+        return True
+    vectors = torch.linalg.eigh(kernel).eigenvectors[:, -max(1, len(loss) // 12) :]
+    apart = outputs - outputs.mean()
+    along = (vectors.T @ apart).square().sum()
+    return bool(along >= _LEARNED * apart.square().sum())
 
 
 def _median_ridge(kernel: Tensor, pull: Tensor, outputs: Tensor) -> float:
