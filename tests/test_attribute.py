@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from tests import cases, runs
+from tests import cases, reference, runs
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import trak
@@ -190,17 +190,23 @@ def test_strength_follows_agreement(learned, tmp_path, caplog, monkeypatch):
     assert "scores of 3 checkpoints agree by 0.500 (0.25)" in caplog.text
 
 
-def test_a_classifier_that_gets_most_wrong_is_not_whitened(world, tmp_path, monkeypatch):
+def test_whitening_is_of_no_use_before_anything_is_learned(world, tmp_path, monkeypatch):
     model, train, _, states = world
-    wrong = (train[0], (train[1] + 1) % 3)
-    batches = runs.split(wrong, 9)
     traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
-    assert choose_strength(traker.pipeline, states[:1], batches) == 0.0
-    assert choose_strength(traker.pipeline, states, batches) == 0.0
+    hardly = [{k: 0.02 * v for k, v in state.items()} for state in states]
+    batches = runs.split(train, 9)
+    assert choose_strength(traker.pipeline, hardly[:1], batches) == 0.0
+    assert choose_strength(traker.pipeline, hardly, batches) == 0.0
+    # most are wrong, but not equally
+    sure = {k: 6 * v for k, v in states[0].items()}
+    model.load_state_dict(sure)
+    q = reference.loss_weights(model, train)
+    assert float(q.median()) > 0.5
+    assert choose_strength(traker.pipeline, [sure], batches) == 0.4
     # of other losses that says nothing
     monkeypatch.setattr(type(traker.task), "loss_is_logistic", False)
-    assert choose_strength(traker.pipeline, states[:1], batches) == 0.4
-    assert choose_strength(traker.pipeline, states, batches) > 0
+    assert choose_strength(traker.pipeline, hardly[:1], batches) == 0.4
+    assert choose_strength(traker.pipeline, hardly, batches) > 0
 
 
 def test_agreement_is_one_for_equal_checkpoints_and_less_for_others(

@@ -17,10 +17,12 @@ import torch
 from sklearn.datasets import (
     load_breast_cancer,
     load_digits,
+    load_iris,
     load_wine,
     make_classification,
     make_friedman1,
     make_friedman2,
+    make_moons,
 )
 from torch import Tensor, nn
 
@@ -173,6 +175,24 @@ UNSEEN = {
         (4, 64, 64, 1), lambda: friedman(make_friedman2, 500, 50.0), 60, 0.02, 1e-3
     ),
     "silu, long": Variant((64, 64, 64, 10), lambda: digits(700), 80, 0.1, 1e-4, nn.SiLU),
+    "40 % wrong": Variant((64, 64, 10), lambda: digits(wrong=0.4), 15, 0.05, 1e-3),
+    "70 % wrong": Variant((64, 64, 10), lambda: digits(wrong=0.7), 15, 0.05, 1e-3),
+    "tanh, half wrong": Variant(
+        (64, 96, 10), lambda: digits(600, 0.5), 40, 0.1, 3e-3, nn.Tanh
+    ),
+    "half wrong, long": Variant((64, 64, 10), lambda: digits(wrong=0.5), 60, 0.1, 0.0),
+    "moons": Variant(
+        (2, 64, 64, 2),
+        lambda: table(lambda: make_moons(950, noise=0.3, random_state=0), 800),
+        60,
+        0.05,
+        1e-3,
+    ),
+    "iris": Variant(
+        (4, 16, 3), lambda: table(lambda: load_iris(return_X_y=True), 100), 100, 0.05, 1e-3
+    ),
+    "ten blobs": Variant((40, 128, 10), lambda: blobs(1500, 40, 10, 0.1), 30, 0.05, 1e-3),
+    "30 features": Variant((30, 64, 64, 2), lambda: blobs(900, 30, 2, 0.0), 60, 0.1, 0.0),
 }
 VARIANTS |= UNSEEN
 

@@ -33,7 +33,7 @@ WORTH = 0.005
 """A step up must raise the agreement by so much, since whitening can also do harm."""
 SAMPLE = 600
 _FIRST = 2  # strengths that are tried in any case
-_MOST_WRONG = 0.5
+_MOST_WRONG, _ALIKE = 0.5, 0.1
 _CHECKPOINTS = 3
 _TOGETHER = 10  # checkpoints beyond which averaging more of them hardly matters
 _GROUPS = 100
@@ -64,8 +64,8 @@ def choose_strength(
     Returns:
         One of `STRENGTHS`. For a single checkpoint, which has none to agree with,
         `trak.whitening.whitening.STRENGTH`. 0 where loss weights are no probabilities, as
-        of the squared loss, and where a classifier gets most examples wrong: both were
-        best without.
+        of the squared loss, and where a classifier gets most examples about equally wrong,
+        so that training has hardly begun: both were best without.
     """
     device = next(pipeline.model.parameters()).device
     sample = [normalize(batch, device) for batch in batches]
@@ -100,7 +100,10 @@ def choose_strength(
 
 def _is_useful(loss: Tensor, logistic: bool | None) -> bool:
     probable = bool(((loss >= 0) & (loss <= 1)).all())
-    return probable and not (logistic and float(loss.double().median()) > _MOST_WRONG)
+    loss = loss.double()
+    wrong = bool(loss.median() > _MOST_WRONG)
+    alike = bool(loss.std() < _ALIKE * loss.mean())
+    return probable and not (logistic and wrong and alike)
 
 
 def sampled(batches: Iterable[Any], num_batches: int, size: int) -> list[Any]:

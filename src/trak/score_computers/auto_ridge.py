@@ -148,7 +148,7 @@ def _by_wide(narrow: Sample, situation: Situation) -> float | None:
     kernel = rows @ rows.T
     sample = replace(narrow, kernel=kernel / kernel.diagonal().mean())
     training = training_of(
-        sample.kernel, sample.pull, sample.loss, logistic=situation.logistic
+        sample.kernel, sample.pull, sample.loss, logistic=situation.logistic, noisy=True
     )
     whole = best_ridge(sample, training)
     seen = best_ridge(narrow, training)

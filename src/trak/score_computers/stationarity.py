@@ -46,7 +46,12 @@ class Training:
 
 
 def training_of(
-    kernel: Tensor, pull: Tensor, loss: Tensor, *, logistic: bool | None = None
+    kernel: Tensor,
+    pull: Tensor,
+    loss: Tensor,
+    *,
+    logistic: bool | None = None,
+    noisy: bool = False,
 ) -> Training:
     """The training whose result these examples are.
 
@@ -69,6 +74,8 @@ def training_of(
         pull: `Phi Phi^T q`, with all training examples in the inner sum, `[n]`.
         loss: Q, `[n]`.
         logistic: whether Q is that of a logistic loss; None if unknown.
+        noisy: `pull` comes from narrower rows than the kernel. Least squares, weighted by
+            the noise of each eigenvector's part, then take the place of the median.
 
     Returns:
         The training.
@@ -79,7 +86,8 @@ def training_of(
         squared = bool(((loss < 0) | (loss > 1)).any())
         ridge = _UNKNOWN if squared else _OF_WORDS
         return Training(ridge, kernel, pull / ridge + loss)
-    ridge = _median_ridge(kernel, pull, outputs) / steep / _DEPTH
+    found = _ridge_of(kernel, pull, outputs, noisy=noisy)
+    ridge = found / steep / _DEPTH
     ridge = min(max(ridge, LEAST), MOST) if ridge > 0 else _UNKNOWN
     growing = float(outputs @ pull / (outputs @ outputs)) / steep
     if growing < -MOST and float(loss.median()) > _MOST_WRONG:
@@ -110,13 +118,17 @@ def _as_if_learned(kernel: Tensor, loss: Tensor, outputs: Tensor) -> bool:
     return bool(along >= _LEARNED * apart.square().sum())
 
 
-def _median_ridge(kernel: Tensor, pull: Tensor, outputs: Tensor) -> float:
+def _ridge_of(kernel: Tensor, pull: Tensor, outputs: Tensor, *, noisy: bool) -> float:
     apart = outputs - outputs.mean()
     slope = apart @ pull / (apart @ apart)
     offset = outputs.mean() - pull.mean() / slope
     values, vectors = torch.linalg.eigh(kernel)
     present = int((values > _PRESENT * values[-1]).sum())
     last = max(1, min(_LAST, len(kernel) // 3, present))
-    chosen = vectors.flip(1)[:, min(_FIRST, last - 1) : last]
-    ratios = (chosen.T @ pull) / (chosen.T @ (outputs - offset))
-    return float(ratios.nanmedian())
+    chosen = slice(min(_FIRST, last - 1), last)
+    directions = vectors.flip(1)[:, chosen].T
+    pulls, wanted = directions @ pull, directions @ (outputs - offset)
+    if not noisy:
+        return float((pulls / wanted).nanmedian())
+    weights = wanted / values.flip(0)[chosen]  # a sketch's noise grows like the values
+    return float((weights @ pulls) / (weights @ wanted))
