@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests import runs
 
+from trak.blocks import FactoredBlock, IndexedBlock
 from trak.errors import InputError, PhaseError, StoreCorruptedError
 from trak.gradient_computers import FunctionalGradientComputer
 from trak.projectors import LeadingProjector, NoOpProjector
@@ -244,3 +245,55 @@ def test_what_is_kept_is_told(tmp_path, caplog):
         gradient_computer=FunctionalGradientComputer,
     )
     assert "100 % of the whitened gradients' variance is in parameters" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("s", "o", "r", "i", "q"),
+    [(9, 30, 1, 20, 15), (9, 20, 15, 30, 1), (3, 40, 5, 40, 5), (1, 4, 4, 4, 4)],
+)
+def test_products_of_factors_in_whatever_order(s, o, r, i, q):
+    rng = torch.Generator().manual_seed(0)
+    sizes = ((2, s, i), (2, s, o), (o, r), (i, q))
+    inputs, backprops, left, right = (
+        torch.randn(*size, generator=rng, dtype=torch.float64) for size in sizes
+    )
+    block = FactoredBlock("w", inputs, backprops)
+    expected = left.T @ torch.einsum("bso,bsi->boi", backprops, inputs) @ right
+    torch.testing.assert_close(block.sketch(left, right), expected)
+
+
+def test_entries_of_a_table_are_picked():
+    rng = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, 9, (3, 7), generator=rng)
+    backprops = torch.randn(3, 7, 4, generator=rng, dtype=torch.float64)
+    block = IndexedBlock("w", indices, backprops, 9)
+    columns = torch.tensor([2, 5, 0, 5, 1, 3, 4, 5, 5])  # 5 is none
+    factors = torch.linspace(1, 3, 9, dtype=torch.float64)
+    left = torch.zeros(9, 6, dtype=torch.float64)
+    left[torch.arange(9), columns] = factors
+    right = torch.randn(4, 2, generator=rng, dtype=torch.float64)
+    expected = block.sketch(left[:, :5], right)
+    torch.testing.assert_close(block.picked(columns, factors, 5, right), expected)
+    dense = block.dense().gradient.view(3, 9, 4)
+    torch.testing.assert_close(left[:, :5].T @ dense @ right, expected)
+
+
+def test_a_table_is_picked_from():
+    rng = torch.Generator().manual_seed(0)
+    left = torch.zeros(9, 3)
+    left[[1, 4, 8], [0, 1, 2]] = torch.tensor([1.0, -2.0, 0.5])
+    arrays = {
+        "left/w": left.numpy(),
+        "right/w": torch.randn(4, 2, generator=rng).numpy(),
+        "inside/w": np.array([0, 3, 4]),
+    }
+    projector = LeadingProjector({"w": (9, 4)}, 5, "cpu")
+    projector.use(arrays, model_id=0)
+    assert projector.parts["w"].picks is not None
+    indices = torch.randint(0, 9, (6, 7), generator=rng)
+    block = IndexedBlock("w", indices, torch.randn(6, 7, 4, generator=rng), 9)
+    found, expected = torch.zeros(6, 5), torch.zeros(6, 5)
+    projector.sink(found, 0)(block)
+    projector.sink(expected, 0)(block.dense())
+    assert found[:, :3].any()
+    torch.testing.assert_close(found, expected)

@@ -77,11 +77,28 @@ class FactoredBlock:
         Returns:
             `[b, r, q]`.
         """
+        if left is not None and right is not None:
+            return self._between(left, right)
         backprops = self.backprops if left is None else self.backprops @ left
         activations = self.activations if right is None else self.activations @ right
         if left is None and right is not None:  # the long axis innermost is faster
             return (activations.transpose(1, 2) @ backprops).transpose(1, 2)
         return backprops.transpose(1, 2) @ activations
+
+    def _between(self, left: Tensor, right: Tensor) -> Tensor:
+        # in the order that takes the fewest multiplications
+        (o, r), (i, q), s = left.shape, right.shape, self.backprops.shape[1]
+        costs = {
+            "both": s * (o * r + i * q + r * q),
+            "left": s * (o * r + r * i) + r * i * q,
+            "right": s * (i * q + o * q) + o * r * q,
+        }
+        first = min(costs, key=lambda order: costs[order])
+        if first == "left":
+            return ((self.backprops @ left).transpose(1, 2) @ self.activations) @ right
+        if first == "right":
+            return left.T @ (self.backprops.transpose(1, 2) @ (self.activations @ right))
+        return (self.backprops @ left).transpose(1, 2) @ (self.activations @ right)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +148,23 @@ class IndexedBlock:
             rows = IndexedBlock(self.name, self.indices, backprops, self.num_rows).dense()
             return rows.gradient.unflatten(1, (self.num_rows, -1))
         return left[self.indices].transpose(1, 2) @ backprops
+
+    def picked(self, columns: Tensor, factors: Tensor, width: int, right: Tensor) -> Tensor:
+        """`sketch` where no row of `left` has more than one entry.
+
+        Args:
+            columns: where each row's entry is, `[num_rows]`; `width` for none.
+            factors: the entries, `[num_rows]`.
+            width: columns of `left`, `r`.
+            right: `[o, q]`.
+
+        Returns:
+            `[b, r, q]`.
+        """
+        values = (self.backprops @ right) * factors[self.indices].unsqueeze(-1)
+        places = columns[self.indices].unsqueeze(-1).expand_as(values)
+        found = values.new_zeros(len(values), width + 1, values.shape[2])
+        return found.scatter_add_(1, places, values)[:, :width]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak.blocks import Block, DenseBlock, Sink
+from trak.blocks import Block, DenseBlock, IndexedBlock, Sink
 from trak.errors import InputError, PhaseError, StoreCorruptedError
 from trak.projectors.abstract import BlockProjector, ProjectionType
 from trak.whitening import Whitening
@@ -34,12 +34,15 @@ class Part:
         right: `[i, q]`; None likewise.
         inside: which entries of `left^T G right` (or of `G`) are kept, `[c]`.
         scale: what they are multiplied by, `[c]`; None for ones.
+        picks: column and value of the only entry of each row of `left`, `[o]` each, as a
+            table has it, where most rows have none; None for others.
     """
 
     left: Tensor | None
     right: Tensor | None
     inside: Tensor
     scale: Tensor | None
+    picks: tuple[Tensor, Tensor] | None = None
 
 
 class LeadingProjector(BlockProjector):
@@ -257,7 +260,9 @@ class LeadingProjector(BlockProjector):
             size = left.shape[1] * right.shape[1]
             fits = (len(left), len(right)) == (rows, columns)
         return (
-            Part(left, right, inside, scale) if fits and int(inside.max()) < size else None
+            Part(left, right, inside, scale, _picks(left))
+            if fits and int(inside.max()) < size
+            else None
         )
 
     def _coordinates(self, block: Block, part: Part) -> Tensor:
@@ -268,10 +273,25 @@ class LeadingProjector(BlockProjector):
             gradient = block.gradient.detach().to(self.device)
             matrices = gradient.unflatten(1, self.shapes[block.name])
             rectangle = part.left.to(gradient).T @ (matrices @ part.right.to(gradient))
+        elif isinstance(block, IndexedBlock) and part.picks is not None:
+            like = block.backprops.detach()
+            columns, factors = part.picks
+            width, right = part.left.shape[1], part.right.to(like)
+            rectangle = block.picked(
+                columns.to(like.device), factors.to(like), width, right
+            ).detach()
         else:
             like = block.backprops.detach()
             rectangle = block.sketch(part.left.to(like), part.right.to(like)).detach()
         return rectangle.flatten(1)[:, part.inside.to(rectangle.device)]
+
+
+def _picks(left: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    if left is None or bool(((left != 0).sum(dim=1) > 1).any()):
+        return None
+    columns = left.abs().argmax(dim=1)
+    factors = left.gather(1, columns[:, None])[:, 0]
+    return torch.where(factors == 0, left.shape[1], columns), factors
 
 
 def _tell(count: int, kept: float, sizes: Mapping[bool, float]) -> None:
