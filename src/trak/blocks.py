@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+_SLOWER = 0.75
+
 
 @dataclass(frozen=True, slots=True)
 class DenseBlock:
@@ -86,17 +88,14 @@ class FactoredBlock:
         return backprops.transpose(1, 2) @ activations
 
     def _between(self, left: Tensor, right: Tensor) -> Tensor:
-        # in the order that takes the fewest multiplications
+        # in the order that takes the fewest multiplications; those of one sample are slower
         (o, r), (i, q), s = left.shape, right.shape, self.backprops.shape[1]
-        costs = {
-            "both": s * (o * r + i * q + r * q),
-            "left": s * (o * r + r * i) + r * i * q,
-            "right": s * (i * q + o * q) + o * r * q,
-        }
-        first = min(costs, key=lambda order: costs[order])
-        if first == "left":
+        both = s * (o * r + i * q + r * q)
+        left_first = s * (o * r + r * i) + r * i * q
+        right_first = s * (i * q + o * q) + o * r * q
+        if left_first <= min(right_first, _SLOWER * both):
             return ((self.backprops @ left).transpose(1, 2) @ self.activations) @ right
-        if first == "right":
+        if right_first <= _SLOWER * both:
             return left.T @ (self.backprops.transpose(1, 2) @ (self.activations @ right))
         return (self.backprops @ left).transpose(1, 2) @ (self.activations @ right)
 
