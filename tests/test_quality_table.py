@@ -191,11 +191,19 @@ def test_a_worker_that_fails_leaves_its_last_words():
 
 
 def test_the_time_of_the_one_call_is_a_median_of_pairs():
-    seconds = {"trak.attribute": [1.0, 9.0, 2.0], "kronfluence": [4.0, 4.0, 4.0]}
-    megabytes = {"trak.attribute": [10] * 3, "kronfluence": [20] * 3}
+    seconds = {
+        "trak.attribute": [1.0, 9.0, 2.0],
+        "kronfluence": [4.0, 4.0, 4.0],
+        "kronfluence tuned": [8.0, 8.0, 8.0],
+    }
+    megabytes = {"trak.attribute": [10] * 3, **dict.fromkeys(quality_time.RIVALS, [20] * 3)}
     found = {"bank": "digits", "threads": 2, "seconds": seconds, "megabytes": megabytes}
-    row = quality_time.row_of(found)
+    row = quality_time.row_of(found, "kronfluence")
     assert (row.measured, row.passed) == ("0.50", True)
     assert "trak.attribute 2.0 s, 10 MB" in row.how
-    failed = quality_time.row_of({"bank": "digits", "error": "no environment"})
+    assert "tuned" not in row.how
+    row = quality_time.row_of(found, "kronfluence tuned")
+    assert row.measured == "0.25"
+    missing = {"bank": "digits", "error": "no environment"}
+    failed = quality_time.row_of(missing, "kronfluence")
     assert (failed.passed, failed.how) == (None, "no environment")
