@@ -39,7 +39,7 @@ BY_STRENGTH = 3.0
 BY_CURVATURE = 1.2
 """How much larger it is where rows are weighted by curvature."""
 _NOISE, _BY_TRAINING, _BY_SKETCH, _AVERAGED = 0.75, 0.4, 0.8, 0.4
-_SEEN_AVERAGED = 0.5
+_SEEN_AVERAGED = 0.7
 USUAL = 2.0
 """The multiple for rows that nothing can be told from."""
 
