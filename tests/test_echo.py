@@ -24,6 +24,7 @@ def test_featurizing_runs_the_model_once_a_batch(tmp_path):
     calls = count_calls(model[0])
     traker.featurize(second, num_samples=10)
     assert len(calls) == 1
+    assert traker.pipeline.losses.known(0)  # which the same pass told
 
 
 @pytest.mark.parametrize("change", ["none", "answer", "input", "other input", "text"])

@@ -199,7 +199,7 @@ def test_computers_compute_outputs(name, kind):
     expected = torch.stack([
         reference.model_output(model, [part[j : j + 1] for part in batch]) for j in range(6)
     ])
-    found = computer.compute_outputs(batch)
+    found = computer.compute_outputs(batch, 6)
     assert not found.requires_grad
     torch.testing.assert_close(found, expected.detach())
 
@@ -211,4 +211,4 @@ def test_the_iterative_computer_does():
     expected = torch.stack([
         reference.model_output(model, [part[j : j + 1] for part in batch]) for j in range(6)
     ])
-    torch.testing.assert_close(computer.compute_outputs(batch), expected.detach())
+    torch.testing.assert_close(computer.compute_outputs(batch, 6), expected.detach())

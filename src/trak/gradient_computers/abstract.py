@@ -73,16 +73,17 @@ class AbstractGradientComputer(ABC):
             `[b]` or `[b, 1]`.
         """
 
-    def compute_outputs(self, batch: Any) -> Tensor | None:
-        """Computes the model output of every sample of a batch, without gradients.
+    def compute_outputs(self, batch: Any, most: int) -> Tensor | None:
+        """Computes the model output of samples of a batch, without gradients.
 
         Args:
             batch: tensors whose first axis is the sample axis.
+            most: how many samples are asked for.
 
         Returns:
-            `[b]`; None from computers that cannot tell.
+            Of the first `most` samples at least; None from computers that cannot tell.
         """
-        del batch
+        del batch, most
         return None
 
     @property

@@ -97,18 +97,19 @@ class FunctionalGradientComputer(SelectingGradientComputer):
                 self.model, self.func_weights, self.func_buffers, normalize(batch)
             )
 
-    def compute_outputs(self, batch: Any) -> Tensor:
-        """Computes the model output of every sample of a batch, one after the other.
+    def compute_outputs(self, batch: Any, most: int) -> Tensor:
+        """Computes the model output of samples of a batch, one after the other.
 
         Args:
             batch: tuple or dict of tensors whose first axis is the sample axis.
+            most: how many samples are asked for.
 
         Returns:
-            `[b]`.
+            Of the first `most` samples.
         """
+        some = select(normalize(batch), slice(0, most))
         with undisturbed(self.model), torch.no_grad():
-            outputs = [self._output({}, *sample) for sample in _samples(normalize(batch))]
-        return torch.stack(outputs)
+            return torch.stack([self._output({}, *sample) for sample in _samples(some)])
 
     @property
     def samples_at_once(self) -> int | None:

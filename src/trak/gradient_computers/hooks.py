@@ -148,19 +148,21 @@ class HookGradientComputer(SelectingGradientComputer):
         self._echo.forget()
         return weights
 
-    def compute_outputs(self, batch: Any) -> Tensor:
-        """Computes the model output of every sample of a batch, without gradients.
+    def compute_outputs(self, batch: Any, most: int) -> Tensor:
+        """Computes a batch's outputs, from its gradients' forward pass where that is known.
 
         Args:
             batch: tuple or dict of tensors whose first axis is the sample axis.
+            most: not used.
 
         Returns:
-            `[b]`.
+            Of all samples, `[b]`.
         """
-        with undisturbed(self.model), torch.no_grad():
-            outputs = self._outputs(normalize(batch))
-        self._echo.forget()
-        return outputs
+        del most
+        function = batch_output_function(self.modelout_fn)
+        assert function is not None  # noqa: S101 - checked when the computer was made
+        with undisturbed(self.model), torch.no_grad(), self._echo.answering(self.model):
+            return function(self.model, normalize(batch))
 
     def coverage(self) -> Coverage:
         """Tells how the selected parameters' gradients are computed.

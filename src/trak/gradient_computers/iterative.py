@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trak.batches import batch_size, normalize
+from trak.batches import batch_size, normalize, select
 from trak.errors import InputError
 from trak.gradient_computers.abstract import SelectingGradientComputer
 from trak.modelout_functions import output_function
@@ -81,16 +81,17 @@ class IterativeGradientComputer(SelectingGradientComputer):
                 self.model, None, None, normalize(batch)
             )
 
-    def compute_outputs(self, batch: Any) -> Tensor:
-        """Computes the model output of every sample of a batch, without gradients.
+    def compute_outputs(self, batch: Any, most: int) -> Tensor:
+        """Computes the model output of samples of a batch, without gradients.
 
         Args:
             batch: tuple or dict of tensors whose first axis is the sample axis.
+            most: how many samples are asked for.
 
         Returns:
-            `[b]`.
+            Of the first `most` samples.
         """
-        normal = normalize(batch)
+        normal = select(normalize(batch), slice(0, most))
         parts = (normal,) if isinstance(normal, dict) else normal
         with torch.no_grad():
             return output_function(self.modelout_fn)(self.model, None, None, *parts)

@@ -12,6 +12,7 @@ from trak.gradient_computers import AbstractGradientComputer, choose_computer
 from trak.pipeline.choices import float_dtype
 from trak.pipeline.describe import describe_run, store_metadata
 from trak.pipeline.kernel import KernelMaker
+from trak.pipeline.losses import LossWatch
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker, by_blocks
 from trak.pipeline.sampled import SamplingMaker
@@ -117,7 +118,8 @@ def make_pipeline(
         The pipeline.
     """
     layout = {name: math.prod(shape) for name, shape in shapes.items()}
-    maker = _make_maker(parts, layout, shapes)
+    losses = LossWatch(task=parts.task, computer=parts.gradient_computer, saver=parts.saver)
+    maker = _make_maker(parts, layout, shapes, losses)
     whitener = Whitener(
         maker=maker,
         saver=parts.saver,
@@ -133,6 +135,7 @@ def make_pipeline(
         saver=parts.saver,
         scorer=parts.score_computer,
         whitener=whitener,
+        losses=losses,
         settings=lambda: _settings(parts, layout),
         dtype=parts.dtype,
         examples_are_checked=examples_are_checked,
@@ -140,7 +143,10 @@ def make_pipeline(
 
 
 def _make_maker(
-    parts: Parts, layout: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
+    parts: Parts,
+    layout: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    losses: LossWatch,
 ) -> RowMaker:
     common: dict[str, Any] = {
         "model": parts.model,
@@ -149,6 +155,7 @@ def _make_maker(
         "layout": layout,
         "scale": math.sqrt(sum(layout.values())),
         "device": parts.device,
+        "losses": losses,
     }
     if isinstance(parts.projector, KernelProjector):
         return KernelMaker(**common, saver=parts.saver, dtype=parts.dtype)

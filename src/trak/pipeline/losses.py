@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trak.batches import Batch, batch_size, select
+from trak.batches import Batch, select
 from trak.gradient_computers import AbstractGradientComputer
 from trak.savers import AbstractSaver
 from trak.score_computers.logistic import is_logistic
@@ -36,23 +36,32 @@ class LossWatch:
     saver: AbstractSaver
     seen: dict[int, list[Tensor]] = field(default_factory=dict[int, list[Tensor]])
 
-    def look(self, batch: Batch, loss: Tensor, model_id: int) -> None:
-        """Takes some examples of a batch into account.
+    def outputs(self, batch: Batch, model_id: int) -> Tensor | None:
+        """Outputs to look at, right after the gradients, whose forward pass may answer.
 
         Args:
             batch: a normalized batch.
-            loss: its Q, `[b, 1]`.
             model_id: the checkpoint, whose weights are loaded.
+
+        Returns:
+            Of some of the first samples; None where enough were seen.
         """
-        parts = self.seen.setdefault(model_id, [])
-        count = sum(map(len, parts))
-        if count >= _ENOUGH or not batch_size(batch):
-            return
-        part = self._outputs_and_loss(batch, loss, _ENOUGH - count)
-        if part is None:
-            return
-        parts.append(part)
-        if count + len(part) >= _ENOUGH and self.saver.loss_record(model_id) is None:
+        missing = _ENOUGH - sum(map(len, self.seen.setdefault(model_id, [])))
+        return self.computer.compute_outputs(batch, missing) if missing > 0 else None
+
+    def look(self, outputs: Tensor, loss: Tensor, model_id: int) -> None:
+        """Takes some examples into account.
+
+        Args:
+            outputs: what `outputs` gave, `[c]`.
+            loss: Q of all samples of that batch, `[b, 1]`.
+            model_id: the checkpoint.
+        """
+        parts = self.seen[model_id]
+        parts.append(_pairs(outputs, loss))
+        if sum(map(len, parts)) < _ENOUGH or self.saver.checkpoint_digest(model_id) is None:
+            return  # a trial has no checkpoint in the store
+        if self.saver.loss_record(model_id) is None:
             found = self._told(torch.cat(parts))
             if found is not None:
                 self.saver.record_loss(model_id, {"logistic": found})
@@ -69,11 +78,14 @@ class LossWatch:
         """
         parts: list[Tensor] = []
         for batch, loss in zip(batches, losses, strict=True):
-            part = self._outputs_and_loss(batch, loss, _ENOUGH - sum(map(len, parts)))
-            if part is None:
-                return None
-            parts.append(part)
-        return self._told(torch.cat(parts))
+            missing = _ENOUGH - sum(map(len, parts))
+            if missing > 0:
+                some = select(batch, slice(0, missing))
+                outputs = self.computer.compute_outputs(some, missing)
+                if outputs is None:
+                    return None
+                parts.append(_pairs(outputs, loss))
+        return self._told(torch.cat(parts)) if parts else None
 
     def known(self, model_id: int) -> bool | None:
         """What was found of a checkpoint.
@@ -95,14 +107,7 @@ class LossWatch:
         softened = getattr(self.task, "loss_temperature", 1.0) != 1
         return None if softened and not found else found
 
-    def _outputs_and_loss(self, batch: Batch, loss: Tensor, most: int) -> Tensor | None:
-        # one after the other, since featurizing may have room for no more
-        pairs: list[Tensor] = []
-        for j in range(min(most, batch_size(batch))):
-            output = self.computer.compute_outputs(select(batch, slice(j, j + 1)))
-            if output is None:
-                return None
-            pairs.append(torch.cat([output.flatten(), loss[j].flatten().to(output)]))
-        if not pairs:
-            return torch.empty(0, 2, dtype=torch.float64)
-        return torch.stack(pairs).to("cpu", torch.float64)
+
+def _pairs(outputs: Tensor, loss: Tensor) -> Tensor:
+    pair = [outputs.detach().flatten(), loss.detach().flatten()[: outputs.numel()]]
+    return torch.stack([part.to("cpu", torch.float64) for part in pair], dim=1)

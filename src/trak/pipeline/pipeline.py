@@ -50,6 +50,7 @@ class Pipeline:
         saver: the store.
         scorer: turns rows into scores.
         whitener: whitens gradients before they are projected.
+        losses: finds out which kind of loss it is.
         settings: the run's settings as they are now.
         dtype: dtype of the stored rows.
         examples_are_checked: refuse other examples in rows seen before.
@@ -64,6 +65,7 @@ class Pipeline:
         saver: AbstractSaver,
         scorer: AbstractScoreComputer,
         whitener: Whitener,
+        losses: LossWatch,
         settings: Callable[[], RunSettings],
         dtype: torch.dtype,
         examples_are_checked: bool,
@@ -74,7 +76,7 @@ class Pipeline:
         self.saver = saver
         self.scorer = scorer
         self.whitener = whitener
-        self.losses = LossWatch(task=task, computer=maker.computer, saver=saver)
+        self.losses = losses
         self.settings = settings
         self.dtype = dtype
         self.examples_are_checked = examples_are_checked
@@ -446,7 +448,6 @@ class Pipeline:
             values = {"examples": digests[:, None]}
             values["grads"] = to_store(made, self.dtype, numbers)
             if weights is not None:
-                self.losses.look(batch, weights, phase.model_id)
                 values["out_to_loss"] = weights.to(torch.float64).cpu().numpy()
             rows.commit(numbers, values)
 

@@ -17,6 +17,7 @@ from trak.gradient_computers import AbstractGradientComputer
 from trak.gradient_computers.capture import InputChangedError
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.pipeline.lengths import Trimmer
+from trak.pipeline.losses import LossWatch
 from trak.pipeline.memory import MicroBatches
 from trak.projectors import (
     AbstractProjector,
@@ -47,6 +48,7 @@ class RowMaker:
         micro: splits batches that do not fit into memory.
         ignores_padding: checkpoint to whether the model's outputs are the same without.
         whitenings: checkpoint to what is done to its gradients before they are projected.
+        losses: is shown the first training examples; None for nobody.
     """
 
     model: nn.Module
@@ -58,6 +60,7 @@ class RowMaker:
     micro: MicroBatches = field(default_factory=MicroBatches)
     ignores_padding: dict[int, bool] = field(default_factory=dict[int, bool])
     whitenings: dict[int, Whitening] = field(default_factory=dict[int, Whitening])
+    losses: LossWatch | None = None
 
     def rows(
         self, batch: Batch, model_id: int, numbers: list[int], *, with_weights: bool = False
@@ -155,8 +158,11 @@ class RowMaker:
                 self._check(part, piece, model_id, its)
                 if not with_weights:
                     return part
-                # right after the gradients, whose forward pass may answer for Q's
+                # right after the gradients, whose forward pass may answer for these
+                outputs = self.losses.outputs(piece, model_id) if self.losses else None
                 weights = self._loss_weights(piece, its)
+                if self.losses and outputs is not None:
+                    self.losses.look(outputs, weights, model_id)
                 return torch.cat([part, weights.to(part)], dim=1)
 
             return self.micro.rows(bucket, work, self._most)
