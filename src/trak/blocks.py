@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-_SLOWER = 0.75
+_SLOWER = 0.75  # of the multiplications, where they are no longer one large product
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class FactoredBlock:
         return backprops.transpose(1, 2) @ activations
 
     def _between(self, left: Tensor, right: Tensor) -> Tensor:
-        # in the order that takes the fewest multiplications; those of one sample are slower
+        # in the order that takes the fewest multiplications
         (o, r), (i, q), s = left.shape, right.shape, self.backprops.shape[1]
         both = s * (o * r + i * q + r * q)
         left_first = s * (o * r + r * i) + r * i * q

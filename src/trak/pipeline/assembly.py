@@ -161,7 +161,7 @@ def _make_maker(
         return KernelMaker(**common, saver=parts.saver, dtype=parts.dtype)
     if _are_narrow(parts, layout):
         sample = drawn(parts.train_set_size)
-        sketch = _wide_sketch(shapes, parts.device)
+        sketch = _whole_or_sketched(shapes, WIDE, WIDE, _WIDE_SEED, parts.device)
         return SamplingMaker(**common, saver=parts.saver, sketch=sketch, sample=sample)
     return RowMaker(**common)
 
@@ -180,27 +180,27 @@ def _are_narrow(parts: Parts, layout: Mapping[str, int]) -> bool:
     )
 
 
-def _wide_sketch(
-    shapes: Mapping[str, Sequence[int]], device: torch.device
+def _whole_or_sketched(
+    shapes: Mapping[str, Sequence[int]],
+    whole_up_to: int,
+    columns: int,
+    seed: int,
+    device: torch.device,
 ) -> AbstractProjector:
-    if sum(math.prod(shape) for shape in shapes.values()) <= WIDE:
+    # gradients as they are where they are short, else the cheapest projection
+    if sum(math.prod(shape) for shape in shapes.values()) <= whole_up_to:
         return NoOpProjector(device=device)
-    costs = projection_costs(shapes, WIDE)
+    costs = projection_costs(shapes, columns)
     kind = min(costs, key=lambda name: costs[name])
-    return make_projector(shapes, WIDE, _WIDE_SEED, device, kind)
+    return make_projector(shapes, columns, seed, device, kind)
 
 
 def _make_sketch(parts: Parts, shapes: Mapping[str, Sequence[int]]) -> AbstractProjector:
     # of unwhitened rows: the rows' own projection, where it takes blocks and is narrow
-    width = sum(math.prod(shape) for shape in shapes.values())
     leading = isinstance(parts.projector, LeadingProjector)
     if by_blocks(parts.projector) and not leading and parts.proj_dim <= _WIDEST_SKETCH:
         return parts.projector
-    if width <= _WIDEST_SKETCH:
-        return NoOpProjector(device=parts.device)
-    costs = projection_costs(shapes, USUAL)
-    kind = min(costs, key=lambda name: costs[name])
-    return make_projector(shapes, USUAL, 0, parts.device, kind)
+    return _whole_or_sketched(shapes, _WIDEST_SKETCH, USUAL, 0, parts.device)
 
 
 def _settings(parts: Parts, layout: Mapping[str, int]) -> RunSettings:
