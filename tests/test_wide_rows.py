@@ -188,8 +188,9 @@ def test_a_store_without_them_is_told_from_its_rows(few, tmp_path):
 def test_damage_is_named(name, few, tmp_path):
     traker, *_ = narrow("mlp", tmp_path)
     (tmp_path / "0" / name).write_bytes(b"nonsense")
-    with pytest.raises(StoreCorruptedError, match=rf"{name} is lost or damaged"):
+    with pytest.raises(StoreCorruptedError, match=rf"{name} is lost or damaged") as error:
         traker.finalize_features()
+    assert "pickle" not in str(error.value)
 
 
 def test_files_that_do_not_fit_together_are_damage(few, tmp_path):

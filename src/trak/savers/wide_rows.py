@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from trak.errors import StoreCorruptedError
@@ -62,7 +63,8 @@ class WideRows:
 def _load(path: Path) -> NDArray[Any]:
     try:
         with path.open("rb") as file:
-            found: NDArray[Any] = np.load(file, allow_pickle=False)
+            # np.load would advise to unpickle what is no array
+            found: NDArray[Any] = npy.read_array(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         _refuse(path, str(error), error)
     if found.ndim != 2:
