@@ -63,7 +63,7 @@ class WideRows:
 def _load(path: Path) -> NDArray[Any]:
     try:
         with path.open("rb") as file:
-            # np.load would advise to unpickle what is no array
+            # what np.load says of a file that is no array is unsafe advice
             found: NDArray[Any] = npy.read_array(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         _refuse(path, str(error), error)
