@@ -27,7 +27,8 @@ from torch import Tensor
 from benchmarks.banks.bank import Bank, load
 from benchmarks.banks.recipes import NAMES, recipe
 from benchmarks.choices import merge
-from benchmarks.common import RESULTS, Row, environment, write
+from benchmarks.common import RESULTS, environment, write
+from benchmarks.compression_bars import AUTO, AUTOMATIC, BEST, EXACT, rows_of
 from benchmarks.lds import lds
 from benchmarks.sketches import (
     DERIVED,
@@ -55,8 +56,6 @@ DRAWS = 200
 POSITIONS = 64  # as the library assumes where it chooses
 PIECE = 256  # examples
 HALF = 2  # bytes of a stored number, by default
-EXACT, AUTO = "no projection", "proj_dim='auto'"
-BEST, AUTOMATIC = "best", "auto"
 Predictions = NDArray[np.float64]
 
 
@@ -403,53 +402,6 @@ def shapes_for(name: str) -> dict[str, tuple[int, ...]]:
     """
     named = recipe(name).make_model().named_parameters()
     return {key: tuple(p.shape) for key, p in named if p.requires_grad}
-
-
-def losses_of(detail: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Where the default is worse by more than the interval, at the best ridges.
-
-    Args:
-        detail: of one bank.
-
-    Returns:
-        Entries that beat it, and the differences.
-    """
-    key = f"default - this, {BEST}"
-    compared = [(entry, entry[key]) for entry in detail["entries"] if key in entry]
-    return [(entry, d) for entry, d in compared if d["interval"][1] < 0]
-
-
-def rows_of(details: Sequence[dict[str, Any]]) -> list[Row]:
-    """Lines of the page, one a bank.
-
-    Args:
-        details: one entry a bank.
-
-    Returns:
-        The lines.
-    """
-    rows = []
-    for detail in details:
-        lost = losses_of(detail)
-        compared = sum(f"default - this, {BEST}" in entry for entry in detail["entries"])
-        words = f"loses in {len(lost)} of {compared}"
-        if lost:
-            entry, worst = min(lost, key=lambda pair: pair[1]["difference"])
-            words += (
-                f"; at worst {worst['difference']:+.4f} against {entry['kind']}, "
-                f"k = {entry['k']}, strength {entry['strength']:g}, "
-                f"{entry['checkpoints']} checkpoints"
-            )
-        rows.append(
-            Row(
-                f"default projection against others of its width, {detail['bank']}",
-                "loses to none by more than the interval",
-                words,
-                not lost,
-                f"best ridges of {len(RIDGES)}, {SEEDS} projection seeds",
-            )
-        )
-    return rows
 
 
 def main() -> None:

@@ -6,44 +6,25 @@ python -m benchmarks.compression_page
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.choices_page import between
 from benchmarks.common import RESULTS, ROOT
-from benchmarks.compression import (
+from benchmarks.compression import COUNTS, DIMS, STRENGTHS
+from benchmarks.compression_bars import (
     AUTO,
     AUTOMATIC,
     BEST,
-    COUNTS,
-    DIMS,
     EXACT,
-    STRENGTHS,
+    chosen,
+    kept_by_itself,
 )
 from benchmarks.sketches import DERIVED, PREDICTED, RANDOM
 
 PAGE = ROOT / "docs" / "compression.md"
 KINDS = (EXACT, AUTO, *RANDOM, *DERIVED)
 CHOOSABLE = ("rademacher", "sparse", "factored", PREDICTED)  # whose costs are counted
-Entries = Mapping[tuple[str, int], dict[str, Any]]
-
-
-def chosen(detail: dict[str, Any], strength: float, count: int) -> Entries:
-    """The entries of one setting.
-
-    Args:
-        detail: of one bank.
-        strength: of whitening.
-        count: checkpoints.
-
-    Returns:
-        Kind and columns to entry.
-    """
-    return {
-        (entry["kind"], entry["k"]): entry
-        for entry in detail["entries"]
-        if (entry["strength"], entry["checkpoints"]) == (strength, count)
-    }
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -172,6 +153,33 @@ def summary(details: Sequence[dict[str, Any]]) -> str:
     return _table(["", *(detail["bank"] for detail in details)], lines)
 
 
+def left_to_itself(details: Sequence[dict[str, Any]]) -> str:
+    """What `proj_dim="auto"` keeps against the best of all compressions.
+
+    Args:
+        details: one entry a bank.
+
+    Returns:
+        Markdown.
+    """
+    lines = [
+        [
+            detail["bank"],
+            f"{kept.strength:g}",
+            str(kept.checkpoints),
+            EXACT if kept.own["kind"] == EXACT else f"k = {kept.own['k']}",
+            f"{kept.own[BEST]:.3f}",
+            f"{kept.best[BEST]:.3f}",
+            f"{kept.best['kind']}, k = {kept.best['k']}",
+            f"{kept.difference:+.4f}",
+        ]
+        for detail in details
+        for kept in kept_by_itself(detail)
+    ]
+    names = ("bank", "strength", "checkpoints", "kept", "LDS", "best other", "", "less it")
+    return _table(names, lines)
+
+
 def tables(details: Sequence[dict[str, Any]]) -> str:
     """Everything between the markers.
 
@@ -182,7 +190,13 @@ def tables(details: Sequence[dict[str, Any]]) -> str:
         Markdown.
     """
     text = (
-        "\n## Where the default loses\n\n"
+        '\n## `proj_dim="auto"`\n\n'
+        "What is kept where nobody gives a `k`, against the best of all compressions to "
+        f"{DIMS[0]} to {DIMS[-1]} numbers, at best ridges.\n\n"
+    )
+    text += left_to_itself(details)
+    text += (
+        "\n## Where the default for a given k loses\n\n"
         "In how many settings the default is worse, better, by more than the interval; "
         "mean difference.\n\n"
     )
