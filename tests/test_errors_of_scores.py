@@ -8,8 +8,8 @@ import pytest
 import torch
 from tests import cases, runs
 
-from trak.errors import InputError
-from trak.pipeline.ranks_of_scores import Ranked, critical
+from trak.errors import InputError, NumericalError
+from trak.pipeline.ranks_of_scores import Ranked, critical, noise_limit
 from trak.projectors import NoOpProjector
 
 N, M, C = 40, 5, 4
@@ -125,6 +125,7 @@ def ranked(high, source="checkpoints"):
         rank_high=high,
         level=0.9,
         source=source,
+        limit=8,
     )
 
 
@@ -184,7 +185,7 @@ def test_bad_input(tmp_path):
     states = cases.checkpoints("mlp", 1)
     exact = runs.make_traker(model, N, tmp_path / "a", projector=NoOpProjector())
     runs.whole_run(exact, train, targets, states)
-    with pytest.raises(InputError, match="one checkpoint and no projection"):
+    with pytest.raises(InputError, match="one checkpoint and no random projection"):
         exact.scores("exp", with_error=True)
     narrow = runs.make_traker(model, N, tmp_path / "b", proj_dim=8)
     runs.whole_run(narrow, train, targets, states)
@@ -196,3 +197,49 @@ def test_bad_input(tmp_path):
     with pytest.raises(InputError, match="k must be"):
         runs.make_traker(model, N, tmp_path / "b", proj_dim=8).top_scores("exp", k=0)
     assert math.isfinite(critical(0.5, 3))
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "limit"), [(5, 40, 10), (19, 40, 29), (20, 40, 30), (40, 40, 40)]
+)
+def test_a_long_list_can_be_noise_too(length, count, limit):
+    assert noise_limit(length, count) == limit
+
+
+def test_lists_of_unrelated_models_are_noise_however_long_they_are(tmp_path, caplog):
+    model, train, targets = runs.data("mlp", N, M)
+    states = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        states.append({k: torch.randn_like(v) for k, v in model.state_dict().items()})
+    traker = runs.make_traker(model, N, tmp_path, proj_dim=24)
+    runs.whole_run(traker, train, targets, states)
+    for k in (5, N // 2, 3 * N // 4):
+        caplog.clear()
+        traker.top_scores("exp", k, with_error=True)
+        assert "mostly noise" in caplog.text
+    assert traker.top_scores("exp", 10**12, with_error=True).indices.shape == (M, N)
+
+
+def test_errors_are_of_the_scores_that_were_written(finished):
+    traker, _, _ = finished
+    written = traker.finalize_scores("exp", model_ids=[0, 2])
+    found = traker.scores("exp", with_error=True)
+    np.testing.assert_allclose(found.scores, written, rtol=1e-4, atol=1e-7)
+    assert found.degrees == 1
+    top = traker.top_scores("exp", 3, model_ids=[0, 2], with_error=True)
+    np.testing.assert_allclose(
+        top.scores, traker.top_k("exp", 3).scores, rtol=1e-4, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("file", ["0/grads.mmap", "0/exp_grads.mmap"])
+def test_a_damaged_row_is_no_score(file, finished, tmp_path):
+    traker, *_ = finished
+    np.load(tmp_path / file, mmap_mode="r+")[3] = np.nan
+    for call in (traker.scores, traker.top_scores):
+        with pytest.raises(NumericalError, match="not finite"):
+            call("exp", with_error=True)
+    if file == "0/grads.mmap":
+        with pytest.raises(NumericalError, match="Self-influence from row 0"):
+            traker.self_influence()

@@ -5,7 +5,8 @@ import pytest
 import torch
 from tests import runs
 
-from trak.errors import InputError, ModelIDException
+from trak.errors import InputError, InputTypeError, ModelIDException
+from trak.modelout_functions import AbstractModelOutput
 from trak.projectors import NoOpProjector
 from trak.score_computers import BasicScoreComputer
 
@@ -143,6 +144,98 @@ def test_what_cannot_be_asked_for(finished):
         traker.scores("exp", model_ids=[0])
     with pytest.raises(ModelIDException, match="7"):
         traker.self_influence([7])
+    for method in (["dot"], None):
+        with pytest.raises(InputError, match="method is one of"):
+            traker.scores("exp", method)
+    with pytest.raises(InputError, match=r"method is one of .*got 'dott'"):
+        traker.scores("exp", "dott", with_error=True)
+    for groups in (3, iter([[0]])):
+        with pytest.raises(InputTypeError, match="groups must list"):
+            traker.scores("exp", "dot", groups=groups)
+    for weights in (3, {0: 1, 1: 1}, "12"):
+        with pytest.raises(InputTypeError, match="checkpoint_weights must list"):
+            traker.scores("exp", "dot", checkpoint_weights=weights)
+    with pytest.raises(InputTypeError, match="lambda_regs must list"):
+        traker.sweep(["exp"], "3x")
+    for k in (0, 2.5, "3", True, None):
+        for call in (traker.top_k, traker.top_scores):
+            with pytest.raises(InputError, match="k must be an integer"):
+                call("exp", k)
+
+
+def test_lists_hold_what_there_is(finished):
+    traker, _ = finished
+    for method in ("trak", "dot"):
+        assert traker.top_scores("exp", 10**12, method=method).indices.shape == (M, N)
+
+
+def test_weights_belong_to_the_checkpoints_as_they_are_named(finished):
+    traker, _ = finished
+    one = traker.scores("exp", "dot", model_ids=[1])
+    named = traker.scores("exp", "dot", model_ids=[1, 0], checkpoint_weights=[1, 0])
+    np.testing.assert_allclose(named, one, rtol=1e-6)
+    top = traker.top_scores(
+        "exp", 3, method="dot", model_ids=[1, 0], checkpoint_weights=[1, 0]
+    )
+    only = traker.top_scores("exp", 3, method="dot", model_ids=[1])
+    np.testing.assert_array_equal(top.indices, only.indices)
+
+
+def test_another_checkpoint_that_is_not_ready(finished):
+    traker, _ = finished
+    model, *_ = runs.data("mlp", N, M)
+    traker.load_checkpoint(model.state_dict(), model_id=2)
+    with pytest.raises(ModelIDException, match=r"name them in model_ids\.$"):
+        traker.top_scores("exp", 3, method="dot")
+    assert traker.top_scores("exp", 3, method="dot", model_ids=[0, 1]).indices.shape
+
+
+def test_scores_of_another_ridge_are_read_with_a_warning(finished, tmp_path, caplog):
+    traker, _ = finished
+    model, *_ = runs.data("mlp", N, M)
+    traker.scores("exp")
+    assert "not what this run's settings ask for" not in caplog.text
+    width = traker.projector.proj_dim
+    other = runs.make_traker(model, N, tmp_path, proj_dim=width, lambda_reg="7x")
+    other.scores("exp")
+    assert "not what this run's settings ask for (lambda_reg='7x')" in caplog.text
+
+
+class Regression(AbstractModelOutput):
+    """Half the squared error; the output is the prediction."""
+
+    def get_output(self, model, weights, buffers, x, y):
+        del y
+        return torch.func.functional_call(model, (weights, buffers), x[None])[0, 0]
+
+    def get_out_to_loss_grad(self, model, weights, buffers, batch):
+        x, y = batch
+        return (y - torch.func.functional_call(model, (weights, buffers), x)[:, 0])[:, None]
+
+
+def test_methods_know_which_way_an_example_of_a_regression_pulls(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N + M, 3, generator=generator, dtype=torch.float64)
+    y = x.sum(1) + torch.randn(N + M, generator=generator, dtype=torch.float64)
+    model = torch.nn.Linear(3, 1, bias=False).double()
+    weights = torch.linalg.lstsq(x[:N], y[:N, None]).solution.T
+    without = []  # predictions of models that lack one example
+    for left in range(N):
+        keep = [i for i in range(N) if i != left]
+        one = torch.linalg.lstsq(x[keep], y[keep, None]).solution
+        without.append((x[N:] @ one)[:, 0])
+    change = (x[N:] @ weights.T)[:, 0] - torch.stack(without)
+    traker = runs.make_traker(
+        model, N, tmp_path, task=Regression(), projector=NoOpProjector(), lambda_reg=1e-9
+    )
+    state = {"weight": weights}
+    runs.whole_run(traker, (x[:N], y[:N]), (x[N:], y[N:]), [state])
+    for method in ("trak", "relatif", "l_relatif", "unit_norm"):
+        scores = traker.scores("exp", method)
+        np.testing.assert_array_equal(np.sign(scores), np.sign(change.numpy()))
+    dot = traker.scores("exp", "dot")
+    np.testing.assert_array_equal(np.sign(traker.scores("exp", "cosine")), np.sign(dot))
+    assert (traker.self_influence() > 0).all()
 
 
 def test_methods_that_solve_need_the_ridge(tmp_path):

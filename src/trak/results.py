@@ -6,7 +6,7 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak.arguments import Ridge
+from trak.arguments import Ridge, as_integer
 from trak.errors import InputError
 from trak.pipeline import (
     CheckpointInfo,
@@ -51,23 +51,26 @@ class Results:
 
         - `"trak"`: `mean(phi^T K^-1 psi) mean(q)`, what `finalize_scores` computed.
         - `"dot"`: `mean(q phi^T psi)`, the product of the training loss's and the target's
-          gradients. `"tracin"`: its sum with `checkpoint_weights`, the learning rates
-          (TracInCP; Pruthi et al. 2020), up to a positive factor a target.
-        - `"cosine"`: `mean(cos(phi, psi))`.
-        - `"relatif"`: `mean(phi^T K^-1 psi / |K^-1 phi|)`; `"l_relatif"`:
-          `mean(phi^T K^-1 psi / sqrt(phi^T K^-1 phi))` (theta- and l-RelatIF; Barshan,
+          gradients. `"tracin"`: its sum with `checkpoint_weights`, the learning rates:
+          TracInCP (Pruthi et al. 2020) of the target's model output. TracInCP of its loss
+          has the target's own `q` at each checkpoint as a further factor.
+        - `"cosine"`: `mean(s cos(phi, psi))`, where `s` is the sign of `q`: -1 for examples
+          whose loss pulls their output down, as a regression's may, and 1 otherwise.
+        - `"relatif"`: `mean(s phi^T K^-1 psi / |K^-1 phi|)`; `"l_relatif"`:
+          `mean(s phi^T K^-1 psi / sqrt(phi^T K^-1 phi))` (theta- and l-RelatIF; Barshan,
           Brunet and Dziugaite 2020): what speaks for this target, not for everything.
-        - `"unit_norm"`: the cosine in the metric of `K^-1`, as in TrackStar (Chang et al.
-          2024), without its optimizer state.
+        - `"unit_norm"`: `s` times the cosine in the metric of `K^-1`, as in TrackStar
+          (Chang et al. 2024), without its optimizer state.
 
         Args:
             exp_name: the experiment.
             method: one of the above.
             groups: for each group the numbers of its targets; one column a group then
                 holds the mean over its targets.
-            model_ids: the checkpoints; for `"trak"`, those that `finalize_scores` took.
-            checkpoint_weights: one number a checkpoint, in the order of their ids; not for
-                `"trak"`.
+            model_ids: the checkpoints. For `"trak"` those that `finalize_scores` took; for
+                others all of the store if None.
+            checkpoint_weights: one number a checkpoint, in the order of `model_ids`, or
+                else of their ids; not for `"trak"`.
             with_error: for `"trak"` without groups: standard errors, too, from the rows.
 
         Returns:
@@ -79,6 +82,8 @@ class Results:
         if with_error:
             extra = groups is not None or checkpoint_weights is not None
             self._refuse_error_of(method, extra=extra)
+            if model_ids is None:
+                model_ids = self.saver.experiment(exp_name).get("model_ids")
             return error_pass(self._pipeline, exp_name, model_ids).scores()
         if method == "trak":
             chosen_here = model_ids is not None or checkpoint_weights is not None
@@ -88,11 +93,11 @@ class Results:
         return taken.scores(exp_name, chosen, averages)
 
     def self_influence(self, model_ids: Iterable[int] | None = None) -> NDArray[Any]:
-        """What each training example does to its own model output.
+        """How much each training example moves its own model output.
 
-        `mean(phi_i^T K^-1 phi_i) mean(q_i)` over checkpoints: the diagonal of TRAK's scores
-        if the training set were the targets. Large for examples that the model could not
-        have known from others, mislabelled ones among them.
+        `mean(phi_i^T K^-1 phi_i) |mean(q_i)|` over checkpoints: the size of the diagonal of
+        TRAK's scores if the training set were the targets. Large for examples that the
+        model could not have known from others, mislabelled ones among them.
 
         Args:
             model_ids: the checkpoints; all in the store if None.
@@ -113,6 +118,7 @@ class Results:
         Returns:
             `indices` and `scores`, each `[m, k]`, strongest first.
         """
+        k = as_integer("k", k, least=1)
         return top_scores(self.scores(exp_name), k, helpful=helpful)
 
     def top_scores(
@@ -123,6 +129,8 @@ class Results:
         helpful: bool = True,
         method: str = "trak",
         groups: Sequence[Any] | None = None,
+        model_ids: Iterable[int] | None = None,
+        checkpoint_weights: Iterable[float] | None = None,
         with_error: bool = False,
     ) -> Any:
         """Like `top_k`, but in one pass over the rows and without an `[n, m]` file.
@@ -135,6 +143,8 @@ class Results:
             helpful: the largest scores; if False, the smallest (the most harmful).
             method: as for `scores`.
             groups: as for `scores`; not for `"trak"`, whose groups need all scores.
+            model_ids: the checkpoints; all of the store if None.
+            checkpoint_weights: as for `scores`; not for `"trak"`.
             with_error: for `"trak"`: standard errors and the ranks that each example could
                 have, in three passes; a warning is logged where the lists are mostly noise.
 
@@ -146,22 +156,27 @@ class Results:
             InputError: if arguments do not go together.
         """
         if with_error:
-            self._refuse_error_of(method, extra=groups is not None)
-            ranked = error_pass(self._pipeline, exp_name, None).top(k, helpful=helpful)
+            extra = groups is not None or checkpoint_weights is not None
+            self._refuse_error_of(method, extra=extra)
+            taken = error_pass(self._pipeline, exp_name, model_ids)
+            ranked = taken.top(k, helpful=helpful)
             ranked.warn_of_noise()
             return ranked
         if method != "trak":
             num_targets = self.saver.experiment(exp_name)["num_targets"]
             averages = group_matrix(groups, num_targets)
             chosen = method_named(method)
-            taken = method_pass(self._pipeline, None, exp_name)
+            taken = method_pass(self._pipeline, model_ids, exp_name, checkpoint_weights)
             return taken.top(exp_name, chosen, averages, k, helpful=helpful)
         if groups is not None:
             raise InputError(
                 "For groups of targets by TRAK: top_scores(traker.scores(exp_name, "
                 "groups=...), k) with trak.score_computers.top_scores."
             )
-        found = self.sweep([exp_name], top_k=k, helpful=helpful)
+        if checkpoint_weights is not None:
+            raise InputError("TRAK averages over checkpoints without weights.")
+        k = as_integer("k", k, least=1)  # without a k, sweep would write all scores
+        found = self.sweep([exp_name], top_k=k, helpful=helpful, model_ids=model_ids)
         return next(iter(found.values()))
 
     def sweep(
@@ -215,6 +230,8 @@ class Results:
 
     @staticmethod
     def _refuse_error_of(method: str, *, extra: bool) -> None:
+        if method != "trak":
+            method_named(method)
         if method != "trak" or extra:
             raise InputError(
                 "with_error=True is for TRAK's scores of single targets: leave groups and "

@@ -9,15 +9,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak.encodings import RowSource
-from trak.errors import InputError
+from trak.errors import InputError, NumericalError
 from trak.pipeline.pipeline import Pipeline
-from trak.pipeline.ranks_of_scores import Ranked, critical
+from trak.pipeline.ranks_of_scores import Ranked, critical, noise_limit
 from trak.pipeline.solving import ScoreSet, row_source, solve
 from trak.savers import AbstractSaver
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer, RunningTop
 from trak.score_computers.jackknife import GROUPS, without_groups
 from trak.score_computers.linear import BlockScorer
 from trak.score_computers.stream import decoded
+from trak.score_computers.topk import how_many
 
 _BLOCK_BYTES = 32 << 20
 _COMPARISONS = 1 << 24
@@ -117,6 +118,7 @@ class ErrorPass:
             Rows, scores, errors and ranks.
         """
         sign = 1 if helpful else -1
+        k = how_many(k, len(self.saver.train_rows(self.model_ids[0]).done))
         top: RunningTop | None = None
         for start, scores, _ in self.blocks():
             if top is None:
@@ -145,6 +147,8 @@ class ErrorPass:
             rank_high=(count - below).cpu().numpy(),
             level=level,
             source=self.source,
+            projected=self.projected,
+            limit=noise_limit(k, count),
         )
 
     def blocks(self) -> Stretches:
@@ -152,6 +156,9 @@ class ErrorPass:
 
         Yields:
             First row, scores and errors, `[rows, m]`, float64.
+
+        Raises:
+            NumericalError: if one is not finite.
         """
         takes = self._takes()
         loss = [self.saver.train_rows(i).array("out_to_loss") for i in self.model_ids]
@@ -163,7 +170,14 @@ class ErrorPass:
             q = torch.from_numpy(
                 np.stack([np.asarray(one[start:stop], np.float64) for one in loss])
             ).to(parts)
-            yield (start, *self._jackknife(parts, q))
+            scores, errors = self._jackknife(parts, q)
+            if not torch.isfinite(scores).all() or not torch.isfinite(errors).all():
+                raise NumericalError(
+                    f"Scores of {self.exp_name!r}, or their errors, are not finite from "
+                    f"row {start} on (checkpoints {self.model_ids}). Use a larger ridge "
+                    "(lambda_reg), or featurize again if a file is damaged."
+                )
+            yield start, scores, errors
 
     def _jackknife(self, parts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         if self.source == "sketch":
@@ -182,7 +196,7 @@ class ErrorPass:
             return [self._scorer_of(model_id) for model_id in self.model_ids]
         model_id = self.model_ids[0]
         if not isinstance(self.scorer, RidgeScoreComputer) or not self.projected:
-            why = "no projection" if not self.projected else "another score computer"
+            why = "no random projection" if not self.projected else "another score computer"
             raise InputError(
                 "Errors are told from several checkpoints, or from the columns of one "
                 f"projection; this run has one checkpoint and {why}. Add checkpoints, or "
@@ -227,7 +241,7 @@ def error_pass(
     Returns:
         The passes.
     """
-    ready = pipeline.ready([ScoreSet(exp_name)], model_ids, allow_skip=False)
+    ready = pipeline.ready([ScoreSet(exp_name)], model_ids, allow_skip=None)
     return ErrorPass(
         scorer=pipeline.scorer,
         saver=pipeline.saver,

@@ -4,7 +4,7 @@ Per checkpoint: rows `phi_i`, loss weights `q_i`, targets `psi`, and the ridge s
 `K = Phi^T Phi + lambda I` that the checkpoint was finalized with.
 """
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trak.arguments import as_number
 from trak.encodings import RowSource
-from trak.errors import InputError, NumericalError
+from trak.errors import InputError, InputTypeError, NumericalError
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.readiness import finalized_ids
 from trak.pipeline.solving import ScoreSet, row_source
@@ -28,6 +29,7 @@ from trak.score_computers import (
     TopScores,
 )
 from trak.score_computers.stream import decoded, rows_per_block, stream
+from trak.score_computers.topk import how_many
 
 
 class Method(NamedTuple):
@@ -35,9 +37,9 @@ class Method(NamedTuple):
 
     Attributes:
         solved: whether targets go through the ridge system, `psi -> K^-1 psi`.
-        rows: what a row's products are divided by: `"norm"` (`|phi|`), `"change"`
-            (`|K^-1 phi|`) or `"energy"` (`sqrt(phi^T K^-1 phi)`); or `"loss"`, multiplied
-            by Q.
+        rows: what a row's products are divided by, with the sign of Q: `"norm"`
+            (`|phi|`), `"change"` (`|K^-1 phi|`) or `"energy"` (`sqrt(phi^T K^-1 phi)`); or
+            `"loss"`, multiplied by Q.
         unit_targets: whether targets are divided by the norm that goes with `rows`.
         summed: whether checkpoints are summed up, not averaged.
     """
@@ -71,7 +73,7 @@ def method_named(name: str) -> Method:
     Raises:
         InputError: lists the names there are.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise InputError(f"method is one of {sorted(NAMES)}, got {name!r}.")
     return METHODS[name]
 
@@ -88,9 +90,15 @@ def group_matrix(groups: Sequence[Any] | None, num_targets: int) -> Tensor | Non
 
     Raises:
         InputError: if a group is empty, repeats a target, or names one that is not there.
+        InputTypeError: if groups are no sequence.
     """
     if groups is None:
         return None
+    if not isinstance(groups, Sequence | np.ndarray | Tensor):
+        raise InputTypeError(
+            "groups must list, for each group, the numbers of its targets, such as "
+            f"[[0, 1], [2]]; got {groups!r}."
+        )
     matrix = torch.zeros(num_targets, len(groups), dtype=torch.float64)
     if not len(groups):
         raise InputError("groups is empty; leave it out for a score of every target.")
@@ -164,6 +172,7 @@ class MethodPass:
             Rows and scores, strongest first.
         """
         sign = 1 if helpful else -1
+        k = how_many(k, len(self.saver.train_rows(self.model_ids[0]).done))
         top: RunningTop | None = None
         with closing(self.blocks(exp_name, method, groups)) as blocks:
             for start, block in blocks:
@@ -186,9 +195,6 @@ class MethodPass:
 
         Yields:
             First row and finite scores `[rows, m]`, float64.
-
-        Raises:
-            NumericalError: if a score is not finite.
         """
         systems = [self._system(i, solved=method.solved) for i in self.model_ids]
         columns = [self._columns(s, exp_name, method, groups) for s in systems]
@@ -201,21 +207,17 @@ class MethodPass:
                 total = total + share * system.scale(rows, start, method.rows) * (
                     rows @ column
                 )
-            if not torch.isfinite(total).all():
-                raise NumericalError(
-                    f"Scores of {exp_name!r} from row {start} on are not finite. Use a "
-                    "larger ridge (lambda_reg), or featurize again if a file is damaged."
-                )
+            _refuse_nonfinite(total, f"Scores of {exp_name!r}", start)
             yield start, total
 
     def self_influence(self) -> NDArray[np.float32]:
-        """What each training example does to its own model output, by TRAK.
+        """How much each training example moves its own model output, by TRAK.
 
-        `(mean_c phi_i^T K_c^-1 phi_i) * (mean_c q_i)`: the diagonal of the scores with the
-        training set as targets.
+        `(mean_c phi_i^T K_c^-1 phi_i) * |mean_c q_i|`: the size of the diagonal of the
+        scores with the training set as targets.
 
         Returns:
-            `[n]`.
+            `[n]`, finite.
         """
         systems = [self._system(i, solved=True) for i in self.model_ids]
         found: list[Tensor] = []
@@ -223,19 +225,22 @@ class MethodPass:
             pairs = list(zip(systems, parts, strict=True))
             energy = torch.stack([(s.solve(r) * r).sum(dim=1) for s, r in pairs])
             q = torch.stack([s.loss_weights(start, len(r))[:, 0] for s, r in pairs])
-            found.append(energy.mean(dim=0) * q.mean(dim=0))
+            found.append(energy.mean(dim=0) * q.mean(dim=0).abs())
+            _refuse_nonfinite(found[-1], "Self-influence", start)
         return torch.cat(found).to("cpu", torch.float32).numpy()
 
     def _shares(self, *, summed: bool) -> list[float]:
         count = len(self.model_ids)
-        weights = (
-            [1.0] * count if self.weights is None else [float(w) for w in self.weights]
-        )
-        if len(weights) != count or not all(np.isfinite(w) and w >= 0 for w in weights):
+        given = [1.0] * count if self.weights is None else self.weights
+        if len(given) != count:
             raise InputError(
-                f"checkpoint_weights must be {count} finite numbers of at least 0, one a "
-                f"checkpoint ({self.model_ids}); got {self.weights!r}."
+                f"checkpoint_weights must be {count} numbers, one a checkpoint "
+                f"({self.model_ids}); got {self.weights!r}."
             )
+        names = [
+            f"checkpoint_weights[{j}] (model_id={i})" for j, i in enumerate(self.model_ids)
+        ]
+        weights = [as_number(n, w, zero=True) for n, w in zip(names, given, strict=True)]
         total = sum(weights)
         if not total:
             raise InputError("checkpoint_weights are all 0.")
@@ -290,17 +295,26 @@ def method_pass(
         model_ids: the checkpoints; all of the store if None.
         exp_name: the experiment that they must be ready for; if None, they must be
             finalized.
-        weights: of the checkpoints, in the order of their ids.
+        weights: of the checkpoints, in the order of `model_ids`, or else of their ids.
 
     Returns:
         The pass.
+
+    Raises:
+        InputTypeError: if the weights are no list of numbers.
     """
+    listed = isinstance(weights, Iterable) and not isinstance(weights, str | Mapping)
+    if weights is not None and not listed:
+        raise InputTypeError(
+            "checkpoint_weights must list one number a checkpoint, in the order of "
+            f"model_ids; got {weights!r}."
+        )
     if exp_name is None:
         pipeline.verify()
         pipeline.saver.refresh()
         ready = finalized_ids(pipeline.scorer, pipeline.saver, model_ids)
     else:
-        ready = pipeline.ready([ScoreSet(exp_name)], model_ids, allow_skip=False)
+        ready = pipeline.ready([ScoreSet(exp_name)], model_ids, allow_skip=None)
     return MethodPass(
         scorer=pipeline.scorer,
         saver=pipeline.saver,
@@ -308,3 +322,11 @@ def method_pass(
         device=pipeline.maker.device,
         weights=None if weights is None else list(weights),
     )
+
+
+def _refuse_nonfinite(values: Tensor, what: str, start: int) -> None:
+    if not torch.isfinite(values).all():
+        raise NumericalError(
+            f"{what} from row {start} on are not finite. Use a larger ridge (lambda_reg), "
+            "or featurize again if a file is damaged."
+        )

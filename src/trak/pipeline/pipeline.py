@@ -20,7 +20,12 @@ from trak.pipeline.model_state import WeightWatch, evaluation_mode, validate_sta
 from trak.pipeline.order import refuse_shuffled_loader
 from trak.pipeline.phase import Phase
 from trak.pipeline.project import RowMaker
-from trak.pipeline.readiness import chosen_ids, not_ready, warn_of_twins
+from trak.pipeline.readiness import (
+    chosen_ids,
+    not_ready,
+    warn_of_other_ridge,
+    warn_of_twins,
+)
 from trak.pipeline.rows import (
     check_examples,
     hash_examples,
@@ -295,14 +300,15 @@ class Pipeline:
         sets: list[ScoreSet],
         model_ids: Iterable[int] | None,
         *,
-        allow_skip: bool,
+        allow_skip: bool | None,
     ) -> list[int]:
         """Chooses the checkpoints that can be scored.
 
         Args:
             sets: what is to be scored.
             model_ids: the checkpoints asked for; all of the store if None.
-            allow_skip: leave out checkpoints that are not ready, with a warning.
+            allow_skip: leave out checkpoints that are not ready, with a warning; None
+                where the user has no such argument.
 
         Returns:
             Their ids.
@@ -326,9 +332,10 @@ class Pipeline:
                 names = sorted({each.exp_name for each in sets})
                 logger.warning("Left out of %s: %s", names, problem)
             else:
+                more = "" if allow_skip is None else ", or pass allow_skip=True"
                 raise ModelIDException(
                     f"{problem} To average over the other checkpoints only, name them "
-                    "in model_ids, or pass allow_skip=True."
+                    f"in model_ids{more}."
                 )
         if not ready:
             names = sorted({each.exp_name for each in sets})
@@ -350,6 +357,7 @@ class Pipeline:
         self.verify()
         scores = self.saver.load_scores(exp_name)
         record = self.saver.experiment(exp_name)
+        warn_of_other_ridge(self.scorer, self.saver, exp_name, record["model_ids"])
         if record["factors"] != self._factors(record["model_ids"]):
             raise PhaseError(
                 f"The scores of {exp_name!r} were computed before a checkpoint was "

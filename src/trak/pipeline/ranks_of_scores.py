@@ -11,7 +11,7 @@ from trak.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_NOISE = 2  # a rank of more than twice the list's length is noise
+_NOISE = 2  # times the list's length
 _STEPS = 20_001
 
 
@@ -29,6 +29,8 @@ class Ranked:
         level: "clearly" means beyond the interval of this level of the difference of two
             scores with independent errors.
         source: what the errors are from: `"checkpoints"` or `"sketch"`.
+        limit: an entry that could have a rank beyond it is noise.
+        projected: whether rows are random projections.
     """
 
     indices: NDArray[np.int64]
@@ -38,15 +40,16 @@ class Ranked:
     rank_high: NDArray[np.int64]
     level: float
     source: str
+    limit: int
+    projected: bool = True
 
     def noise(self) -> NDArray[np.float64]:
         """How much of each list is noise.
 
         Returns:
-            `[m]`: share of the entries whose rank could be more than twice the list's
-            length.
+            `[m]`: share of the entries whose rank could be beyond `limit`.
         """
-        return (self.rank_high > _NOISE * self.indices.shape[1]).mean(axis=1)
+        return (self.rank_high > self.limit).mean(axis=1)
 
     def describe(self, target: int) -> str:
         """One target's list in words.
@@ -77,8 +80,8 @@ class Ranked:
         if noisy.mean() <= 0.5:
             return
         more = (
-            "Average over more checkpoints of independent trainings, or use a larger "
-            "proj_dim."
+            "Average over more checkpoints of independent trainings"
+            + (", or use a larger proj_dim." if self.projected else ".")
             if self.source == "checkpoints"
             else "Use a larger proj_dim, and several checkpoints, whose spread is not even "
             "counted here."
@@ -88,9 +91,23 @@ class Ranked:
             "more than half of their entries could have ranks beyond %d. %s",
             int(noisy.sum()),
             len(noisy),
-            _NOISE * self.indices.shape[1],
+            self.limit,
             more,
         )
+
+
+def noise_limit(length: int, count: int) -> int:
+    """The rank beyond which an entry of a list is noise.
+
+    Args:
+        length: of the list, `k`.
+        count: examples that there are, `n`.
+
+    Returns:
+        Twice the length, or half-way from the list's end to the last example, if that is
+        less.
+    """
+    return min(_NOISE * length, (length + count) // 2)
 
 
 def critical(level: float, degrees: int) -> float:

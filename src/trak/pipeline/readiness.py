@@ -170,3 +170,33 @@ def warn_of_twins(saver: AbstractSaver, model_id: int, digest: str) -> None:
             model_id,
             twins[0],
         )
+
+
+def warn_of_other_ridge(
+    scorer: AbstractScoreComputer,
+    saver: AbstractSaver,
+    exp_name: str,
+    model_ids: Iterable[int],
+) -> None:
+    """Warns if scores were computed with another ridge than a run is to have.
+
+    Args:
+        scorer: the run's score computer.
+        saver: the store.
+        exp_name: the experiment.
+        model_ids: the checkpoints that its scores are from.
+    """
+    if not isinstance(scorer, LinearScoreComputer):
+        return
+    others = [i for i in model_ids if not is_current(scorer, saver, i)]
+    if others:
+        logger.warning(
+            "The scores of %r were computed as their checkpoints were finalized (model_id="
+            "%d: %s), which is not what this run's settings ask for (lambda_reg=%r). Call "
+            "finalize_features() and finalize_scores(exp_name=%r) for scores of its own.",
+            exp_name,
+            others[0],
+            saver.load_factor(others[0])[1],
+            getattr(scorer, "lambda_reg", None),
+            exp_name,
+        )

@@ -27,6 +27,7 @@ from trak.score_computers.stream import (
     rows_per_block,
     stream,
 )
+from trak.score_computers.topk import how_many
 
 _SOLVED_ROWS = 4096
 _SCORE_BYTES = 32 << 20
@@ -75,6 +76,7 @@ class ScorePass:
             One result a set.
         """
         columns = self.columns()
+        k = how_many(k, len(self.saver.train_rows(self.model_ids[0]).done))
         top: RunningTop | None = None
         with closing(self.blocks(1 if helpful else -1)) as blocks:
             for start, block in blocks:

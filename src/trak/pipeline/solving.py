@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trak.arguments import Ridge, as_ridge
 from trak.encodings import EncodedRows, RowSource
-from trak.errors import InputError
+from trak.errors import InputError, InputTypeError
 from trak.savers import AbstractSaver, Rows
 from trak.score_computers import (
     AbstractScoreComputer,
@@ -50,10 +50,15 @@ def score_sets(
 
     Raises:
         InputError: if there is nothing to do, or the score computer has no ridges.
+        InputTypeError: if ridges are not listed.
     """
     names = [exp_names] if isinstance(exp_names, str) else list(exp_names)
     own = getattr(scorer, "lambda_reg", None)
     regs = [own]
+    if isinstance(lambda_regs, str) or not isinstance(lambda_regs, Iterable | None):
+        raise InputTypeError(
+            f"lambda_regs must list ridges, such as [None, '3x', 0.1]; got {lambda_regs!r}."
+        )
     if lambda_regs is not None:
         regs = [as_ridge(reg) for reg in lambda_regs]
     if not names or not regs:

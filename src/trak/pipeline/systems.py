@@ -67,12 +67,16 @@ class System:
             kind: `"loss"`, or as for `norms`.
 
         Returns:
-            `[b, 1]`; 0 for rows without a gradient, whose scores are 0.
+            `[b, 1]`; 0 for rows without a gradient, whose scores are 0. Where training on
+            an example lowers its output (Q below 0, as of a regression's example whose
+            output is too large) it is negative.
         """
+        weights = self.loss_weights(start, len(rows)).to(rows.device)
         if kind == "loss":
-            return self.loss_weights(start, len(rows)).to(rows.device)
+            return weights
         solved = rows if kind == "norm" else self.solve(rows)
-        return 1 / self.norms(rows, solved, kind)
+        signs = torch.where(weights < 0, -1.0, 1.0).to(rows)
+        return signs / self.norms(rows, solved, kind)
 
     @staticmethod
     def norms(vectors: Tensor, solved: Tensor, kind: str) -> Tensor:

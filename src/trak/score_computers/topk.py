@@ -1,12 +1,12 @@
 """The strongest training examples of every target, without sorting whole columns."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 
-from trak.errors import InputError
+from trak.arguments import as_integer
 
 _BLOCK_ROWS = 65_536
 
@@ -23,6 +23,19 @@ class TopScores(NamedTuple):
     scores: Float[np.ndarray, "m top"]
 
 
+def how_many(k: Any, num_rows: int) -> int:
+    """How many examples a list holds.
+
+    Args:
+        k: how many are asked for.
+        num_rows: how many there are.
+
+    Returns:
+        The smaller of both.
+    """
+    return min(as_integer("k", k, least=1), num_rows)
+
+
 def top_scores(
     scores: Float[np.ndarray, "n m"], k: int, *, helpful: bool = True
 ) -> TopScores:
@@ -37,12 +50,8 @@ def top_scores(
 
     Returns:
         Indices and scores, equal scores in the order of their rows.
-
-    Raises:
-        InputError: if `k` is not positive.
     """
-    if k < 1:
-        raise InputError(f"k must be at least 1, got {k}.")
+    k = how_many(k, len(scores))
     sign = -1.0 if helpful else 1.0
     best = np.empty((0, scores.shape[1]), dtype=scores.dtype)
     rows = np.empty((0, scores.shape[1]), dtype=np.int64)
