@@ -2,6 +2,7 @@
 
 import json
 import logging
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,15 @@ import trak
 from trak import TRAKer
 from trak.attribution import EXACT_UP_TO
 from trak.batches import normalize
-from trak.errors import InputError, InputTypeError, NumericalError
+from trak.errors import (
+    InputError,
+    InputTypeError,
+    NumericalError,
+    StoreCorruptedError,
+    StoreMismatchError,
+)
+from trak.loaders import spread
+from trak.pipeline.project import RowMaker
 from trak.projectors import FactoredProjector, NoOpProjector
 from trak.projectors.dimension import chosen_dimension, exact_cost
 from trak.strength import STRENGTHS, Trial, choose_strength, sampled
@@ -125,7 +134,14 @@ def test_it_goes_on_and_adds_targets(learned, tmp_path, monkeypatch):
     metadata = json.loads((tmp_path / "b" / "metadata.json").read_text())
     monkeypatch.setattr("trak.attribution.choose_strength", None)  # must not be asked
     np.testing.assert_array_equal(whole, call(learned, tmp_path / "b"))
-    monkeypatch.setattr(TRAKer, "featurize", None)
+    monkeypatch.setattr(TRAKer, "featurize", real)
+    making = RowMaker.making
+
+    def targets_only(self, *arguments, training):
+        assert not training  # rows are there already
+        return making(self, *arguments, training=training)
+
+    monkeypatch.setattr(RowMaker, "making", targets_only)
     few = [tuple(p[:3] for p in learned[2])]
     more = call(learned, tmp_path / "b", targets=few, exp_name="few")
     np.testing.assert_allclose(more, whole[:, :3], rtol=1e-5)
@@ -309,3 +325,119 @@ def test_examples_whose_gradients_are_not_finite_are_named(world, tmp_path):
             save_dir=tmp_path,
             progress=False,
         )
+
+
+def changed(train, what):
+    x, y = (part.clone() for part in train)
+    if what == "order":
+        return x.flip(0), y.flip(0)
+    if what == "one example":
+        x[41] += 1
+    else:
+        y[0] = (y[0] + 1) % 2
+    return x, y
+
+
+@pytest.mark.parametrize("what", ["order", "one example", "one label"])
+def test_other_training_data_in_the_folder_is_refused(what, world, tmp_path):
+    model, train, targets, states = world
+    call(world, tmp_path)
+    other = model, changed(train, what), targets, states
+    for exp_name in ("targets", "others"):
+        with pytest.raises(StoreMismatchError, match="training example"):
+            call(other, tmp_path, exp_name=exp_name)
+
+
+def test_a_call_averages_over_its_own_checkpoints(world, tmp_path):
+    states = world[-1]
+    options = {"whitening": 0.5, "lambda_reg": "2x"}
+    call(world, tmp_path / "all", **options)
+    alone = call(world, tmp_path / "one", checkpoints=states[:1], **options)
+    found = call(world, tmp_path / "all", checkpoints=states[:1], **options)
+    np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-8)
+    found = call(world, tmp_path / "all", **options, exp_name="again")
+    assert not np.allclose(found, alone, rtol=1e-2)
+    few = call(world, tmp_path / "all", checkpoints=states[:1], **options, exp_name="new")
+    np.testing.assert_allclose(few, alone, rtol=1e-5, atol=1e-8)
+
+
+def test_no_checkpoint_is_not_the_model_as_it_is(world, tmp_path):
+    model, *_, states = world
+    with pytest.raises(InputError, match="checkpoints is empty"):
+        call(world, tmp_path, checkpoints=[])
+    for one in (states[0], {}, model, "model.pt", 3):
+        with pytest.raises(InputTypeError, match="checkpoints must be a list"):
+            call(world, tmp_path, checkpoints=one)
+    assert call(world, tmp_path, checkpoints=(s for s in states[:1])).shape == (N, M)
+
+
+def test_what_is_no_model_or_no_folder(world, tmp_path):
+    _, *rest = world
+    with pytest.raises(InputTypeError, match=r"must be a torch\.nn\.Module, got str"):
+        call(("a model", *rest), tmp_path)
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="cannot be a folder"):
+            call(world, folder)
+        with pytest.raises(InputError, match="cannot be a folder"):
+            TRAKer(world[0], TASK, N, folder)
+    with pytest.raises(InputTypeError, match="save_dir must be the path"):
+        call(world, None)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", '{"format": 1'])
+def test_a_damaged_description_of_the_store(content, world, tmp_path):
+    (tmp_path / "metadata.json").write_text(content)
+    for whitening in ("auto", 0.0):
+        with pytest.raises(StoreCorruptedError, match=r"metadata\.json"):
+            call(world, tmp_path, whitening=whitening)
+
+
+def test_parameters_are_named_by_a_generator(world, tmp_path):
+    names = [name for name, _ in world[0].named_parameters()][:2]
+    listed = call(world, tmp_path / "a", grad_wrt=names)
+    found = call(world, tmp_path / "b", grad_wrt=(name for name in names))
+    np.testing.assert_array_equal(found, listed)
+
+
+def test_models_whose_state_is_not_tensors_alone(world, tmp_path):
+    class Extra(torch.nn.Sequential):
+        extra: ClassVar = {"epoch": 3}
+
+        def get_extra_state(self):
+            return self.extra
+
+        def set_extra_state(self, state):
+            self.extra = dict(state)
+
+    model = Extra(world[0]).double()
+    found = call((model, *world[1:]), tmp_path / "a", checkpoints=None)
+    expected = call(world, tmp_path / "b", checkpoints=None)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
+    assert model.extra == {"epoch": 3}
+
+
+def test_batches_of_different_sizes_are_fitted_all(world):
+    train = world[1]
+    even = runs.split(train, 6)
+    assert spread(even, N, 30) == {0, 2, 4, 6, 8}
+    assert spread(DataLoader(TensorDataset(*train), batch_size=6), N, 30) == spread(
+        even, N, 30
+    )
+    uneven = [tuple(p[:2] for p in train), tuple(p[2:] for p in train)]
+    assert spread(uneven, N, 30) == {0, 1}
+
+
+def test_the_trial_needs_no_room_for_exact_rows(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("trak.attribution.choose_strength", lambda *a, **o: 0.5)
+    asked = []
+    real = TRAKer.__init__
+
+    def made(self, *arguments, **options):
+        asked.append((options["save_dir"], options["proj_dim"]))
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(TRAKer, "__init__", made)
+    call(world, tmp_path, proj_dim="exact")
+    assert [dim for _, dim in asked] == ["auto", "exact"]
+    assert asked[1][0] == tmp_path

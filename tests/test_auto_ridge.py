@@ -286,6 +286,16 @@ def test_whitened_rows_of_which_too_little_is_known():
     assert Chosen().found() is None
 
 
+def test_kept_examples_do_not_depend_on_the_batches():
+    rows, q = logistic(n=1400)
+    found = [unwhitened(rows, q, size) for size in (1400, 100, 7)]
+    for one in found[1:]:
+        torch.testing.assert_close(one.kernel, found[0].kernel, rtol=0, atol=1e-4)
+        torch.testing.assert_close(one.loss, found[0].loss, rtol=0, atol=0)
+    whole = unwhitened(rows[:900], q[:900], 100)
+    torch.testing.assert_close(whole.loss, q[:900].double(), rtol=0, atol=0)
+
+
 def test_examples_that_are_kept_are_a_sample_of_all():
     rows, q = logistic(n=2000)
     found = unwhitened(rows, q, 37)

@@ -188,7 +188,7 @@ def test_one_checkpoint_tells_no_error_without_a_projection(tmp_path):
     model, train, targets, states = world("wide")
     traker = kernel_traker(model, tmp_path)
     runs.whole_run(traker, train, targets, states[:1])
-    with pytest.raises(InputError, match="no projection"):
+    with pytest.raises(InputError, match="no random projection"):
         traker.scores("exp", with_error=True)
 
 

@@ -1,32 +1,26 @@
 """The one call: scores of targets from a model, its training data and its checkpoints."""
 
-import json
 import logging
 import math
 import tempfile
-from collections.abc import (
-    Collection,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
 from tqdm import tqdm
 
-from trak.batches import batch_size, normalize
 from trak.errors import InputError, InputTypeError
 from trak.gradient_computers import select_parameters
+from trak.loaders import count_of, ordered, size_of, spread
 from trak.pipeline import as_names
 from trak.projectors import KernelProjector, NoOpProjector
-from trak.strength import choose_strength, sampled, state_of
+from trak.projectors.dimension import EXACT
+from trak.savers import made_folder
+from trak.strength import choose_strength, known_strength, sampled, state_of
 from trak.traker import TRAKer
 
 logger = logging.getLogger(__name__)
@@ -56,18 +50,17 @@ def attribute(
     """Which training examples made a model predict these targets?
 
     TRAK with the settings that were best against retraining (docs/whitening.md); `TRAKer`
-    does the same step by step, with plain TRAK as its default. The model has its weights
-    and mode back afterwards. Everything is kept in `save_dir`: a call that was interrupted
-    goes on where it stopped, and one with another `exp_name` adds targets.
+    does so step by step, with plain TRAK as its default. The model has its weights and mode
+    back afterwards. `save_dir` keeps everything: a call that was interrupted goes on there,
+    others add targets (`exp_name`) or checkpoints, with the strength that was chosen first.
 
     Args:
         model: the model, on the device where it is to run.
         task: what is attributed, as for `TRAKer`.
-        train: batches of the training set in a fixed order: a `DataLoader` that does not
-            shuffle, or a list.
+        train: batches of it in a fixed order: a `DataLoader` that does not shuffle, a list.
         targets: batches of the examples whose predictions are to be explained.
-        checkpoints: state dicts, models, or functions that return a state dict, best of
-            independent trainings; the model as it is if None.
+        checkpoints: a list of state dicts, models, or functions that return a state dict,
+            best of independent trainings; the model as it is if None.
         save_dir: the store's folder.
         exp_name: name of this set of targets.
         whitening: 0 to 1; `"auto"` chooses by how well checkpoints agree.
@@ -81,27 +74,58 @@ def attribute(
         Scores, `[n, m]`, positive where adding the training example raises the target's
         model output.
     """
-    examples, aims = _batches("train", train), _batches("targets", targets)
+    folder = _folder(model, save_dir)
+    examples, aims = ordered("train", train), ordered("targets", targets)
     settings: dict[str, Any] = {
         "task": task,
-        "train_set_size": _count("training examples", examples),
+        "train_set_size": count_of("training examples", examples),
         "proj_dim": proj_dim,
         "lambda_reg": lambda_reg,
         "curvature": curvature,
         **options,
     }
-    settings |= _projection(model, settings)
+    settings |= _selection(model, settings)
     with _restored(model) as before:
-        states = [_apart(c, model, before) for c in checkpoints or [model]]
+        states = [_apart(c, model, before) for c in _listed(checkpoints, model)]
         if isinstance(whitening, str) and whitening == "auto":
-            whitening = _strength(model, states, examples, Path(save_dir), settings)
-        traker = TRAKer(model, save_dir=save_dir, whitening=whitening, **settings)
+            whitening = _strength(model, states, examples, folder, settings)
+        traker = TRAKer(model, save_dir=folder, whitening=whitening, **settings)
         return _Run(traker, states, progress).scores(examples, aims, exp_name)
+
+
+def _folder(model: Any, save_dir: Any) -> Path:
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}."
+        )
+    return made_folder(save_dir)
+
+
+def _listed(checkpoints: Any, model: nn.Module) -> list[Any]:
+    if checkpoints is None:
+        return [model]
+    one = isinstance(checkpoints, Mapping | nn.Module | str | bytes)
+    if one or not isinstance(checkpoints, Iterable):
+        raise InputTypeError(
+            "checkpoints must be a list of state dicts, models, or functions that return "
+            f"a state dict, got {type(checkpoints).__name__}. Put a single one into a "
+            "list."
+        )
+    found = list(checkpoints)
+    if not found:
+        raise InputError(
+            "checkpoints is empty: nothing says which weights are meant. Give at least "
+            "one, or leave checkpoints out for the weights that the model has now."
+        )
+    return found
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Generator[dict[str, Any]]:
-    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    before = {
+        name: value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
+        for name, value in model.state_dict().items()
+    }
     modes = {module: module.training for module in model.modules()}
     try:
         yield before
@@ -134,24 +158,23 @@ class _Run:
         self.progress = progress
 
     def scores(self, train: Any, targets: Any, exp_name: str) -> NDArray[Any]:
-        count = _count("targets", targets)
+        count = count_of("targets", targets)
         self.featurize(train)
-        self.traker.finalize_features()
+        own = range(len(self.states))  # of a store that may hold more
+        self.traker.finalize_features(model_ids=own)
         self.score(targets, exp_name, count)
-        return self.traker.finalize_scores(exp_name)
+        return self.traker.finalize_scores(exp_name, model_ids=own)
 
     def featurize(self, train: Any) -> None:
         count = self.traker.train_set_size
         for number, state in enumerate(self.states):
             self.traker.load_checkpoint(state_of(state), model_id=number)
-            if self.traker.saver.model_ids[number]["is_featurized"]:
-                continue
             if not self.traker.whitening_is_fitted:
-                wanted = max(1, round(len(train) * min(1, FITTED / count)))
-                spread = {j * len(train) // wanted for j in range(wanted)}
-                chosen = (b for j, b in enumerate(train) if j in spread)
+                places = spread(train, count, FITTED)
+                chosen = (b for j, b in enumerate(train) if j in places)
                 for batch in self._bar(chosen, number, "whitening", None):
                     self.traker.fit_whitening(batch=batch)
+            # rows that are there are not made again: their examples are compared
             for batch, rows in self._numbered(train, number, "training examples", count):
                 self.traker.featurize(batch=batch, inds=rows)
 
@@ -166,7 +189,7 @@ class _Run:
     ) -> Iterator[tuple[Any, range]]:
         start = 0
         for batch in self._bar(batches, number, what, count):
-            stop = start + _size(batch)
+            stop = start + size_of(batch)
             yield batch, range(start, stop)
             start = stop
 
@@ -178,52 +201,20 @@ class _Run:
         with tqdm(total=count, desc=f"{which}, {what}", **options) as bar:
             for batch in batches:
                 yield batch
-                bar.update(_size(batch))
+                bar.update(size_of(batch))
 
 
-def _batches(name: str, batches: Any) -> Any:
-    if isinstance(batches, DataLoader):
-        inner = getattr(batches.batch_sampler, "sampler", None)
-        ordered = all(isinstance(s, SequentialSampler) for s in (batches.sampler, inner))
-        if not ordered or getattr(batches.batch_sampler, "drop_last", True):
-            raise InputError(
-                f"{name} must give every example in the same order each time, so that row "
-                "i is example i: make its DataLoader with a batch size, shuffle=False and "
-                "drop_last=False."
-            )
-        return batches
-    if isinstance(batches, Iterator):
-        raise InputError(
-            f"{name} is iterated over several times, and {type(batches).__name__} only "
-            "once. Give a DataLoader, or a list of batches."
-        )
-    if not isinstance(batches, Collection) or isinstance(batches, Mapping | str):
-        raise InputTypeError(
-            f"{name} must be a DataLoader or a list of batches, got "
-            f"{type(batches).__name__}."
-        )
-    return batches
-
-
-def _size(batch: Any) -> int:
-    return batch_size(normalize(batch))
-
-
-def _count(what: str, batches: Any) -> int:
-    if isinstance(batches, DataLoader):
-        count = len(batches.dataset)  # pyright: ignore[reportArgumentType]
-    else:
-        count = sum(_size(batch) for batch in batches)
-    if not count:
-        raise InputError(f"Nothing to attribute: there are no {what}.")
-    return count
+def _selection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    names = as_names(settings.get("grad_wrt"))  # of which there is one pass, perhaps
+    own = {**settings, "grad_wrt": names}
+    return {"grad_wrt": names, **_projection(model, own)}
 
 
 def _projection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
     # no projection where rows are few; as coarse as other rows, since nothing is lost by it
     if settings["proj_dim"] != "auto" or settings.get("projector") is not None:
         return {}
-    chosen = select_parameters(model, as_names(settings.get("grad_wrt")))
+    chosen = select_parameters(model, settings["grad_wrt"])
     width = sum(p.numel() for p in chosen.values())
     few = 2 * settings["train_set_size"] * width <= EXACT_UP_TO
     return {"projector": NoOpProjector()} if few else {}
@@ -236,17 +227,19 @@ def _strength(
     folder: Path,
     settings: Mapping[str, Any],
 ) -> float:
-    known = folder / "metadata.json"
-    if known.exists():  # a call that goes on must not choose anew
-        found = json.loads(known.read_text("utf-8")).get("whitening")
-        return float(found["strength"]) if found else 0.0
+    known = known_strength(folder)
+    if known is not None:  # a call that goes on must not choose anew
+        return known
     count = settings["train_set_size"]
+    if settings["proj_dim"] == EXACT:  # the trial's folder may have less room
+        settings = {**settings, "proj_dim": "auto"}
+        settings |= _projection(model, settings)
     batches = sampled(train, len(train), math.ceil(count / len(train)))
     with tempfile.TemporaryDirectory() as trial:
         traker = TRAKer(model, save_dir=trial, whitening="auto", **settings)
         if isinstance(traker.projector, KernelProjector):  # agreement is told by a sketch
             sketched: dict[str, Any] = {**settings, "proj_dim": "auto", "projector": None}
-            folder = Path(trial) / "sketch"
-            traker = TRAKer(model, save_dir=folder, whitening="auto", **sketched)
+            beside = Path(trial) / "sketch"
+            traker = TRAKer(model, save_dir=beside, whitening="auto", **sketched)
         curvature = bool(settings["curvature"])
         return choose_strength(traker.pipeline, states, batches, curvature=curvature)

@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from trak.errors import InputTypeError
 from trak.evaluation.ranks import correlations
 from trak.pipeline import Pipeline
 from trak.projectors import LeadingProjector, NoOpProjector
+from trak.savers import read_object
 from trak.score_computers.auto_ridge import BY_STRENGTH, Situation, relative_ridge
 from trak.score_computers.curvature import roots, weighted
 from trak.whitening import Moments
@@ -104,6 +106,22 @@ def _is_useful(loss: Tensor, logistic: bool | None) -> bool:
     wrong = bool(loss.median() > _MOST_WRONG)
     alike = bool(loss.std() < _ALIKE * loss.mean())
     return probable and not (logistic and wrong and alike)
+
+
+def known_strength(folder: Path) -> float | None:
+    """The strength that a store was begun with.
+
+    Args:
+        folder: the store's.
+
+    Returns:
+        0 for none; None if there is no store yet.
+    """
+    path = folder / "metadata.json"
+    if not path.exists():
+        return None
+    found = read_object(path).get("whitening")
+    return float(found["strength"]) if found else 0.0
 
 
 def sampled(batches: Iterable[Any], num_batches: int, size: int) -> list[Any]:

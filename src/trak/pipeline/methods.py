@@ -61,7 +61,7 @@ METHODS = {
 NAMES = ("trak", *METHODS)
 
 
-def method_named(name: str) -> Method:
+def method_named(name: Any) -> Method:
     """Looks a method up.
 
     Args:
@@ -78,7 +78,7 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
-def group_matrix(groups: Sequence[Any] | None, num_targets: int) -> Tensor | None:
+def group_matrix(groups: Any, num_targets: int) -> Tensor | None:
     """Averages over groups of targets, as a matrix.
 
     Args:

@@ -1,7 +1,7 @@
 """A batch of examples to rows of projected gradients."""
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -240,7 +240,9 @@ class RowMaker:
 
             found, rows = self.with_copies(attempt)
             if projector is not None:
-                weights = self._loss_weights(piece, list(range(start, start + size)))
+                numbers = [f"{start + j} of the batch" for j in range(size)]
+                self._check(rows, piece, model_id, numbers)
+                weights = self._loss_weights(piece, numbers)
                 rows = torch.cat([rows, weights.to(rows)], dim=1)
             total.merge(found)
             return rows
@@ -274,7 +276,9 @@ class RowMaker:
         fitting = max(1, GRADIENT_BYTES // max(1, 4 * width))
         return min(fitting, self.computer.samples_at_once or fitting)
 
-    def _check(self, part: Tensor, piece: Batch, model_id: int, numbers: list[int]) -> None:
+    def _check(
+        self, part: Tensor, piece: Batch, model_id: int, numbers: Sequence[int | str]
+    ) -> None:
         if bool(torch.isfinite(part.sum(dim=1)).all()):
             return
         finite = torch.isfinite(part).all(dim=1)  # a sum of finite numbers may be infinite
@@ -287,7 +291,7 @@ class RowMaker:
                 "Look at the sample (NaN in its input?) and at the weights."
             )
 
-    def _loss_weights(self, batch: Batch, numbers: list[int]) -> Tensor:
+    def _loss_weights(self, batch: Batch, numbers: Sequence[int | str]) -> Tensor:
         weights: Any = self.computer.compute_loss_grad(batch)
         if not isinstance(weights, Tensor):
             raise InputTypeError(

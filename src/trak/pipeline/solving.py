@@ -36,7 +36,7 @@ class ScoreSet(NamedTuple):
 def score_sets(
     scorer: AbstractScoreComputer,
     exp_names: Iterable[str],
-    lambda_regs: Iterable[Ridge] | None,
+    lambda_regs: Any,
 ) -> list[ScoreSet]:
     """Every experiment at every ridge.
 

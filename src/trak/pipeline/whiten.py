@@ -91,6 +91,7 @@ class Whitener:
                 "nothing can be added. Featurize on, or use another save_dir."
             )
         found, rows = self.maker.fitted(batch, model_id, self.sketch)
+        found.refuse_nonfinite()
         self.sums.setdefault(model_id, Moments()).merge(found)
         if len(rows):
             chosen = self.chosen.setdefault(model_id, Chosen())

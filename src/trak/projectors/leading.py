@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak.blocks import Block, DenseBlock, IndexedBlock, Sink
-from trak.errors import InputError, PhaseError, StoreCorruptedError
+from trak.errors import InputError, NumericalError, PhaseError, StoreCorruptedError
 from trak.projectors.abstract import BlockProjector, ProjectionType
 from trak.whitening import Whitening
 
@@ -235,6 +235,11 @@ class LeadingProjector(BlockProjector):
             names.append(torch.full_like(most.indices, place))
             scores.append(most.values)
             numbers.append(most.indices)
+        if not scores:
+            raise NumericalError(
+                "Every gradient that whitening was fitted to is zero, so no coordinate of "
+                "them varies: does the model output depend on the selected parameters?"
+            )
         every = torch.cat(scores)
         order = every.argsort(descending=True, stable=True)[: self.proj_dim]
         _tell(len(order), float(every[order].sum(dtype=torch.float64)), sizes)

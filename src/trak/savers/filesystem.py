@@ -6,7 +6,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from trak.errors import StoreCorruptedError
+from trak.errors import InputError, InputTypeError, StoreCorruptedError
 
 
 def sync_directory(path: Path) -> None:
@@ -91,6 +91,27 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its value.
+
+    Raises:
+        StoreCorruptedError: if it is something else.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise StoreCorruptedError(
+            f"{path} should hold a JSON object, and holds {found!r:.80}. Restore it, or "
+            "use another folder."
+        )
+    return found
+
+
 def temporary_path(path: Path) -> Path:
     """A new, empty file beside `path`.
 
@@ -113,3 +134,29 @@ def _temporary_json(path: Path, value: Any) -> Path:
         file.flush()
         os.fsync(file.fileno())
     return temporary
+
+
+def made_folder(path: Any) -> Path:
+    """Makes a folder, and those above it, where they are not there.
+
+    Args:
+        path: what the user gave.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputTypeError: if it is no path.
+        InputError: if it cannot be one.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InputTypeError(f"save_dir must be the path of a folder, got {path!r}.")
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"save_dir={str(path)!r} cannot be a folder: {error}. Use a path where a "
+            "folder is, or may be made."
+        ) from error
+    return folder

@@ -18,7 +18,9 @@ from trak.errors import (
 from trak.savers import factor_files
 from trak.savers.filesystem import (
     create_json,
+    made_folder,
     read_json,
+    read_object,
     sync_directory,
 )
 from trak.savers.layout import StoreLayout, lowest_format
@@ -62,7 +64,7 @@ class MmapSaver(SideFiles):
         logging_level: int = logging.INFO,  # noqa: ARG002
         use_half_precision: bool = True,
     ) -> None:
-        self.save_dir = Path(save_dir).resolve()
+        self.save_dir = made_folder(save_dir).resolve()
         self.metadata = dict(metadata)
         self.train_set_size = train_set_size
         self.proj_dim = proj_dim
@@ -81,7 +83,7 @@ class MmapSaver(SideFiles):
 
     def _open(self) -> None:
         for name in ("", "scores", "experiments"):
-            (self.save_dir / name).mkdir(parents=True, exist_ok=True)
+            made_folder(self.save_dir / name)
         self._refuse_rows_of_unknown_settings()
         content = {"format": self.format, **self.metadata}
         if create_json(self.save_dir / "metadata.json", content):
@@ -125,7 +127,7 @@ class MmapSaver(SideFiles):
             raise StoreMismatchError(
                 f"{path} is gone: the store was moved or removed during the run."
             )
-        lines = differences({"format": self.format, **metadata}, read_json(path))
+        lines = differences({"format": self.format, **metadata}, read_object(path))
         if lines:
             shown = "\n".join(f"  - {line}" for line in lines[:12])
             more = f"\n  ... and {len(lines) - 12} more" if len(lines) > 12 else ""

@@ -89,6 +89,7 @@ class Chosen:
         self._loss = torch.empty(0, dtype=torch.float64)
         self._rows = torch.empty(0, 0)
         self._total = torch.empty(0, dtype=torch.float64)
+        self._arrivals = torch.empty(0, dtype=torch.int64)
         self._seen = 0
 
     def add(self, rows: Tensor, loss: Tensor) -> None:
@@ -101,7 +102,6 @@ class Chosen:
         if not self._seen:
             self._start(rows)
         self._total += (rows.T @ loss.to(rows)).flatten()
-        self._seen += len(rows)
         every = torch.cat([
             self._lots,
             torch.rand(len(rows), generator=self._generator, dtype=torch.float64),
@@ -111,6 +111,8 @@ class Chosen:
         places = (~kept[: len(self._lots)]).nonzero().flatten()
         winners = kept[len(self._lots) :].nonzero().flatten()
         self._lots[places] = every[len(self._lots) + winners]
+        self._arrivals[places] = self._seen + winners
+        self._seen += len(rows)
         self._loss[places] = loss.flatten().to("cpu", torch.float64)[winners]
         self._rows[places.to(rows.device)] = rows[winners.to(rows.device)]
 
@@ -119,6 +121,7 @@ class Chosen:
         most = max(1, min(SAMPLE, _SAMPLE_BYTES // (4 * rows.shape[1])))
         self._lots = torch.linspace(2, 1, most, dtype=torch.float64)
         self._loss = torch.zeros(most, dtype=torch.float64)
+        self._arrivals = torch.zeros(most, dtype=torch.int64)
         self._rows = rows.new_zeros(most, rows.shape[1])
         self._total = rows.new_zeros(rows.shape[1], dtype=torch.float64)
 
@@ -126,12 +129,14 @@ class Chosen:
         """What was chosen.
 
         Returns:
-            The examples; None if there is none, or a row is not finite.
+            The examples in the order in which they came, however they were cut into
+            batches; None if there is none, or a row is not finite.
         """
-        taken, rows = self._lots < 1, self._rows
-        if not bool(taken.any()):
+        taken, rows = (self._lots < 1).nonzero().flatten(), self._rows
+        if not len(taken):
             return None
-        if not bool(taken.all()):
+        taken = taken[self._arrivals[taken].argsort()]
+        if not torch.equal(taken, torch.arange(len(rows))):
             rows = rows[taken.to(rows.device)]
         kernel = _products(rows).float().cpu()
         pull = (rows @ (self._total / self._seen).to(rows)).cpu().double()

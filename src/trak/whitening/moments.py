@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak.blocks import Block, ConvolvedBlock, DenseBlock, IndexedBlock, MatrixBlock, Sink
-from trak.errors import InputError, StoreCorruptedError
+from trak.errors import InputError, NumericalError, StoreCorruptedError
 from trak.whitening.patches import occupied, second_moment, slides
 
 FORMAT = 1
@@ -117,6 +117,25 @@ class Moments:
                 f"Whitening sums of models of different shapes cannot be added: {error}"
             ) from error
         self.count += other.count
+
+    def refuse_nonfinite(self) -> None:
+        """Refuses sums that say nothing, before they are added to others.
+
+        Raises:
+            NumericalError: names the parameter.
+        """
+        parts = [
+            (name, s)
+            for (name, _), sums in self.matrices.items()
+            for s in (sums.left, sums.right)
+        ]
+        for name, part in [*parts, *self.squares.items()]:
+            if not torch.isfinite(part).all():
+                raise NumericalError(
+                    f"The whitening sums of {name!r} are not finite: a gradient of this "
+                    "batch is NaN, infinite, or too large to be squared. Nothing of the "
+                    "batch was added. Look at its examples, and at the weights."
+                )
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The sums as arrays, for a file.

@@ -16,6 +16,7 @@ STRENGTH = 0.4
 """The strength that `whitening="auto"` stands for; see docs/whitening.md."""
 DAMPING = 0.1
 """Of a layer's mean second moment; see docs/whitening.md."""
+_ROUNDING = 8  # machine epsilons: gradients that are smaller by so much may be zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class Whitening:
     `E[vec(G) vec(G)^T]`, so strength `alpha = 1` makes a layer's features about white,
     and 0 leaves them alone. For vectors, and where gradients come multiplied out,
     entries are divided by `(v + damping mean(v))^(alpha/2)` with `v` their mean square.
+    Parameters whose gradients are zero, or so small beside the largest ones that they may
+    be rounding (the biases of an attention layer's keys), are left alone.
 
     Args:
         moments: of the checkpoint's gradients.
@@ -78,30 +81,24 @@ class Whitening:
         self.scales: dict[str, Tensor] = {}
         self.bases: dict[str, tuple[Basis, Basis]] = {}
         self.mean_squares: dict[str, Tensor] = {}
-        for name, shape in self._shapes.items():
-            rows = shape[0] if shape else 1
-            columns = math.prod(shape[1:])
-            uses = [sums for (own, _), sums in moments.matrices.items() if own == name]
-            if uses:
-                left, right = _product(uses, moments.count)
-                if (len(left), len(right)) != (rows, columns):
-                    raise InputError(
-                        f"The whitening sums of {name!r} are of a matrix of "
-                        f"{len(left)} x {len(right)}, the parameter's shape is {shape}."
-                    )
-                half = math.sqrt(damping)
-                bases = (
-                    _basis(left, half, strength, name),
-                    _basis(right, half, strength, name),
-                )
-                if in_bases:
-                    self.bases[name] = (bases[0].to(dtype), bases[1].to(dtype))
-                else:
-                    self.sides[name] = Sides(*(basis.power().to(dtype) for basis in bases))
-            elif name in moments.squares:
-                mean = moments.squares[name].double() / moments.count
-                self.mean_squares[name] = mean
-                self.scales[name] = _basis(mean, damping, strength, name).powers.to(dtype)
+        factors = {
+            name: found
+            for name, shape in self._shapes.items()
+            if (found := _factors(moments, name, shape))
+        }
+        sizes = {name: _mean_square(sides) for name, sides in factors.items()}
+        least = max(sizes.values(), default=0.0) * _rounding(moments) ** 2
+        for name, sides in factors.items():
+            power = strength if sizes[name] > least else None
+            each = damping ** (1 / len(sides))
+            bases = [_basis(side, each, power) for side in sides]
+            if len(bases) == 1:
+                self.mean_squares[name] = sides[0]
+                self.scales[name] = bases[0].powers.to(dtype)
+            elif in_bases:
+                self.bases[name] = (bases[0].to(dtype), bases[1].to(dtype))
+            else:
+                self.sides[name] = Sides(*(basis.power().to(dtype) for basis in bases))
 
     def apply(self, block: Block) -> Block:
         """Whitens a block.
@@ -231,15 +228,43 @@ def _sum(sides: list[Tensor]) -> Tensor:
     return torch.stack(sides).sum(dim=0)
 
 
-def _basis(side: Tensor, damping: float, strength: float, name: str) -> Basis:
-    # with damping times the mean eigenvalue added
-    if not torch.isfinite(side).all():
+def _factors(moments: Moments, name: str, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    # of both sides, or the mean square of each entry; nothing if it was never seen
+    uses = [sums for (own, _), sums in moments.matrices.items() if own == name]
+    if uses:
+        found = _product(uses, moments.count)
+        expected = (shape[0] if shape else 1, math.prod(shape[1:]))
+        if tuple(map(len, found)) != expected:
+            raise InputError(
+                f"The whitening sums of {name!r} are of a matrix of "
+                f"{len(found[0])} x {len(found[1])}, the parameter's shape is {shape}."
+            )
+    elif name in moments.squares:
+        found = (moments.squares[name].double() / moments.count,)
+    else:
+        return ()
+    if not all(bool(torch.isfinite(side).all()) for side in found):
         raise NumericalError(
             f"The whitening sums of {name!r} are not finite: a gradient was NaN or "
             "infinite while they were added up. Look for NaN in the examples and weights."
         )
+    return found
+
+
+def _mean_square(sides: tuple[Tensor, ...]) -> float:
+    return math.prod(_trace(side) / len(side) for side in sides)
+
+
+def _rounding(moments: Moments) -> float:
+    # how large gradients that are zero may be, relative to the largest ones
+    parts = [*moments.squares.values(), *(sums.left for sums in moments.matrices.values())]
+    return _ROUNDING * max((torch.finfo(part.dtype).eps for part in parts), default=0.0)
+
+
+def _basis(side: Tensor, damping: float, strength: float | None) -> Basis:
+    # with damping times the mean eigenvalue added; None leaves gradients alone
     mean = _trace(side) / len(side)
-    if mean <= 0:  # gradients were zero, whatever they are divided by
+    if mean <= 0 or strength is None:
         values = side.new_zeros(len(side))
         vectors = None if side.ndim == 1 else torch.eye(len(side)).to(side)
         return Basis(vectors, values, torch.ones_like(values))

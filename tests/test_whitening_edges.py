@@ -1,0 +1,123 @@
+"""Whitening where gradients are zero, damaged, or hardly there."""
+
+import numpy as np
+import pytest
+import torch
+from tests import runs
+from torch import nn
+
+import trak
+from trak.errors import NumericalError
+from trak.whitening import Moments, Whitening
+
+N, M = 24, 5
+TASK = "image_classification"
+
+
+class Attention(nn.Module):
+    """Softmax does not see the key's bias, whose gradient is zero but for rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        weights = torch.softmax(self.query(x) @ self.key(x).mT / 8**0.5, dim=-1)
+        return self.head((weights @ self.value(x)).mean(dim=1))
+
+
+def attributed(model, x, y, folder, size, **options):
+    return trak.attribute(
+        model,
+        task=TASK,
+        train=runs.split((x[:N], y[:N]), size),
+        targets=[(x[N:], y[N:])],
+        save_dir=folder,
+        progress=False,
+        **options,
+    )
+
+
+def test_rounding_is_not_blown_up(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N + M, 5, 8, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (N + M,), generator=generator)
+    torch.manual_seed(0)
+    model = Attention().double()
+    options = {"whitening": 1.0, "lambda_reg": "1x", "row_dtype": "float32"}
+    exact = attributed(model, x, y, tmp_path / "a", 8, **options)
+    found = attributed(model.float(), x.float(), y, tmp_path / "b", 5, **options)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+
+
+def test_small_gradients_are_whitened_and_tiny_ones_are_not():
+    moments = Moments()
+    moments.count = 4
+    for name, size in {"large": 1.0, "small": 1e-3, "tiny": 1e-7}.items():
+        moments.squares[name] = torch.tensor([1.0, 2.0, 3.0]) * size**2
+    made = Whitening(moments, dict.fromkeys(moments.squares, (3,)), 1.0)
+    large, small, tiny = (made.scales[name] for name in ("large", "small", "tiny"))
+    torch.testing.assert_close(small, large * 1e3)
+    torch.testing.assert_close(tiny, torch.ones(3))
+
+
+class Divided(nn.Module):
+    """The output is finite where the gradient is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        z = self.linear(x) * x[:, :1]
+        return z / (1 + z.square().sum(dim=1, keepdim=True).sqrt())
+
+
+def test_an_example_without_a_gradient_does_not_spoil_the_store(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N + M, 6, generator=generator)
+    y = torch.randint(3, (N + M,), generator=generator)
+    torch.manual_seed(0)
+    model = Divided()
+    broken = x.clone()
+    broken[17, 0] = 0.0  # the derivative of sqrt at 0
+    with pytest.raises(NumericalError, match="sample 5 of the batch is not finite"):
+        attributed(model, broken, y, tmp_path, 12, whitening=0.4)
+    found = attributed(model, x, y, tmp_path, 12, whitening=0.4)
+    np.testing.assert_array_equal(
+        found, attributed(model, x, y, tmp_path.with_name("new"), 12, whitening=0.4)
+    )
+
+
+def test_sums_that_overflow_are_not_added(tmp_path):
+    model, train, _ = runs.data("mlp", N, M, torch.float32)
+    traker = runs.make_traker(model, N, tmp_path, whitening=0.5)
+    traker.load_checkpoint(model.state_dict(), model_id=0)
+    huge = train[0] * 1e25, train[1]
+    with pytest.raises(NumericalError, match="Nothing of the batch was added"):
+        traker.fit_whitening(batch=huge)
+    traker.fit_whitening(batch=train)
+    traker.featurize(batch=train, num_samples=N)
+    traker.finalize_features()
+
+
+class Constant(nn.Module):
+    """No parameter has a part in the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.linear(x) * 0.0
+
+
+@pytest.mark.parametrize("projector", ["leading", "rademacher"])
+def test_gradients_that_are_all_zero_are_said_to_be(projector, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N + M, 6, generator=generator)
+    y = torch.randint(3, (N + M,), generator=generator)
+    options = {"whitening": 0.4, "proj_dim": 16, "projector": projector}
+    with pytest.raises(NumericalError, match="zero"):
+        attributed(Constant(), x, y, tmp_path, 12, **options)
