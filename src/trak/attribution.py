@@ -19,7 +19,7 @@ from trak.loaders import count_of, ordered, size_of, spread
 from trak.pipeline import as_names
 from trak.projectors import KernelProjector, NoOpProjector
 from trak.projectors.dimension import EXACT
-from trak.savers import made_folder
+from trak.savers.filesystem import made_folder
 from trak.strength import choose_strength, known_strength, sampled, state_of
 from trak.traker import TRAKer
 

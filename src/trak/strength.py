@@ -22,7 +22,7 @@ from trak.errors import InputTypeError
 from trak.evaluation.ranks import correlations
 from trak.pipeline import Pipeline
 from trak.projectors import LeadingProjector, NoOpProjector
-from trak.savers import read_object
+from trak.savers.filesystem import read_object
 from trak.score_computers.auto_ridge import BY_STRENGTH, Situation, relative_ridge
 from trak.score_computers.curvature import roots, weighted
 from trak.whitening import Moments

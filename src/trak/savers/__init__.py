@@ -5,7 +5,6 @@ The files and what they mean are specified in FORMAT.md beside this module.
 
 from trak.errors import ModelIDException
 from trak.savers.abstract import AbstractSaver, Rows
-from trak.savers.filesystem import made_folder, read_object
 from trak.savers.mmap import MmapSaver
 from trak.savers.rows import RowGroup
 from trak.savers.view import CurrentStore
@@ -17,6 +16,4 @@ __all__ = [
     "ModelIDException",
     "RowGroup",
     "Rows",
-    "made_folder",
-    "read_object",
 ]
