@@ -12,7 +12,13 @@ from safetensors.torch import save_file
 from tests import cases, runs
 
 from trak.digests import state_digest
-from trak.errors import BankCorruptedError, BankMismatchError, InputError, InputTypeError
+from trak.errors import (
+    BankCorruptedError,
+    BankMismatchError,
+    InputError,
+    InputTypeError,
+    StoreCorruptedError,
+)
 from trak.evaluation import (
     Bank,
     bank_from_indices,
@@ -255,7 +261,7 @@ def test_saving_leaves_no_temporary_files_and_replaces(tmp_path):
     save_bank(full_bank(), tmp_path)
     save_bank(full_bank(name="new"), tmp_path)
     assert load_bank(tmp_path).name == "new"
-    with pytest.raises(InputError, match="must be JSON values"):
+    with pytest.raises(InputError, match="must hold JSON values"):
         save_bank(full_bank(recipe={"model": object()}), tmp_path)
     with pytest.raises(InputError, match="notes may not be called files"):
         save_bank(full_bank(notes={"files": 1}), tmp_path)
@@ -273,7 +279,7 @@ def test_saving_leaves_no_temporary_files_and_replaces(tmp_path):
         ({"examples": np.arange(20)}, r"examples must be integers of shape \(21,\)"),
         ({"examples": np.ones(21)}, "examples must be integers"),
         ({"checkpoints": ["abc"]}, "32 hexadecimal digits"),
-        ({"checkpoints": "0" * 32}, "put the one in a list"),
+        ({"checkpoints": "0" * 32}, "single one into a list"),
     ],
 )
 def test_banks_that_cannot_be_are_refused(changes, message):
@@ -337,6 +343,79 @@ def test_data_is_refused_by_hash():
     for other in ([x], [y, x], [x + 1e-6, y]):
         with pytest.raises(BankMismatchError, match="from data with the hash"):
             bank.check(data=other)
+
+
+def test_what_was_not_compared_is_warned_of(scored, tmp_path, caplog):
+    traker, train, checkpoints, _ = scored
+    hashes = example_hashes(train)
+    full_bank(checkpoints=checkpoints, examples=hashes).check(traker)
+    assert not [r for r in caplog.records if "compared" in r.getMessage()]
+    full_bank(checkpoints=checkpoints, examples=None).check(traker)
+    assert "records no training examples" in caplog.text
+    hashes[3:5] = 0
+    full_bank(checkpoints=checkpoints, examples=hashes).check(traker)
+    assert "2 of 21 training examples" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["checkpoint.json", "examples.mmap"])
+def test_a_damaged_store_says_so(file, scored, tmp_path):
+    traker, train, checkpoints, _ = scored
+    bank = full_bank(checkpoints=checkpoints, examples=example_hashes(train))
+    (tmp_path / "store" / "0" / file).write_bytes(b"{")
+    with pytest.raises(StoreCorruptedError, match=file):
+        bank.check(tmp_path / "store")
+    del traker
+
+
+def test_what_is_no_store_no_weights_and_no_data():
+    bank = full_bank()
+    for scored in (np.ones(3), torch.nn.Linear(2, 2), bank):
+        with pytest.raises(InputTypeError, match="scored must be the TRAKer"):
+            bank.check(scored)
+    for checkpoints in (3, torch.nn.Linear(2, 2), [torch.nn.Linear(2, 2)], [None]):
+        with pytest.raises(InputTypeError, match="state dict"):
+            bank.check(checkpoints=checkpoints)
+    with pytest.raises(InputTypeError, match="data must be"):
+        bank.check(data=3)
+    with pytest.raises(InputTypeError, match="recipe must be a dict"):
+        full_bank(recipe=None)
+    with pytest.raises(InputError, match="n must be an integer"):
+        masks_from_indices([[0, 1]], "3")
+    with pytest.raises(InputTypeError, match="indices must hold"):
+        masks_from_indices(3, 3)
+
+
+def test_a_bank_is_its_own_and_finite():
+    given = arrays()
+    bank = Bank(**given)
+    given["masks"][:] = False
+    assert bank.masks.any()
+    with pytest.raises(InputError, match="kept in float32"):
+        Bank(masks=bank.masks, outputs=bank.outputs.astype(np.float64) * 1e300)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n": 22},
+        {"n": 30},
+        {"n": 16},
+        {"n": -1},
+        {"n": None},
+        {"n": True},
+        {"version": True},
+        {"recipe": None},
+        {"name": 3},
+        {"checkpoints": 7},
+        {"data": 3},
+    ],
+)
+def test_a_description_that_contradicts_the_arrays(changes, tmp_path):
+    save_bank(full_bank(), tmp_path)
+    path = tmp_path / "bank.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(BankCorruptedError):
+        load_bank(tmp_path)
 
 
 def test_nothing_to_compare_is_an_error(tmp_path):

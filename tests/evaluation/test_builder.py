@@ -12,7 +12,13 @@ import pytest
 import torch
 from tests.evaluation import recipes
 
-from trak.errors import BankBuildError, BankCorruptedError, BankMismatchError, InputError
+from trak.errors import (
+    BankBuildError,
+    BankCorruptedError,
+    BankMismatchError,
+    InputError,
+    InputTypeError,
+)
 from trak.evaluation import BankPlan, build_bank, lds, load_bank
 
 PLAN = BankPlan(n=recipes.N, recipe={"ridge": 1}, subsets=5, seeds=2, data="d", mask_seed=3)
@@ -183,10 +189,69 @@ def test_what_evaluate_returns_is_checked(tmp_path):
     def uneven(model):
         return recipes.evaluate(model)[: 3 + (model[1] == 7)]
 
-    with pytest.raises(BankCorruptedError, match="2-1.npy holds 4 outputs.*3: evaluate"):
+    with pytest.raises(BankBuildError, match="evaluate returned 4 outputs, and 3 for"):
         build_bank(tmp_path, recipes.train, uneven, PLAN)
     with pytest.raises(BankBuildError, match="evaluate returned must be finite"):
         build_bank(tmp_path / "b", recipes.train, lambda _: [1.0, np.nan], PLAN)
+    with pytest.raises(BankBuildError, match="kept in float32"):
+        build_bank(tmp_path / "c", recipes.train, lambda _: [1.0, 1e300], PLAN)
+
+
+@pytest.mark.parametrize("what", ["examples", "checkpoints"])
+def test_a_build_does_not_go_on_with_other_data(what, tmp_path, monkeypatch):
+    monkeypatch.setenv("BANK_MARKER", str(tmp_path / "marker"))
+    given = {"examples": np.arange(1, 25), "checkpoints": ["0" * 32]}
+    other = {"examples": np.arange(2, 26), "checkpoints": ["1" * 32]}
+    with pytest.raises(BankBuildError, match="loss is infinite"):
+        build(tmp_path / "bank", recipes.fail_once, **given)
+    with pytest.raises(BankMismatchError, match=f"begun with other {what}"):
+        build(tmp_path / "bank", **{**given, what: other[what]})
+    assert build(tmp_path / "bank", **given).checkpoints == ("0" * 32,)
+
+
+def test_what_cannot_become_a_bank_is_refused_before_training(tmp_path):
+    trained = []
+
+    def train(indices, seed):
+        trained.append(seed)
+
+    for options in ({"name": 3}, {"plan": None}, {"checkpoints": 7}):
+        with pytest.raises(InputTypeError):
+            build(tmp_path, train, **options)
+    (tmp_path / "checkpoints.safetensors").write_bytes(b"junk")
+    with pytest.raises(BankCorruptedError):
+        build(tmp_path, train)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be the folder of a bank"):
+        build(tmp_path / "file", train)
+    for recipe in (None, "Adam"):
+        with pytest.raises(InputTypeError, match="recipe must be a dict"):
+            BankPlan(n=9, recipe=recipe)
+    with pytest.raises(InputError, match="recipe must hold JSON values"):
+        BankPlan(n=9, recipe={"rate": float("nan")})
+    with pytest.raises(InputTypeError, match="data must be a hash"):
+        BankPlan(n=9, recipe={}, data=np.ones(3))
+    assert not trained
+
+
+def test_a_damaged_work_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("BANK_MARKER", str(tmp_path / "marker"))
+    with pytest.raises(BankBuildError):
+        build(tmp_path / "bank", recipes.fail_once)
+    work = next((tmp_path / "bank" / "work").iterdir())
+    np.save(work / "0-0.npy", np.full(7, np.nan, np.float32))
+    with pytest.raises((BankCorruptedError, BankBuildError), match=r"0-0\.npy is damaged"):
+        build(tmp_path / "bank")
+    (work / "0-0.npy").unlink()
+    build(tmp_path / "bank")
+
+
+def test_training_may_read_its_input(tmp_path):
+    one = build(tmp_path / "one")
+    two = build(tmp_path / "two", recipes.read_input, workers=2)
+    np.testing.assert_array_equal(
+        one.outputs[..., : recipes.M], two.outputs[..., : recipes.M]
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,15 @@ def test_correlations_are_scipys_with_the_sign_of_the_effect():
     assert found.level == 0.95
 
 
+@pytest.mark.parametrize("scale", [1e-170, 1e-90, 1e170])
+def test_correlations_do_not_depend_on_units(scale):
+    scores, without = world()
+    expected = leave_one_out(scores, without, draws=10)
+    found = leave_one_out(scores * scale, without * min(scale, 1.0), draws=10)
+    assert found.pearson.value == pytest.approx(expected.pearson.value, rel=1e-9)
+    assert found.pearson.jointly.low == pytest.approx(expected.pearson.jointly.low)
+
+
 def test_some_examples_in_any_order():
     scores, without = world()
     rows = np.array([7, 3, 20, 21, 5])

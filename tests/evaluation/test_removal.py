@@ -104,9 +104,30 @@ def test_removed_indices_take_the_first_of_equals():
 
 
 def test_bad_input_is_refused():
-    for fraction, count in ((0.0, 0), (1.0, 20), (0.01, 0), (-0.2, -4)):
+    for fraction in (-0.2, np.nan, np.inf, "a", None, [0.1, 0.2]):
+        with pytest.raises(InputError, match="fraction must be a finite number"):
+            removed_indices(EFFECTS, fraction, "top")
+    for side in ("Top", "", None):
+        with pytest.raises(InputError, match="side must be one of"):
+            removed_indices(EFFECTS, 0.1, side)
+    for seed in (-1, 1.5, "3", None):
+        with pytest.raises(InputError, match="seed must be an integer"):
+            removed_indices(EFFECTS, 0.1, "random", seed=seed)
+    one, *others = (
+        removed_indices(EFFECTS, 0.1, "random", seed=s) for s in (3, np.int64(3), [3])
+    )
+    for other in others:
+        np.testing.assert_array_equal(other, one)
+    for fraction, count in ((0.0, 0), (1.0, 20), (0.01, 0)):
         with pytest.raises(InputError, match=f"removes {count} of 20"):
             removal_curve(EFFECTS, train, evaluate, [fraction])
+    trained = []
+    for options in ({"level": 95}, {"draws": 0}, {"seed": 1.5}, {"seed": -1}):
+        with pytest.raises(InputError):
+            removal_curve(
+                EFFECTS, trained.append, evaluate, [0.1], sides=["top"], **options
+            )
+    assert not trained
     for sides in (["bottom"], ["top", "left"]):
         with pytest.raises(InputError, match="with 'top'"):
             removal_curve(EFFECTS, train, evaluate, [0.1], sides=sides)

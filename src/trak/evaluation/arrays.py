@@ -167,3 +167,27 @@ def _as_numpy(name: str, value: Any) -> NDArray[Any]:
         return np.asarray(value)
     except ValueError as error:
         raise InputError(f"{name} is no array: {error}.") from error
+
+
+def as_single(name: str, values: Floats) -> NDArray[np.float32]:
+    """Rounds to float32.
+
+    Args:
+        name: the argument, for the message.
+        values: finite.
+
+    Returns:
+        The same, finite.
+
+    Raises:
+        InputError: if one is too large for float32.
+    """
+    with np.errstate(over="ignore"):
+        found = values.astype(np.float32)
+    if not np.isfinite(found).all():
+        place = tuple(int(i[0]) for i in np.nonzero(~np.isfinite(found)))
+        raise InputError(
+            f"{name} are kept in float32, which ends at 3.4e38; got {values[place]:g} at "
+            f"{place}. Scale the outputs."
+        )
+    return found

@@ -13,6 +13,7 @@ import numpy as np
 
 from trak.errors import BankCorruptedError, InputError
 from trak.evaluation.banks import Bank
+from trak.evaluation.described import as_json
 from trak.evaluation.hashes import hashes_of
 from trak.evaluation.weights import WEIGHTS, load_checkpoints
 
@@ -46,26 +47,10 @@ def save_bank(bank: Bank, folder: str | Path) -> None:
     Args:
         bank: the bank.
         folder: created if absent; a bank in it is replaced.
-
-    Raises:
-        InputError: if the folder holds the weights of other checkpoints, or the recipe or a
-            note is nothing that JSON can hold.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / WEIGHTS).exists():
-        lying = hashes_of(load_checkpoints(folder))
-        if lying != bank.checkpoints:
-            raise InputError(
-                f"{folder / WEIGHTS} holds {len(lying)} checkpoints, which are not the "
-                f"{len(bank.checkpoints)} of the bank. Use another folder, or take them "
-                "away."
-            )
+    folder = prepared(folder, bank)
     manifest = _manifest(bank)
-    try:
-        json.dumps(manifest)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"recipe and notes must be JSON values: {error}.") from error
+    as_json("recipe and notes", manifest)
     arrays: dict[str, Any] = {
         "masks": np.packbits(bank.masks, axis=1),
         "outputs": bank.outputs,
@@ -77,6 +62,35 @@ def save_bank(bank: Bank, folder: str | Path) -> None:
     manifest["files"] = {name: file_hash(folder / name) for name in present}
     text = json.dumps(manifest, indent=1) + "\n"
     replace_file(folder / MANIFEST, lambda file: file.write(text.encode()))
+
+
+def prepared(folder: str | Path, bank: Bank) -> Path:
+    """Makes the folder of a bank that is to be written.
+
+    Args:
+        folder: created if absent.
+        bank: the bank; its outputs do not matter.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: if it cannot be made, or holds the weights of other checkpoints.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be the folder of a bank: {error}.") from error
+    if (folder / WEIGHTS).exists():
+        lying = hashes_of(load_checkpoints(folder))
+        if lying != bank.checkpoints:
+            raise InputError(
+                f"{folder / WEIGHTS} holds {len(lying)} checkpoints, which are not the "
+                f"{len(bank.checkpoints)} of the bank. Use another folder, or take them "
+                "away."
+            )
+    return folder
 
 
 def load_bank(folder: str | Path) -> Bank:
@@ -101,8 +115,11 @@ def load_bank(folder: str | Path) -> Bank:
             f"{path} describes no bank ({error!r}). A folder without it is no bank, or one "
             "whose build has not ended."
         ) from error
-    if version != VERSION:
-        raise BankCorruptedError(f"{path} is of version {version}, this reads {VERSION}.")
+    if type(version) is not int or version != VERSION:
+        raise BankCorruptedError(
+            f"{path} is of version {version!r}, this reads {VERSION}. Use the version of "
+            "this library that wrote it, or fetch or build the bank again."
+        )
     _check_files(folder, files)
     try:
         return _bank(folder, manifest, has_weights=WEIGHTS in files)
@@ -184,11 +201,21 @@ def _bank(folder: Path, manifest: dict[str, Any], *, has_weights: bool) -> Bank:
     with np.load(folder / TRUTH, allow_pickle=False) as truth:
         packed, outputs = truth["masks"], truth["outputs"]
         optional = {name: truth[name] for name in ("seeds", "examples") if name in truth}
-    masks = np.unpackbits(packed, axis=1, count=manifest["n"]).astype(np.bool_)
+    n = manifest["n"]
+    if type(n) is not int or packed.ndim != 2 or packed.shape[1] != -(-n // 8):
+        raise ValueError(f"masks are packed as {packed.shape}, bank.json says n = {n!r}")
+    whole = np.unpackbits(packed, axis=1).astype(np.bool_)
+    masks = whole[:, :n]
+    if whole[:, n:].any():
+        raise ValueError(f"masks name examples beyond n = {n}")
     expected = tuple(manifest[name] for name in ("subsets", "seeds", "targets"))
     if outputs.shape != expected:
         raise ValueError(f"outputs are {outputs.shape}, bank.json says {expected}")
     hashes = tuple(manifest.get("checkpoint_hashes", ()))
+    if hashes and manifest.get("checkpoints") != len(hashes):
+        raise ValueError(
+            f"checkpoints is {manifest.get('checkpoints')!r}, with {len(hashes)} hashes"
+        )
     if has_weights:
         lying = hashes_of(load_checkpoints(folder))
         if hashes and hashes != lying:

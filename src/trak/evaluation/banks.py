@@ -1,5 +1,6 @@
 """Ground-truth banks: what retraining says, and what it was retrained from."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,14 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.errors import BankMismatchError, InputError
+from trak.arguments import as_integer
+from trak.errors import BankMismatchError, InputError, InputTypeError
 from trak.evaluation.arrays import (
     Booleans,
     as_floats,
     as_masks,
     as_outputs,
+    as_single,
     check_length,
 )
+from trak.evaluation.described import check_described
 from trak.evaluation.hashes import (
     data_hash,
     hashes_of,
@@ -23,6 +27,8 @@ from trak.evaluation.hashes import (
     stored_examples,
     stored_hash,
 )
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -57,12 +63,13 @@ class Bank:
     notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
+        check_described(self.name, self.recipe, self.data)
         masks = as_masks("masks", self.masks, axes=("subset", "training example"))
         outputs = as_outputs("outputs", self.outputs, "subset")
         check_length(len(outputs), len(masks), "The subsets of outputs", "masks")
         given: dict[str, Any] = {
-            "masks": masks,
-            "outputs": outputs.astype(np.float32),
+            "masks": masks.copy(),
+            "outputs": as_single("outputs", outputs),
             "checkpoints": hashes_of(self.checkpoints),
         }
         if self.seeds is not None:
@@ -88,7 +95,8 @@ class Bank:
 
         Args:
             scored: the `TRAKer` that made the scores, or its store's folder: its
-                checkpoints must be among the bank's, and its training examples the same.
+                checkpoints must be among the bank's, and its training examples the same,
+                which is warned of where the bank or the store does not know them.
             checkpoints: state dicts, or hashes, that scores were made from.
             data: what `data_hash` makes of the data, or the list of its arguments.
 
@@ -96,6 +104,7 @@ class Bank:
 
         Raises:
             InputError: if nothing was given, or the bank does not record what is compared.
+            InputTypeError: if the data are of another kind.
         """
         if scored is None and checkpoints is None and data is None:
             raise InputError("Nothing to check: give a TRAKer, checkpoints= or data=.")
@@ -109,6 +118,11 @@ class Bank:
             hashes = hashes_of(checkpoints)
             self._check_checkpoints({f"number {j}": h for j, h in enumerate(hashes)})
         if data is not None:
+            if not isinstance(data, str | Iterable):
+                raise InputTypeError(
+                    "data must be what data_hash gave, or the list of its arguments, got "
+                    f"{type(data).__name__}."
+                )
             self._check_data(data if isinstance(data, str) else data_hash(*data))
 
     def _check_checkpoints(self, found: Mapping[str, str]) -> None:
@@ -130,6 +144,7 @@ class Bank:
     def _check_examples(self, folder: Path) -> None:
         known = stored_examples(folder)
         if known is None:
+            _log.warning("%s holds no examples yet, so none was compared.", folder)
             return
         if len(known) != self.n:
             raise BankMismatchError(
@@ -137,7 +152,22 @@ class Bank:
                 f"about {self.n}."
             )
         if self.examples is None:
+            _log.warning(
+                "Bank %r records no training examples, so nobody compared them with those "
+                "of %s. Make it with examples=example_hashes(...), or give data=.",
+                self.name,
+                folder,
+            )
             return
+        unknown = int(((known == 0) | (self.examples == 0)).sum())
+        if unknown:
+            _log.warning(
+                "%d of %d training examples of %s were not compared: nothing is known of "
+                "them here or in the bank.",
+                unknown,
+                self.n,
+                folder,
+            )
         other = np.flatnonzero(
             (known != 0) & (self.examples != 0) & (known != self.examples)
         )
@@ -158,7 +188,7 @@ class Bank:
             )
 
 
-def masks_from_indices(indices: Iterable[Any], n: int) -> Booleans:
+def masks_from_indices(indices: Any, n: int) -> Booleans:
     """Turns lists of training examples into masks.
 
     Args:
@@ -170,7 +200,14 @@ def masks_from_indices(indices: Iterable[Any], n: int) -> Booleans:
 
     Raises:
         InputError: if an index is out of range or comes twice in a subset.
+        InputTypeError: if there are no lists.
     """
+    n = as_integer("n", n, least=1)
+    if not isinstance(indices, Iterable):
+        raise InputTypeError(
+            "indices must hold, for each subset, the numbers of its training examples, got "
+            f"{type(indices).__name__}."
+        )
     rows = [as_floats("indices", row, axes=("example of a subset",)) for row in indices]
     masks = np.zeros((len(rows), n), dtype=bool)
     for number, (mask, row) in enumerate(zip(masks, rows, strict=True)):

@@ -14,11 +14,16 @@ import numpy as np
 import torch
 
 from trak.arguments import as_integer
-from trak.errors import BankBuildError, BankMismatchError, InputError
-from trak.evaluation.bank_files import MANIFEST, load_bank, save_bank
+from trak.errors import (
+    BankBuildError,
+    BankMismatchError,
+    InputError,
+    InputTypeError,
+)
+from trak.evaluation.bank_files import MANIFEST, load_bank, prepared, save_bank
 from trak.evaluation.banks import Bank
 from trak.evaluation.functions import name_of
-from trak.evaluation.hashes import hashes_of
+from trak.evaluation.hashes import data_hash, hashes_of
 from trak.evaluation.plan import MASK_RULE, SEED_RULE, BankPlan, Job
 from trak.evaluation.processes import Outcome, run_jobs
 from trak.evaluation.work import Evaluate, Train, WorkFolder
@@ -72,7 +77,7 @@ def build_bank(
     count = as_integer("workers", workers, least=1)
     threads = as_integer("threads", threads, least=1)
     bank = _empty(plan, name, examples, checkpoints)  # checked before hours of work
-    folder = Path(folder)
+    folder = prepared(folder, bank)
     if (folder / MANIFEST).exists():
         return _finished(folder, plan, bank)
     if IN_WORKER in os.environ:
@@ -81,7 +86,7 @@ def build_bank(
             'call under `if __name__ == "__main__":`.'
         )
     work = WorkFolder(folder / "work" / plan.key)
-    work.create(plan)
+    work.create(plan, _about(bank))
     jobs = [job for job in plan.jobs() if not work.has(job)]
     if count > 1:
         outcomes = _elsewhere(jobs, plan, work, train, evaluate, count, threads)
@@ -92,11 +97,13 @@ def build_bank(
 
 
 def _empty(
-    plan: BankPlan,
+    plan: Any,
     name: str,
     examples: Any,
     checkpoints: Iterable[Mapping[str, Any] | str],
 ) -> Bank:
+    if not isinstance(plan, BankPlan):
+        raise InputTypeError(f"plan must be a BankPlan, got {type(plan).__name__}.")
     seeds = np.zeros((plan.subsets, plan.seeds), dtype=np.int64)
     for job in plan.jobs():
         seeds[job.subset, job.repetition] = job.seed
@@ -213,7 +220,14 @@ def _watch(
         )
 
 
+def _about(bank: Bank) -> dict[str, Any]:
+    examples = None if bank.examples is None else data_hash(bank.examples)
+    return {"examples": examples, "checkpoints": list(bank.checkpoints)}
+
+
 def _finish(folder: Path, plan: BankPlan, work: WorkFolder, bank: Bank) -> Bank:
+    if (folder / MANIFEST).exists():  # another process was faster
+        return _finished(folder, plan, bank)
     save_bank(replace(bank, outputs=work.collect(plan)), folder)
     shutil.rmtree(work.path)
     if not any(work.path.parent.iterdir()):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Module
 
 from trak.batches import normalize
 from trak.digests import example_digests, state_digest
-from trak.errors import InputError, InputTypeError
+from trak.errors import InputError, InputTypeError, StoreCorruptedError
 
 
 def data_hash(*parts: Any) -> str:
@@ -58,7 +60,7 @@ def example_hashes(batch: Any) -> NDArray[np.int64]:
     return example_digests(normalize(batch))
 
 
-def checkpoint_hash(checkpoint: Mapping[str, Any] | str) -> str:
+def checkpoint_hash(checkpoint: Any) -> str:
     """Hashes weights as a `TRAKer`'s store does.
 
     Args:
@@ -70,7 +72,13 @@ def checkpoint_hash(checkpoint: Mapping[str, Any] | str) -> str:
 
     Raises:
         InputError: if a hash does not look like one.
+        InputTypeError: if it is something else.
     """
+    if not isinstance(checkpoint, str | Mapping):
+        raise InputTypeError(
+            "A checkpoint is a state dict, or its content hash, got "
+            f"{type(checkpoint).__name__}. Of a model, give model.state_dict()."
+        )
     if not isinstance(checkpoint, str):
         return state_digest(checkpoint)
     if not re.fullmatch(r"[0-9a-f]{32}", checkpoint):
@@ -92,8 +100,15 @@ def stored_checkpoints(store: Any) -> dict[int, Path]:
 
     Raises:
         InputError: if there are none.
+        InputTypeError: if it is something else.
     """
-    folder = Path(getattr(store, "save_dir", store))
+    path = getattr(store, "save_dir", store)
+    if not isinstance(path, str | os.PathLike):
+        raise InputTypeError(
+            "scored must be the TRAKer that made the scores, or its store's folder, got "
+            f"{type(store).__name__}. Weights are given as checkpoints=."
+        )
+    folder = Path(path)
     found = {
         int(path.parent.name): path.parent
         for path in sorted(folder.glob("*/checkpoint.json"))
@@ -115,8 +130,18 @@ def stored_hash(folder: Path) -> str:
 
     Returns:
         32 hexadecimal digits.
+
+    Raises:
+        StoreCorruptedError: if the file is damaged.
     """
-    return json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))["digest"]
+    path = folder / "checkpoint.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["digest"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreCorruptedError(
+            f"{path} does not say which weights it is about ({error!r}). Remove its folder "
+            "and featurize again."
+        ) from error
 
 
 def stored_examples(folder: Path) -> NDArray[np.int64] | None:
@@ -127,15 +152,24 @@ def stored_examples(folder: Path) -> NDArray[np.int64] | None:
 
     Returns:
         `[n]`, 0 where unknown; None if nothing was featurized.
+
+    Raises:
+        StoreCorruptedError: if the file is damaged.
     """
     path = folder / "examples.mmap"
     if not path.exists():
         return None
-    with path.open("rb") as file:  # a .npy file, whatever it is called
-        return np.lib.format.read_array(file, allow_pickle=False)[:, 0]
+    try:
+        with path.open("rb") as file:  # a .npy file, whatever it is called
+            return np.lib.format.read_array(file, allow_pickle=False)[:, 0]
+    except (ValueError, EOFError, IndexError) as error:
+        raise StoreCorruptedError(
+            f"{path} is no array of examples' hashes any more. Remove its folder and "
+            "featurize again."
+        ) from error
 
 
-def hashes_of(checkpoints: Iterable[Mapping[str, Any] | str]) -> tuple[str, ...]:
+def hashes_of(checkpoints: Any) -> tuple[str, ...]:
     """Hashes several checkpoints.
 
     Args:
@@ -145,8 +179,12 @@ def hashes_of(checkpoints: Iterable[Mapping[str, Any] | str]) -> tuple[str, ...]
         Their hashes.
 
     Raises:
-        InputTypeError: if a single one was given.
+        InputTypeError: if a single one was given, or something else.
     """
-    if isinstance(checkpoints, str | Mapping):
-        raise InputTypeError("checkpoints must be a list of them: put the one in a list.")
+    single = isinstance(checkpoints, str | Mapping | Module)
+    if single or not isinstance(checkpoints, Iterable):
+        raise InputTypeError(
+            "checkpoints must be a list of state dicts or hashes, got "
+            f"{type(checkpoints).__name__}. Put a single one into a list."
+        )
     return tuple(checkpoint_hash(checkpoint) for checkpoint in checkpoints)

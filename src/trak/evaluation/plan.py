@@ -11,6 +11,7 @@ import numpy as np
 from trak.arguments import as_integer, as_number
 from trak.errors import InputError
 from trak.evaluation.arrays import Booleans
+from trak.evaluation.described import as_json, check_described
 
 SEED_RULE = "repetition * subsets + subset"
 MASK_RULE = "numpy.random.default_rng(mask_seed), permutation(n)[:subset_size] a subset"
@@ -64,10 +65,8 @@ class BankPlan:
             for name, value in least.items()
         }
         given["fraction"] = as_number("fraction", self.fraction, zero=False)
-        try:
-            given["recipe"] = json.loads(json.dumps(dict(self.recipe)))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"recipe must hold JSON values: {error}.") from error
+        check_described("", self.recipe, self.data)
+        given["recipe"] = json.loads(as_json("recipe", dict(self.recipe)))
         for name, value in given.items():
             object.__setattr__(self, name, value)
         if not 0 < self.subset_size < self.n:

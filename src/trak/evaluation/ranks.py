@@ -86,6 +86,8 @@ def _deviations(kind: Correlation, column: Floats, weights: Floats) -> Floats:
     if kind == "spearman":
         # the mean of average ranks follows from their number alone
         return weighted_ranks(column, weights) - (weights[0].sum() + 1) / 2
+    # by a power of two, which rounds nothing: squares must neither vanish nor overflow
+    column = np.ldexp(column, -int(np.frexp(np.abs(column).max())[1]))
     means = weights @ column / weights.sum(axis=1)
     return column - means[:, None]
 

@@ -1,14 +1,14 @@
 """Counterfactual removal: what happens without the examples that scores point at?"""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.arguments import as_integer
+from trak.arguments import as_integer, as_number
 from trak.errors import InputError
 from trak.evaluation.arrays import Floats, as_floats, as_outputs, check_length
 from trak.evaluation.intervals import CONTROLS, TARGETS, Bootstrap
@@ -87,12 +87,14 @@ def removal_curve(
         together: remove the same examples for all targets, by the sum of their scores.
         level: nominal coverage of the intervals.
         draws: bootstrap resamples.
-        seed: of the bootstrap and of the random removals.
+        seed: of the bootstrap and of the random removals: those of repetition `r` are
+            `removed_indices(..., "random", seed=[seed, r])`.
         progress: called with the trainings done and those to do.
 
     Returns:
         The curve.
     """
+    Bootstrap.of(level, draws, seed)  # refused before anything is trained
     numbers = as_floats("scores", scores, axes=("training example", "target"))
     repeats = as_integer("seeds", seeds, least=1)
     ranked = numbers.sum(axis=1, keepdims=True) if together else numbers
@@ -159,7 +161,7 @@ def removal_curve_from_outputs(
 
 
 def removed_indices(
-    scores: Any, fraction: float, side: Side, *, seed: int | Sequence[int] = 0
+    scores: Any, fraction: float, side: Side, *, seed: Any = 0
 ) -> list[NDArray[np.int64]]:
     """Which examples to train without.
 
@@ -167,25 +169,28 @@ def removed_indices(
         scores: `[n, m]`.
         fraction: of the training set, rounded to a number of examples.
         side: the largest scores, the smallest, or random ones.
-        seed: of the random ones.
+        seed: of the random ones; a number of at least 0, or several.
 
     Returns:
         Indices, ascending, for each target; only one set for `"random"`, which serves all.
         Of equal scores the first examples are taken.
 
     Raises:
-        InputError: if nothing or everything would be removed.
+        InputError: if nothing or everything would be removed, or there is no such side.
     """
+    if side not in SIDES:
+        raise InputError(f"side must be one of {SIDES}, got {side!r}.")
     numbers = as_floats("scores", scores, axes=("training example", "target"))
     n = len(numbers)
-    count = round(float(fraction) * n)
+    count = round(as_number("fraction", fraction, zero=True) * n)
     if not 0 < count < n:
         raise InputError(
             f"A fraction of {fraction} removes {count} of {n} examples; it must leave some "
             "and remove some."
         )
     if side == "random":
-        words = [seed] if isinstance(seed, int) else list(seed)
+        given = seed if isinstance(seed, Sequence | np.ndarray) else [seed]
+        words = [as_integer("seed", word, least=0) for word in given]
         rng = np.random.default_rng([*words, CONTROLS, count])
         return [np.sort(rng.permutation(n)[:count])]
     sign = -1.0 if side == "top" else 1.0
@@ -193,11 +198,10 @@ def removed_indices(
     return [np.sort(column[:count]) for column in order.T]
 
 
-def _plan(
-    scores: Floats, fractions: Any, sides: Sequence[Side], seeds: int, seed: int
-) -> _Plan:
-    wanted: list[Side] = [side for side in SIDES if side in sides]
-    if "top" not in wanted or set(sides) - set(SIDES):
+def _plan(scores: Floats, fractions: Any, sides: Any, seeds: int, seed: int) -> _Plan:
+    listed = isinstance(sides, Collection) and not isinstance(sides, str)
+    wanted: list[Side] = [side for side in SIDES if listed and side in sides]
+    if "top" not in wanted or any(side not in SIDES for side in sides):
         raise InputError(f"sides must be some of {SIDES}, with 'top', got {sides!r}.")
     return {
         side: [

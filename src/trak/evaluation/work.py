@@ -1,7 +1,7 @@
 """One small file for each model of a bank that was trained: what a build goes on from."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trak.errors import BankCorruptedError
-from trak.evaluation.arrays import Booleans, as_floats
+from trak.errors import BankCorruptedError, BankMismatchError, InputError
+from trak.evaluation.arrays import Booleans, as_floats, as_single
 from trak.evaluation.bank_files import replace_file
 from trak.evaluation.plan import BankPlan, Job
 
@@ -29,15 +29,32 @@ class WorkFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def create(self, plan: BankPlan) -> None:
+    def create(self, plan: BankPlan, about: Mapping[str, Any]) -> None:
         """Makes the folder and says in it whose it is.
 
         Args:
             plan: the bank's.
+            about: what else the models are of, as JSON values.
+
+        Raises:
+            BankMismatchError: if models in it are of something else.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(plan), indent=1) + "\n"
-        replace_file(self.path / "plan.json", lambda file: file.write(text.encode()))
+        path = self.path / "about.json"
+        known = _read(path) if path.exists() else about
+        if known != about:
+            others = sorted(key for key in about if known.get(key) != about[key])
+            raise BankMismatchError(
+                f"{self.path} holds models of a build that was begun with other "
+                f"{' and '.join(others)}. Go on with those, build in another folder, or "
+                "delete this one."
+            )
+        for name, value in (("plan", asdict(plan)), ("about", about)):
+            text = json.dumps(value, indent=1) + "\n"
+            replace_file(
+                self.path / f"{name}.json",
+                lambda file, text=text: file.write(text.encode()),
+            )
 
     def has(self, job: Job) -> bool:
         """Whether a model was trained.
@@ -60,13 +77,22 @@ class WorkFolder:
             mask: the subset, `[n]`.
             train: the user's.
             evaluate: the user's.
+
+        Raises:
+            InputError: if there are more or fewer outputs than those of other models.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.seed)
             model = train(np.flatnonzero(mask), job.seed)
             outputs = evaluate(model)
         found = as_floats("What evaluate returned", outputs, axes=("target",))
-        array = found.astype(np.float32)
+        array = as_single("What evaluate returned", found)
+        other = next((f for f in self.path.glob("*-*.npy") if f != self._file(job)), None)
+        if other is not None and len(_load(other)) != len(array):
+            raise InputError(
+                f"evaluate returned {len(array)} outputs, and {len(_load(other))} for "
+                f"another model ({other}): it must return one for each target."
+            )
         replace_file(self._file(job), lambda file: np.save(file, array, allow_pickle=False))
 
     def collect(self, plan: BankPlan) -> NDArray[np.float32]:
@@ -93,15 +119,34 @@ class WorkFolder:
         return np.stack(outputs).reshape(plan.seeds, plan.subsets, -1).swapaxes(0, 1)
 
     def _read(self, job: Job) -> NDArray[np.float32]:
-        path = self._file(job)
-        try:
-            found = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise BankCorruptedError(
-                f"{path} is damaged ({error}). Delete it and build again: only this model "
-                "is trained anew."
-            ) from error
-        return found
+        return _load(self._file(job))
 
     def _file(self, job: Job) -> Path:
         return self.path / f"{job.subset}-{job.repetition}.npy"
+
+
+def _load(path: Path) -> NDArray[np.float32]:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise BankCorruptedError(_damaged(path, type(error).__name__)) from error
+    if found.ndim != 1 or found.dtype != np.float32 or not np.isfinite(found).all():
+        raise BankCorruptedError(_damaged(path, "not finite numbers of one axis"))
+    return found
+
+
+def _damaged(path: Path, why: str) -> str:
+    return (
+        f"{path} is damaged ({why}). Delete it and build again: only this model is "
+        "trained anew."
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise BankCorruptedError(
+            f"{path} is damaged ({error}). Delete its folder and build again."
+        ) from error
+    return found if isinstance(found, dict) else {}

@@ -21,7 +21,10 @@ def main() -> None:
     """Answers the first line, the set-up, and then each job, until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what training prints must not be taken for an answer
-    setup = json.loads(sys.stdin.readline())
+    questions = os.fdopen(os.dup(0), encoding="utf-8")
+    with Path(os.devnull).open(encoding="utf-8") as nothing:
+        os.dup2(nothing.fileno(), 0)  # training, and what it starts, must not take a job
+    setup = json.loads(questions.readline())
     try:
         sys.path[:], sys.argv[:] = setup["path"], setup["argv"]
         torch.set_num_threads(setup["threads"])
@@ -32,7 +35,7 @@ def main() -> None:
         _answer(answers, traceback.format_exc())
         return
     _answer(answers, None)
-    for line in sys.stdin:
+    for line in questions:
         job = Job(*json.loads(line))
         try:
             folder.train(job, masks[job.subset], train, evaluate)

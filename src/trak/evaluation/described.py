@@ -1,0 +1,49 @@
+"""What a bank says about itself in JSON."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from trak.errors import InputError, InputTypeError
+
+
+def check_described(name: Any, recipe: Any, data: Any) -> None:
+    """Refuses what cannot be written into a bank.
+
+    Args:
+        name: a text.
+        recipe: what JSON can hold, by name.
+        data: a hash as `data_hash` gives it, or None.
+
+    Raises:
+        InputTypeError: if one is of another kind.
+    """
+    if not isinstance(name, str):
+        raise InputTypeError(f"name must be a text, got {name!r}.")
+    if not isinstance(recipe, Mapping):
+        raise InputTypeError(
+            f"recipe must be a dict of what training follows from, got {recipe!r}."
+        )
+    if data is not None and not isinstance(data, str):
+        raise InputTypeError(
+            f"data must be a hash, as data_hash(...) gives it, got {type(data).__name__}."
+        )
+
+
+def as_json(name: str, value: Any) -> str:
+    """Writes something as JSON.
+
+    Args:
+        name: what it is, for messages.
+        value: the value.
+
+    Returns:
+        The text.
+
+    Raises:
+        InputError: if JSON cannot hold it; it has no NaN and no infinity.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, indent=1)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} must hold JSON values: {error}.") from error
