@@ -124,10 +124,11 @@ class Moments:
         Raises:
             NumericalError: names the parameter.
         """
+        # what is not finite, or too large, is so on the diagonals first
         parts = [
-            (name, s)
+            (name, side if side.ndim == 1 else side.diagonal())
             for (name, _), sums in self.matrices.items()
-            for s in (sums.left, sums.right)
+            for side in (sums.left, sums.right)
         ]
         for name, part in [*parts, *self.squares.items()]:
             if not torch.isfinite(part).all():
