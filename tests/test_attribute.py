@@ -21,11 +21,11 @@ from trak.errors import (
     StoreCorruptedError,
     StoreMismatchError,
 )
-from trak.loaders import spread
+from trak.loaders import some_of, spread
 from trak.pipeline.project import RowMaker
 from trak.projectors import FactoredProjector, NoOpProjector
 from trak.projectors.dimension import chosen_dimension, exact_cost
-from trak.strength import STRENGTHS, Trial, choose_strength, sampled
+from trak.strength import STRENGTHS, Trial, choose_strength
 
 N, M = 60, 6
 TASK = "image_classification"
@@ -239,12 +239,6 @@ def test_agreement_is_one_for_equal_checkpoints_and_less_for_others(
     assert "1.000" not in caplog.text
 
 
-def test_a_sample_is_spread_over_the_loader():
-    assert sampled(range(100), 100, 60) == list(range(0, 100, 10))
-    assert sampled(range(3), 3, 10) == [0, 1, 2]
-    assert sampled(range(5), 5, 10_000) == [0]
-
-
 def test_dimensions_that_are_chosen(tmp_path):
     assert chosen_dimension("auto", 50_000, 10**8, 2) == 4096
     assert chosen_dimension("auto", 2_000_000, 10**8, 2) == 2048
@@ -417,7 +411,7 @@ def test_models_whose_state_is_not_tensors_alone(world, tmp_path):
     assert model.extra == {"epoch": 3}
 
 
-def test_batches_of_different_sizes_are_fitted_all(world):
+def test_batches_are_spread_over_the_examples(world):
     train = world[1]
     even = runs.split(train, 6)
     assert spread(even, N, 30) == {0, 2, 4, 6, 8}
@@ -425,7 +419,24 @@ def test_batches_of_different_sizes_are_fitted_all(world):
         even, N, 30
     )
     uneven = [tuple(p[:2] for p in train), tuple(p[2:] for p in train)]
-    assert spread(uneven, N, 30) == {0, 1}
+    assert spread(uneven, N, 30) == {1}
+    assert spread(uneven, N, N) == {0, 1}
+    ragged = [tuple(p[a:b] for p in train) for a, b in ((0, 1), (1, 2), (2, 50), (50, N))]
+    assert spread(ragged, N, 30) == {0, 2}
+
+
+def test_some_batches_are_taken_and_no_further_ones_loaded(world):
+    even, taken = runs.split(world[1], 6), []
+
+    class Watched(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                taken.append(batch)
+                yield batch
+
+    found = list(some_of(Watched(even), N, 30))
+    assert [batch[0] is even[j][0] for batch, j in zip(found, (0, 2, 4, 6, 8), strict=True)]
+    assert len(taken) == 10 + 9  # for their sizes, and up to the last that is wanted
 
 
 def test_the_trial_needs_no_room_for_exact_rows(world, tmp_path, monkeypatch):

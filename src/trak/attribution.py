@@ -1,7 +1,6 @@
 """The one call: scores of targets from a model, its training data and its checkpoints."""
 
 import logging
-import math
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,12 @@ from tqdm import tqdm
 
 from trak.errors import InputError, InputTypeError
 from trak.gradient_computers import select_parameters
-from trak.loaders import count_of, ordered, size_of, spread
+from trak.loaders import count_of, ordered, size_of, some_of
 from trak.pipeline import as_names
 from trak.projectors import KernelProjector, NoOpProjector
 from trak.projectors.dimension import EXACT
 from trak.savers.filesystem import made_folder
-from trak.strength import choose_strength, known_strength, sampled, state_of
+from trak.strength import SAMPLE, choose_strength, known_strength, state_of
 from trak.traker import TRAKer
 
 logger = logging.getLogger(__name__)
@@ -170,8 +169,7 @@ class _Run:
         for number, state in enumerate(self.states):
             self.traker.load_checkpoint(state_of(state), model_id=number)
             if not self.traker.whitening_is_fitted:
-                places = spread(train, count, FITTED)
-                chosen = (b for j, b in enumerate(train) if j in places)
+                chosen = some_of(train, count, FITTED)
                 for batch in self._bar(chosen, number, "whitening", None):
                     self.traker.fit_whitening(batch=batch)
             # rows that are there are not made again: their examples are compared
@@ -230,11 +228,10 @@ def _strength(
     known = known_strength(folder)
     if known is not None:  # a call that goes on must not choose anew
         return known
-    count = settings["train_set_size"]
     if settings["proj_dim"] == EXACT:  # the trial's folder may have less room
         settings = {**settings, "proj_dim": "auto"}
         settings |= _projection(model, settings)
-    batches = sampled(train, len(train), math.ceil(count / len(train)))
+    batches = list(some_of(train, settings["train_set_size"], SAMPLE))
     with tempfile.TemporaryDirectory() as trial:
         traker = TRAKer(model, save_dir=trial, whitening="auto", **settings)
         if isinstance(traker.projector, KernelProjector):  # agreement is told by a sketch

@@ -1,8 +1,10 @@
 """Batches of examples that a user hands over as a whole: loaders, and lists of batches."""
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader, SequentialSampler
 
 from trak.batches import batch_size, normalize
@@ -81,6 +83,23 @@ def count_of(what: str, batches: Any) -> int:
     return count
 
 
+def some_of(batches: Any, count: int, wanted: int) -> Iterator[Any]:
+    """Some of the batches, by `spread`; stops after the last of them.
+
+    Args:
+        batches: as `ordered` gives them.
+        count: examples that there are.
+        wanted: examples.
+
+    Yields:
+        Batches, in their order.
+    """
+    places = spread(batches, count, wanted)
+    for place, batch in enumerate(itertools.islice(batches, max(places) + 1)):
+        if place in places:
+            yield batch
+
+
 def spread(batches: Any, count: int, wanted: int) -> set[int]:
     """Batches, spread over all, that hold about so many examples.
 
@@ -90,13 +109,17 @@ def spread(batches: Any, count: int, wanted: int) -> set[int]:
         wanted: examples.
 
     Returns:
-        Numbers of batches: all of them, if those spread evenly hold less than half of
-        what is wanted, since sizes differ.
+        Numbers of batches, spread evenly; by the examples in them, if sizes differ so much
+        that these hold less than half of what is wanted.
     """
     total = len(batches)
     number = max(1, round(total * min(1, wanted / count)))
     places = {j * total // number for j in range(number)}
     if isinstance(batches, DataLoader):  # its batches are of one size, but the last
         return places
-    held = sum(size_of(batch) for j, batch in enumerate(batches) if j in places)
-    return places if 2 * held >= min(wanted, count) else set(range(total))
+    ends = np.cumsum([size_of(batch) for batch in batches])
+    sizes = np.diff(ends, prepend=0)
+    if 2 * sizes[list(places)].sum() >= min(wanted, count):
+        return places
+    middles = (np.arange(number) + 0.5) * count / number
+    return set(np.searchsorted(ends, middles, side="right").tolist())

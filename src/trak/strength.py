@@ -7,7 +7,6 @@ strength (docs/whitening.md). Agreement needs no retraining.
 
 import itertools
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,22 +121,6 @@ def known_strength(folder: Path) -> float | None:
         return None
     found = read_object(path).get("whitening")
     return float(found["strength"]) if found else 0.0
-
-
-def sampled(batches: Iterable[Any], num_batches: int, size: int) -> list[Any]:
-    """Batches spread over a loader, that have about `SAMPLE` examples.
-
-    Args:
-        batches: all of them, in order.
-        num_batches: how many there are.
-        size: examples in each.
-
-    Returns:
-        Some of them, in order.
-    """
-    wanted = max(1, math.ceil(SAMPLE / max(1, size)))
-    step = max(1, num_batches // wanted)
-    return list(itertools.islice(batches, 0, step * wanted, step))
 
 
 def state_of(checkpoint: Any) -> Mapping[str, Any]:
