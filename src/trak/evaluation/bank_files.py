@@ -60,7 +60,7 @@ def save_bank(bank: Bank, folder: str | Path) -> None:
     replace_file(folder / TRUTH, lambda file: np.savez_compressed(file, **arrays))
     present = [name for name in (TRUTH, WEIGHTS) if (folder / name).exists()]
     manifest["files"] = {name: file_hash(folder / name) for name in present}
-    text = json.dumps(manifest, indent=1) + "\n"
+    text = as_json("the manifest", manifest) + "\n"
     replace_file(folder / MANIFEST, lambda file: file.write(text.encode()))
 
 

@@ -19,7 +19,7 @@ from trak.evaluation.arrays import (
     as_single,
     check_length,
 )
-from trak.evaluation.described import check_described
+from trak.evaluation.described import as_text, check_described
 from trak.evaluation.hashes import (
     data_hash,
     hashes_of,
@@ -63,7 +63,8 @@ class Bank:
     notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
-        check_described(self.name, self.recipe, self.data)
+        as_text("name", self.name)
+        check_described(self.recipe, self.data)
         masks = as_masks("masks", self.masks, axes=("subset", "training example"))
         outputs = as_outputs("outputs", self.outputs, "subset")
         check_length(len(outputs), len(masks), "The subsets of outputs", "masks")

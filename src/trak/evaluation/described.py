@@ -7,19 +7,16 @@ from typing import Any
 from trak.errors import InputError, InputTypeError
 
 
-def check_described(name: Any, recipe: Any, data: Any) -> None:
+def check_described(recipe: Any, data: Any) -> None:
     """Refuses what cannot be written into a bank.
 
     Args:
-        name: a text.
         recipe: what JSON can hold, by name.
         data: a hash as `data_hash` gives it, or None.
 
     Raises:
         InputTypeError: if one is of another kind.
     """
-    if not isinstance(name, str):
-        raise InputTypeError(f"name must be a text, got {name!r}.")
     if not isinstance(recipe, Mapping):
         raise InputTypeError(
             f"recipe must be a dict of what training follows from, got {recipe!r}."
@@ -28,6 +25,24 @@ def check_described(name: Any, recipe: Any, data: Any) -> None:
         raise InputTypeError(
             f"data must be a hash, as data_hash(...) gives it, got {type(data).__name__}."
         )
+
+
+def as_text(name: str, value: Any) -> str:
+    """Accepts a text.
+
+    Args:
+        name: the argument, for the message.
+        value: what the user gave.
+
+    Returns:
+        The same.
+
+    Raises:
+        InputTypeError: if it is none.
+    """
+    if not isinstance(value, str):
+        raise InputTypeError(f"{name} must be a text, got {value!r}.")
+    return value
 
 
 def as_json(name: str, value: Any) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from trak.errors import BankCorruptedError, BankMismatchError, InputError
 from trak.evaluation.arrays import Booleans, as_floats, as_single
 from trak.evaluation.bank_files import replace_file
+from trak.evaluation.described import as_json
 from trak.evaluation.plan import BankPlan, Job
 
 Train = Callable[[NDArray[np.int64], int], Any]
@@ -50,7 +51,7 @@ class WorkFolder:
                 "delete this one."
             )
         for name, value in (("plan", asdict(plan)), ("about", about)):
-            text = json.dumps(value, indent=1) + "\n"
+            text = as_json(name, value) + "\n"
             replace_file(
                 self.path / f"{name}.json",
                 lambda file, text=text: file.write(text.encode()),
