@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -244,6 +245,24 @@ def test_a_damaged_work_file_is_named(tmp_path, monkeypatch):
         build(tmp_path / "bank")
     (work / "0-0.npy").unlink()
     build(tmp_path / "bank")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nothing_is_trained_after_progress_raises(workers, tmp_path):
+    def stops(done, total):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    try:
+        build(tmp_path, recipes.train_slowly, workers=workers, progress=stops)
+    except KeyboardInterrupt as error:
+        kept = error  # with its traceback, as notebooks keep it
+    work = next((tmp_path / "work").iterdir())
+    trained = len(list(work.glob("*.npy")))
+    assert 1 <= trained <= 1 + 2 * workers
+    time.sleep(1.5)
+    assert len(list(work.glob("*.npy"))) == trained
+    del kept
 
 
 def test_training_may_read_its_input(tmp_path):

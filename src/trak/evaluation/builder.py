@@ -5,7 +5,8 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def _elsewhere(
     evaluate: Evaluate,
     workers: int,
     threads: int,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     setup = {
         "train": name_of("train", train),
         "evaluate": name_of("evaluate", evaluate),
@@ -177,7 +178,7 @@ def _here(
     train: Train,
     evaluate: Evaluate,
     threads: int,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     masks = plan.masks()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -194,7 +195,7 @@ def _here(
 
 
 def _watch(
-    outcomes: Iterator[Outcome],
+    outcomes: Generator[Outcome],
     total: int,
     todo: int,
     path: Path,
@@ -202,14 +203,15 @@ def _watch(
 ) -> None:
     done = total - todo
     report = progress or _Log()
-    report(done, total)
     failed: list[Outcome] = []
-    for job, problem in outcomes:
-        if problem is None:
-            done += 1
-            report(done, total)
-        else:
-            failed.append((job, problem))
+    with closing(outcomes):  # whatever `progress` raises, no further model is trained
+        report(done, total)
+        for job, problem in outcomes:
+            if problem is None:
+                done += 1
+                report(done, total)
+            else:
+                failed.append((job, problem))
     if failed:
         job, problem = failed[0]
         others = f" ({len(failed) - 1} others failed too)" if len(failed) > 1 else ""

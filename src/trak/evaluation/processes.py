@@ -6,7 +6,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from trak.evaluation.plan import Job
@@ -16,7 +16,7 @@ Outcome = tuple[Job, str | None]
 """A job, and why it failed if it did."""
 
 
-def run_jobs(jobs: list[Job], workers: int, setup: dict[str, Any]) -> Iterator[Outcome]:
+def run_jobs(jobs: list[Job], workers: int, setup: dict[str, Any]) -> Generator[Outcome]:
     """Runs jobs in processes.
 
     After a failure no further job begins, and those that run are waited for.
