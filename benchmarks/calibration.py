@@ -78,9 +78,10 @@ def coverage(one: ScoresWithError, other: ScoresWithError) -> float:
     # degrees of freedom of a difference: Welch 1947
     squares = np.square([one.errors, other.errors]).astype(np.float64)
     ratio = squares.sum(0) ** 2 / np.maximum((squares**2).sum(0), 1e-300)
-    degrees = np.clip(ratio * one.degrees, one.degrees, 2 * one.degrees)
-    grid = np.arange(one.degrees, 2 * one.degrees + 1)
-    reach = np.interp(degrees, grid, [critical(LEVEL, int(d)) for d in grid])
+    least = min(one.degrees, other.degrees)
+    degrees = np.clip(ratio * least, least, 2 * least)
+    grid = np.linspace(least, 2 * least, 9)
+    reach = np.interp(degrees, grid, [critical(LEVEL, d) for d in grid])
     apart = np.abs(one.scores - other.scores)
     return float((apart <= reach * np.sqrt(squares.sum(0))).mean())
 
@@ -98,6 +99,7 @@ def measured(bank: str, name: str) -> list[dict[str, Any]]:
     pairs = {
         "5 checkpoints": [([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])],
         "3 checkpoints": [([0, 1, 2], [3, 4, 5]), ([4, 5, 6], [7, 8, 9])],
+        "2 checkpoints": [([0, 1], [2, 3]), ([4, 5], [6, 7])],
         ONE: [([j], [j]) for j in range(3)],
     }
     entries = []

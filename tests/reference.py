@@ -6,6 +6,8 @@ Nothing here uses the library, except that a projection is asked for its matrix.
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
+from scipy.special import digamma, polygamma
 from torch import Tensor, nn
 
 
@@ -78,3 +80,52 @@ def trak_scores(per_checkpoint, ridge: float | None = None) -> np.ndarray:
     scores = [scores_before_q(phi, targets, ridge) for phi, targets, _ in per_checkpoint]
     weights = [q for _, _, q in per_checkpoint]
     return (torch.stack(scores).mean(0) * torch.stack(weights).mean(0)).numpy()
+
+
+def moderated(scores, squares, peers, d):
+    """Variances of all but the last columns, which are the peers', and degrees of freedom.
+
+    Empirical Bayes (Smyth 2004) around each example's, target's and size's usual one.
+    """
+    n, p = len(scores), len(peers)
+    m = scores.shape[1] - p
+    logs = np.log(squares) + np.log(d / 2) - digamma(d / 2)
+    used = np.array([[i != peers[j] for j in range(p)] for i in range(n)])
+    levels = [np.mean([logs[i, m + j] for i in range(n) if used[i, j]]) for j in range(p)]
+    apart = logs[:, m:] - levels
+    effect = [np.mean([apart[i, j] for j in range(p) if used[i, j]]) for i in range(n)]
+    inside = sum(
+        (apart[i, j] - effect[i]) ** 2 for i in range(n) for j in range(p) if used[i, j]
+    ) / sum(used[i].sum() - 1 for i in range(n))
+    size = used.sum(axis=1).mean()
+    between = max(0.0, np.var(effect, ddof=1) - inside / size)
+    part, whole = (between / (between + inside / c) for c in (size - 1, size))
+    points, rest = [], []
+    for i in range(n):
+        for j in range(p):
+            if used[i, j]:
+                others = [apart[i, h] for h in range(p) if used[i, h] and h != j]
+                base = part * np.mean(others)
+                points.append(np.log(abs(scores[i, m + j])) - (base + levels[j]) / 2)
+                rest.append(apart[i, j] - base)
+    points, rest = np.array(points), np.array(rest)
+    bins = np.digitize(points, np.linspace(-6, 6, 25), right=True)
+    full = [b for b in np.unique(bins) if (bins == b).sum() >= 50]
+    centres = [points[bins == b].mean() for b in full]
+    bends = [rest[bins == b].mean() for b in full]
+    prior = np.var(rest - np.interp(points, centres, bends), ddof=1) - polygamma(1, d / 2)
+    d0 = 100.0
+    if prior > polygamma(1, d0 / 2):
+        d0 = brentq(lambda x: polygamma(1, x / 2) - prior, 1e-2, d0)
+    found = np.empty((n, m))
+    for j in range(m):
+        base = whole * np.array(effect)
+        level = np.mean(logs[:, j] - base)
+        for last in (False, False, False, True):
+            at = np.log(np.abs(scores[:, j])) - (base + level) / 2
+            trend = np.interp(at, centres, bends)
+            if not last:
+                level = np.mean(logs[:, j] - base - trend)
+        usual = np.exp(base + level + trend + digamma(d0 / 2) - np.log(d0 / 2))
+        found[:, j] = (d0 * usual + d * squares[:, j]) / (d0 + d)
+    return found, d + d0

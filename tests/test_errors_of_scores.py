@@ -6,11 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests import cases, runs
+from tests import cases, reference, runs
 
 from trak.errors import InputError, NumericalError
 from trak.pipeline.ranks_of_scores import Ranked, critical, noise_limit
 from trak.projectors import NoOpProjector
+from trak.score_computers.auto_ridge import drawn
+from trak.score_computers.moderation import PEERS
 
 N, M, C = 40, 5, 4
 
@@ -48,22 +50,65 @@ def jackknife(replicates):
     return ((count - 1) / count * distances).sqrt().numpy()
 
 
-def test_errors_over_checkpoints_are_a_jackknife_of_the_formula(finished):
-    traker, scores, rows = finished
-    found = traker.scores("exp", with_error=True)
-    curved = traker.score_computer.curvature
-    taus = [solved(phi, psi, q.reshape(-1), curvature=curved) for phi, psi, q in rows]
-    qs = [q.reshape(-1, 1) for *_, q in rows]
+def without_each(taus, qs):
+    """`mean(tau) mean(q)` without each checkpoint."""
     replicates = []
-    for left in range(C):
+    for left in range(len(taus)):
         tau = torch.stack([t for j, t in enumerate(taus) if j != left]).mean(0)
         q = torch.stack([q for j, q in enumerate(qs) if j != left]).mean(0)
         replicates.append(tau * q)
-    np.testing.assert_allclose(found.errors, jackknife(replicates), rtol=1e-4, atol=1e-8)
+    return replicates
+
+
+def test_errors_over_checkpoints_are_a_moderated_jackknife(finished):
+    traker, scores, rows = finished
+    found = traker.scores("exp", with_error=True)
+    curved = traker.score_computer.curvature
+    peers = drawn(N, PEERS)  # training examples in the role of targets
+    taus = [
+        solved(phi, torch.cat([psi, phi[peers]]), q.reshape(-1), curvature=curved)
+        for phi, psi, q in rows
+    ]
+    qs = [q.reshape(-1, 1) for *_, q in rows]
+    squares = jackknife(without_each(taus, qs)) ** 2
+    every = torch.stack(taus).mean(0) * torch.stack(qs).mean(0)
+    expected, degrees = reference.moderated(every.numpy(), squares, peers, C - 1)
+    np.testing.assert_allclose(found.errors, expected**0.5, rtol=2e-4, atol=1e-8)
     np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-7)
-    assert (found.degrees, found.source) == (C - 1, "checkpoints")
+    assert found.source == "checkpoints"
+    assert found.degrees == pytest.approx(degrees, rel=1e-3)
+    assert found.degrees > C - 1
     low, high = found.interval(0.9)
-    np.testing.assert_allclose(high - low, 2 * 2.3534 * found.errors, rtol=1e-3)
+    reach = critical(0.9, found.degrees)
+    np.testing.assert_allclose(high - low, 2 * reach * found.errors, rtol=1e-3)
+
+
+def test_an_error_depends_on_no_other_target(finished):
+    traker, *_ = finished
+    both = traker.scores("exp", with_error=True)
+    _, _, targets = runs.data("mlp", N, M)
+    alone = [part[3:4] for part in targets]
+    for number, state in enumerate(cases.checkpoints("mlp", C)):
+        traker.start_scoring_checkpoint("one", state, number, 1)
+        traker.score(batch=alone, num_samples=1)
+    one = traker.scores("one", with_error=True)
+    np.testing.assert_allclose(one.errors, both.errors[:, 3:4], rtol=1e-4)
+    assert one.degrees == pytest.approx(both.degrees, rel=1e-5)
+
+
+def test_few_examples_tell_errors_by_themselves(tmp_path):
+    model, train, targets = runs.data("mlp", 6, 2)
+    states = cases.checkpoints("mlp", 3)
+    traker = runs.make_traker(model, 6, tmp_path, proj_dim=24, lambda_reg="2x")
+    runs.whole_run(traker, train, targets, states)
+    found = traker.scores("exp", with_error=True)
+    rows = runs.oracle(model, train, targets, states, traker.projector)
+    rows = [tuple(part.double() for part in one) for one in rows]
+    taus = [solved(phi, psi, q, curvature=False) for phi, psi, q in rows]
+    qs = [q.reshape(-1, 1) for *_, q in rows]
+    expected = jackknife(without_each(taus, qs))
+    np.testing.assert_allclose(found.errors, expected, rtol=1e-4, atol=1e-8)
+    assert found.degrees == 2
 
 
 def test_errors_of_one_sketch_leave_out_groups_of_columns(finished):
@@ -90,7 +135,7 @@ def test_ranks_are_what_comparing_all_pairs_gives(finished, monkeypatch):
         plain = traker.top_scores("exp", k=6, helpful=helpful)
         np.testing.assert_array_equal(found.indices, plain.indices)
         np.testing.assert_allclose(found.scores, plain.scores, rtol=1e-4)
-        reach = critical(0.9, C - 1)
+        reach = critical(0.9, full.degrees)
         for j in range(M):
             s, e = full.scores[:, j].astype(float), full.errors[:, j].astype(float)
             s = s if helpful else -s
@@ -165,21 +210,6 @@ def test_a_run_of_noise_warns(tmp_path, caplog):
     assert "mostly noise" in caplog.text
 
 
-def test_intervals_of_independent_checkpoints_cover():
-    # scores that are sums of a common part and noise of each checkpoint, many times
-    rng = np.random.default_rng(0)
-    truth, inside, count = rng.normal(size=(200, 5)), 0, 0
-    for _ in range(20):
-        taus = truth + 0.3 * rng.standard_t(8, size=(5, 200, 5))
-        error = jackknife([
-            torch.from_numpy(np.delete(taus, j, axis=0).mean(0)) for j in range(5)
-        ])
-        reach = critical(0.9, 4) * error
-        inside += (np.abs(taus.mean(0) - truth) < reach).sum()
-        count += truth.size
-    assert 0.88 < inside / count < 0.92
-
-
 def test_bad_input(tmp_path):
     model, train, targets = runs.data("mlp", N, M)
     states = cases.checkpoints("mlp", 1)
@@ -226,7 +256,7 @@ def test_errors_are_of_the_scores_that_were_written(finished):
     written = traker.finalize_scores("exp", model_ids=[0, 2])
     found = traker.scores("exp", with_error=True)
     np.testing.assert_allclose(found.scores, written, rtol=1e-4, atol=1e-7)
-    assert found.degrees == 1
+    assert found.degrees > 1
     top = traker.top_scores("exp", 3, model_ids=[0, 2], with_error=True)
     np.testing.assert_allclose(
         top.scores, traker.top_k("exp", 3).scores, rtol=1e-4, atol=1e-7

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,16 +13,20 @@ from trak.encodings import RowSource
 from trak.errors import InputError, NumericalError
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.ranks_of_scores import Ranked, critical, noise_limit
-from trak.pipeline.solving import ScoreSet, row_source, solve
+from trak.pipeline.solving import ScoreSet, block_scorer, row_source
 from trak.savers import AbstractSaver
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer, RunningTop
+from trak.score_computers.auto_ridge import drawn
 from trak.score_computers.jackknife import GROUPS, without_groups
 from trak.score_computers.linear import BlockScorer
+from trak.score_computers.moderation import PEERS, Moderation, learned
 from trak.score_computers.stream import decoded
 from trak.score_computers.topk import how_many
 
 _BLOCK_BYTES = 32 << 20
 _COMPARISONS = 1 << 24
+_LEARNED_ROWS, _STRETCH = 2048, 128  # from which is learned how errors differ
+_LEARNED_ENTRIES = 1 << 22
 
 Stretches = Generator[tuple[int, Tensor, Tensor]]
 
@@ -33,14 +38,14 @@ class ScoresWithError:
     Attributes:
         scores: `[n, m]`.
         errors: their standard errors, `[n, m]`.
-        degrees: degrees of freedom of the errors.
+        degrees: degrees of freedom of the errors; whole where none were borrowed.
         source: what varied: `"checkpoints"` (with them their projections), or `"sketch"`,
             which leaves out how much another training would change.
     """
 
     scores: NDArray[np.float32]
     errors: NDArray[np.float32]
-    degrees: int
+    degrees: float
     source: str
 
     def interval(self, level: float = 0.9) -> tuple[NDArray[np.float32], ...]:
@@ -61,9 +66,10 @@ class ErrorPass:
     """Passes over the rows of some checkpoints that give scores and their errors.
 
     With several checkpoints by the jackknife that leaves out one of them, of the whole
-    formula `mean(tau) mean(q)`; with one by the jackknife that leaves out one of eight
-    groups of the projection's columns (Efron and Tibshirani 1993, Ch. 11: the variance is
-    `(B - 1) / B` times the sum of squared distances from the replicates' mean).
+    formula `mean(tau) mean(q)`, its variances moderated by those of like scores
+    (`trak.score_computers.moderation`); with one by the jackknife that leaves out one of
+    eight groups of the projection's columns (Efron and Tibshirani 1993, Ch. 11: the
+    variance is `(B - 1) / B` times the sum of squared distances from the replicates' mean).
 
     Attributes:
         scorer: the score computer.
@@ -87,8 +93,12 @@ class ErrorPass:
         return "checkpoints" if len(self.model_ids) > 1 else "sketch"
 
     @property
-    def degrees(self) -> int:
+    def degrees(self) -> float:
         """Degrees of freedom of the errors."""
+        return self._own if self._moderation is None else self._moderation.degrees
+
+    @property
+    def _own(self) -> int:
         return (len(self.model_ids) if len(self.model_ids) > 1 else GROUPS) - 1
 
     def scores(self) -> ScoresWithError:
@@ -118,7 +128,7 @@ class ErrorPass:
             Rows, scores, errors and ranks.
         """
         sign = 1 if helpful else -1
-        k = how_many(k, len(self.saver.train_rows(self.model_ids[0]).done))
+        k = how_many(k, self._num_rows)
         top: RunningTop | None = None
         for start, scores, _ in self.blocks():
             if top is None:
@@ -157,27 +167,55 @@ class ErrorPass:
         Yields:
             First row, scores and errors, `[rows, m]`, float64.
 
-        Raises:
-            NumericalError: if one is not finite.
         """
-        takes = self._takes()
+        moderation, count = self._moderation, self._num_targets
+        for start, stop in self._stretches():
+            scores, squares = self._stretch(start, stop)
+            if moderation is not None:
+                numbers = torch.arange(start, stop, device=scores.device)
+                squares = moderation.moderated(numbers, scores, squares)
+            yield start, scores[:, :count], squares[:, :count].sqrt()
+
+    def _stretches(self) -> list[tuple[int, int]]:
+        columns = self._num_targets + len(self._peers)
+        size = max(64, _BLOCK_BYTES // (8 * columns * max(len(self._takes), GROUPS)))
+        return _cut(self._num_rows, size)
+
+    def _stretch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        # scores and their variances, of the peers, too
+        parts = torch.stack([take(start, stop) for take in self._takes])
         loss = [self.saver.train_rows(i).array("out_to_loss") for i in self.model_ids]
-        num_rows, num_targets = len(loss[0]), self._num_targets()
-        size = max(64, _BLOCK_BYTES // (8 * num_targets * max(len(takes), GROUPS)))
-        for start in range(0, num_rows, size):
-            stop = min(start + size, num_rows)
-            parts = torch.stack([take(start, stop) for take in takes])
-            q = torch.from_numpy(
-                np.stack([np.asarray(one[start:stop], np.float64) for one in loss])
-            ).to(parts)
-            scores, errors = self._jackknife(parts, q)
-            if not torch.isfinite(scores).all() or not torch.isfinite(errors).all():
-                raise NumericalError(
-                    f"Scores of {self.exp_name!r}, or their errors, are not finite from "
-                    f"row {start} on (checkpoints {self.model_ids}). Use a larger ridge "
-                    "(lambda_reg), or featurize again if a file is damaged."
-                )
-            yield start, scores, errors
+        q = torch.from_numpy(
+            np.stack([np.asarray(one[start:stop], np.float64) for one in loss])
+        ).to(parts)
+        scores, squares = self._jackknife(parts, q)
+        if not torch.isfinite(scores).all() or not torch.isfinite(squares).all():
+            raise NumericalError(
+                f"Scores of {self.exp_name!r}, or their errors, are not finite from "
+                f"row {start} on (checkpoints {self.model_ids}). Use a larger ridge "
+                "(lambda_reg), or featurize again if a file is damaged."
+            )
+        return scores, squares
+
+    @cached_property
+    def _moderation(self) -> Moderation | None:
+        if not len(self._peers):
+            return None
+        columns = self._num_targets + len(self._peers)
+        most = max(_STRETCH, min(_LEARNED_ROWS, _LEARNED_ENTRIES // columns))
+        stretches = _cut(self._num_rows, _STRETCH)
+        every = max(1, len(stretches) * _STRETCH // most)
+        chosen = stretches[::every]
+        found = [self._stretch(start, stop) for start, stop in chosen]
+        scores, squares = (torch.cat(each) for each in zip(*found, strict=True))
+        numbers = torch.cat([torch.arange(*each) for each in chosen]).to(scores.device)
+        peers = self._peers.to(scores.device)
+        return learned(numbers, scores, squares, peers, self._own)
+
+    @cached_property
+    def _peers(self) -> Tensor:
+        count = PEERS if self.source == "checkpoints" else 0
+        return torch.from_numpy(drawn(self._num_rows, count))
 
     def _jackknife(self, parts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         if self.source == "sketch":
@@ -189,8 +227,9 @@ class ErrorPass:
             replicates = (total - parts) * (weights - q) / (count - 1) ** 2
         share = (len(replicates) - 1) / len(replicates)
         squares = (replicates - replicates.mean(dim=0)).square().sum(dim=0)
-        return whole, (share * squares).sqrt()
+        return whole, share * squares
 
+    @cached_property
     def _takes(self) -> Sequence[Callable[[int, int], Tensor]]:
         if len(self.model_ids) > 1:
             return [self._scorer_of(model_id) for model_id in self.model_ids]
@@ -213,17 +252,20 @@ class ErrorPass:
 
     def _scorer_of(self, model_id: int) -> BlockScorer:
         rows = self._rows(model_id)
-        solved = solve(self.scorer, self.saver, [ScoreSet(self.exp_name)], model_id, rows)
-        if not isinstance(solved, Tensor):
-            return solved[0]
-        return lambda start, stop: (
-            decoded(rows[start:stop], torch.float64).to(solved) @ solved
-        )
+        targets = self.saver.target_rows(self.exp_name, model_id)
+        aims = [decoded(row_source(targets), torch.float64)]
+        aims += [decoded(rows[i : i + 1], torch.float64).to(aims[0]) for i in self._peers]
+        return block_scorer(self.scorer, self.saver, model_id, rows, torch.cat(aims))
 
     def _rows(self, model_id: int) -> RowSource:
         rows = row_source(self.saver.train_rows(model_id))
         return rows.to(self.device) if isinstance(rows, Tensor) else rows
 
+    @property
+    def _num_rows(self) -> int:
+        return len(self.saver.train_rows(self.model_ids[0]).done)
+
+    @property
     def _num_targets(self) -> int:
         return int(self.saver.experiment(self.exp_name)["num_targets"])
 
@@ -250,6 +292,10 @@ def error_pass(
         device=pipeline.maker.device,
         projected=bool(pipeline.maker.projector.random_dim),
     )
+
+
+def _cut(count: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _compare(

@@ -110,7 +110,7 @@ def noise_limit(length: int, count: int) -> int:
     return min(_NOISE * length, (length + count) // 2)
 
 
-def critical(level: float, degrees: int) -> float:
+def critical(level: float, degrees: float) -> float:
     """How many standard errors an interval reaches to both sides.
 
     Args:

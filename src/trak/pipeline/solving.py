@@ -145,9 +145,7 @@ def solve(
     kept = saver.load_factor(model_id)
     if not isinstance(scorer, LinearScoreComputer):
         return [_bare(scorer, kept, rows, targets[s.exp_name]) for s in sets]
-    loss = {}
-    if isinstance(scorer, RidgeScoreComputer) and scorer.curvature:
-        loss = {"loss": saver.train_rows(model_id).array("out_to_loss")}
+    loss = _loss_of(scorer, saver, model_id)
     others = _other_ridges(scorer, sets, kept, rows, loss)
     cases = [(kept if s.own else others[s.lambda_reg], targets[s.exp_name]) for s in sets]
     weights = [scorer.weights(case, rows, aims) for case, aims in cases]
@@ -155,6 +153,45 @@ def solve(
     if len(found) == len(sets):
         return torch.cat(found, dim=1)
     return [scorer.scorer(case, rows, aims, **loss) for case, aims in cases]
+
+
+def block_scorer(
+    scorer: AbstractScoreComputer,
+    saver: AbstractSaver,
+    model_id: int,
+    rows: RowSource,
+    targets: Tensor,
+) -> BlockScorer:
+    """Solves for any targets of a checkpoint, at its own ridge.
+
+    Args:
+        scorer: the score computer.
+        saver: the store.
+        model_id: the checkpoint.
+        rows: its Phi, `[n, k]`.
+        targets: `[m, k]`, float64.
+
+    Returns:
+        A function of first and end row that gives scores before Q, `[rows, m]`, float64.
+    """
+    kept = saver.load_factor(model_id)
+    if not isinstance(scorer, LinearScoreComputer):
+        return _bare(scorer, kept, rows, targets)
+    weights = scorer.weights(kept, rows, targets)
+    if weights is None:
+        loss = _loss_of(scorer, saver, model_id)
+        return scorer.scorer(kept, rows, targets, **loss)
+    return lambda start, stop: (
+        decoded(rows[start:stop], torch.float64).to(weights) @ weights
+    )
+
+
+def _loss_of(
+    scorer: LinearScoreComputer, saver: AbstractSaver, model_id: int
+) -> dict[str, Any]:
+    if isinstance(scorer, RidgeScoreComputer) and scorer.curvature:
+        return {"loss": saver.train_rows(model_id).array("out_to_loss")}
+    return {}
 
 
 def _other_ridges(
