@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 from tests import cases, reference, runs
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
 
 import trak
 from trak import TRAKer
@@ -25,6 +31,7 @@ from trak.loaders import some_of, spread
 from trak.pipeline.project import RowMaker
 from trak.projectors import FactoredProjector, NoOpProjector
 from trak.projectors.dimension import chosen_dimension, exact_cost
+from trak.savers import MmapSaver
 from trak.strength import STRENGTHS, Trial, choose_strength
 
 N, M = 60, 6
@@ -452,3 +459,62 @@ def test_the_trial_needs_no_room_for_exact_rows(world, tmp_path, monkeypatch):
     call(world, tmp_path, proj_dim="exact")
     assert [dim for _, dim in asked] == ["auto", "exact"]
     assert asked[1][0] == tmp_path
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(60))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda train: DataLoader(Stream()), InputError, "map-style dataset"),
+        (lambda train: train, InputTypeError, r"train=\[batch\]"),
+        (lambda train: train[0], InputTypeError, r"train=\[batch\]"),
+    ],
+)
+def test_what_is_no_list_of_batches(wrong, error, message, world, tmp_path):
+    with pytest.raises(error, match=message):
+        call(world, tmp_path, train=wrong(world[1]))
+    batches = runs.split(world[1], 9)
+    np.testing.assert_array_equal(
+        call(world, tmp_path / "a", train=tuple(batches)), call(world, tmp_path / "b")
+    )
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_checkpoint_that_does_not_fit_is_an_input_error(number, world, tmp_path):
+    states = [dict(state) for state in world[3]]
+    name = next(iter(states[number]))
+    states[number][name] = torch.zeros(1, 2, 3)
+    with pytest.raises(InputError, match="does not fit the model"):
+        call(world, tmp_path, checkpoints=states)
+
+
+def test_scores_do_not_depend_on_what_else_was_asked_for(world, tmp_path):
+    *_, states = world
+    few = call(world, tmp_path / "a", checkpoints=states[:2], whitening=0.4)
+    call(world, tmp_path / "a", whitening=0.4)
+    again = call(world, tmp_path / "a", checkpoints=states[:2], whitening=0.4)
+    np.testing.assert_array_equal(again, few)
+
+
+@pytest.mark.parametrize("saved", [0, 1, 2])
+def test_a_call_that_was_cut_off_while_finalizing_goes_on(
+    saved, world, tmp_path, monkeypatch
+):
+    whole = call(world, tmp_path / "a", whitening=0.4)
+    save, calls = MmapSaver.save_factor, []
+
+    def cut_off(self, *given):
+        if len(calls) == saved:
+            raise KeyboardInterrupt
+        calls.append(given[0])
+        save(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MmapSaver, "save_factor", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            call(world, tmp_path / "b", whitening=0.4)
+    np.testing.assert_array_equal(call(world, tmp_path / "b", whitening=0.4), whole)

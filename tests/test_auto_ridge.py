@@ -1,5 +1,6 @@
 """The ridge that is chosen, and ridges by name."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from trak.score_computers.auto_ridge import (
     BY_STRENGTH,
     USUAL,
     Situation,
+    _smaller,
     best_ridge,
     noise_factor,
     relative_ridge,
@@ -375,7 +377,7 @@ def test_it_is_the_default_and_recorded(tmp_path):
     found = runs.whole_run(traker, train, targets, states)
     info = traker.saver.load_factor(1)[1]
     assert info["lambda_reg"] is None
-    assert info["checkpoints"] == 2
+    assert info["together"] == [0, 1]
     unit = info["mean_squared_norm"]
     assert info["ridge"] == pytest.approx(info["auto"] * unit)
     rows = traker.saver.train_rows(1)
@@ -435,3 +437,51 @@ def test_upstreams_computer_knows_no_relative_ridge(tmp_path):
     with pytest.raises(InputError, match="add lambda_reg as it is"):
         runs.make_traker(model, 6, tmp_path, **options)
     assert RidgeScoreComputer(lambda_reg="2x").lambda_reg == "2x"
+
+
+def test_each_has_its_own_ridge_where_each_is_finalized_alone(tmp_path, caplog):
+    model, train, targets = runs.data("mlp", 60, 4)
+    states = cases.checkpoints("mlp", 3)
+    found = {}
+    for order in ([0, 1, 2], [2, 0, 1]):
+        folder = tmp_path / str(order)
+        for model_id in order:
+            traker = runs.make_traker(model, 60, folder, lambda_reg="auto")
+            runs.featurize(traker, train, states[model_id], model_id)
+            traker.finalize_features(model_ids=[model_id])
+        for model_id, state in enumerate(states):
+            runs.score(traker, targets, state, model_id)
+        caplog.clear()
+        found[str(order)] = traker.finalize_scores("exp")
+        assert "finalized in several calls" in caplog.text
+    np.testing.assert_array_equal(*found.values())
+    traker.finalize_features()
+    infos = [traker.saver.load_factor(i)[1] for i in range(3)]
+    assert [info["together"] for info in infos] == [[0, 1, 2]] * 3
+    assert len({info["auto"] for info in infos}) == 1
+    caplog.clear()
+    traker.finalize_scores("exp")
+    assert "several calls" not in caplog.text
+
+
+@pytest.mark.parametrize(("left", "expected"), [(0.1, 1.0), (0.22, 1.0), (0.3, 0.5378)])
+def test_many_directions_make_a_smaller_ridge(left, expected):
+    spectrum = torch.tensor([1.0] * 100, dtype=torch.float64)
+    assert _smaller(spectrum, (1 - left) / left) == pytest.approx(expected, rel=1e-3)
+    assert _smaller(spectrum, 0.0) == pytest.approx(math.exp(-1))
+    assert _smaller(torch.zeros(5), 1.0) == 1.0
+
+
+def test_many_directions_count_where_a_classifiers_rows_are_plain(monkeypatch):
+    rows = torch.randn(200, 30, dtype=torch.float64)
+    loss = torch.sigmoid(-rows @ torch.randn(30, dtype=torch.float64))
+    cases = [
+        {"loss": loss, "logistic": True},
+        {"loss": loss, "logistic": True, "curvature": True},
+        {"loss": loss - 0.5},
+    ]
+    as_played = [chosen(rows, **case) for case in cases]
+    monkeypatch.setattr("trak.score_computers.auto_ridge._MANY", 0.01)
+    now = [chosen(rows, **case) for case in cases]
+    assert now[0] < 0.8 * as_played[0]
+    assert now[1:] == as_played[1:]

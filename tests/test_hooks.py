@@ -259,10 +259,23 @@ class Own(nn.Linear):
         return super().forward(x) ** 2
 
 
+class OneByOne(nn.Module):
+    """Layers that get samples without a batch axis."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.head = kind(4, 5, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.stack([self.layer(one) for one in x]).mean(-1))
+
+
 @pytest.mark.parametrize(
     ("build", "shape"),
     [
         (SharedElsewhere, (6,)),
+        (lambda: OneByOne(nn.Conv1d), (4, 6)),
+        (lambda: OneByOne(nn.ConvTranspose1d), (4, 6)),
         (Attention, (4, 6)),
         (lambda: nn.Sequential(Own(6, 6), nn.Linear(6, 3)), (6,)),
     ],

@@ -174,7 +174,7 @@ def test_a_saver_may_do_without(tmp_path):
 def test_a_temperature_leaves_it_open(tmp_path):
     task = ImageClassificationModelOutput(temperature=20)
     traker, record = record_of(tmp_path, task, scale=4)
-    assert record is None
+    assert "logistic" not in record
     assert traker.pipeline.losses.known(0) is None
 
 
@@ -184,6 +184,19 @@ def test_what_was_found_stays(tmp_path):
     traker, record = record_of(tmp_path, "image_classification")
     assert record == {"logistic": False}
     assert traker.pipeline.losses.known(0) is False
+
+
+def test_processes_with_few_examples_find_out_together(tmp_path):
+    model, train, _ = runs.data("mlp", 24, M)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for start in range(0, 24, 6):
+        traker = runs.make_traker(model, 24, tmp_path)
+        traker.load_checkpoint(state, model_id=0)
+        batch = tuple(part[start : start + 6] for part in train)
+        traker.featurize(batch=batch, inds=range(start, start + 6))
+        known = traker.pipeline.losses.known(0)
+        assert known is (True if start >= 12 else None)
+    assert traker.saver.loss_record(0) == {"logistic": True}
 
 
 def test_clip_says_so():

@@ -134,7 +134,7 @@ def test_what_cannot_be_asked_for(finished):
     traker, _ = finished
     with pytest.raises(InputError, match=r"method is one of .*'cosine'.*got 'cosin'"):
         traker.scores("exp", "cosin")
-    for groups in ([], [[]], [[0, 0]], [[5]], [[-1]], [[0.5]], [0, 1]):
+    for groups in ([], [[]], [[0, 0]], [[5]], [[-1]], [[0.5]], [0, 1], [[[0], [1, 2]]]):
         with pytest.raises(InputError, match=r"[Gg]roup"):
             traker.scores("exp", "dot", groups=groups)
     for weights in ([1.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")]):

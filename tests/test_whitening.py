@@ -105,7 +105,7 @@ def test_factors_are_second_moments_of_inputs_and_backprops(tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kind", ["rademacher", "factored", "sparse"])
+@pytest.mark.parametrize("kind", ["rademacher", "factored", "masked", "sparse"])
 def test_rows_are_projections_of_whitened_gradients(name, kind, tmp_path):
     model, train, _ = runs.data(name, N, M)
     state = {k: v.clone() for k, v in model.state_dict().items()}

@@ -1,5 +1,7 @@
 """Whitening where gradients are zero, damaged, or hardly there."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from tests import runs
 from torch import nn
 
 import trak
-from trak.errors import NumericalError
+from trak.blocks import DenseBlock
+from trak.errors import NumericalError, PhaseError, StoreCorruptedError
 from trak.whitening import Moments, Whitening
 
 N, M = 24, 5
@@ -121,3 +124,59 @@ def test_gradients_that_are_all_zero_are_said_to_be(projector, tmp_path):
     options = {"whitening": 0.4, "proj_dim": 16, "projector": projector}
     with pytest.raises(NumericalError, match="zero"):
         attributed(Constant(), x, y, tmp_path, 12, **options)
+
+
+def parts_of(folder, count=2):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = torch.randn(40, 6, dtype=torch.float64), torch.randint(3, (40,))
+    found = []
+    for _ in range(count):
+        own = copy.deepcopy(model)
+        traker = runs.make_traker(own, 40, folder, whitening=0.4, proj_dim=12)
+        traker.load_checkpoint(state, model_id=0)
+        found.append(traker)
+    return found, (x, y)
+
+
+def test_what_was_fitted_too_late_is_not_dropped_in_silence(tmp_path):
+    (one, other), (x, y) = parts_of(tmp_path)
+    for traker, rows in ((one, slice(0, 20)), (other, slice(20, 40))):
+        traker.fit_whitening(batch=(x[rows], y[rows]))
+    one.featurize(batch=(x[:20], y[:20]), inds=range(20))
+    with pytest.raises(PhaseError, match=r"20 examples\) comes too late"):
+        other.save_whitening()
+    assert len(list((tmp_path / "0" / "whitening").iterdir())) == 1
+    other.featurize(batch=(x[20:], y[20:]), inds=range(20, 40))  # by what one fitted
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"no archive"])
+def test_damaged_sums_are_said_to_be(content, tmp_path):
+    (one, other), (x, y) = parts_of(tmp_path)
+    one.fit_whitening(batch=(x, y))
+    one.save_whitening()
+    (path,) = (tmp_path / "0" / "whitening").iterdir()
+    path.write_bytes(content)
+    with pytest.raises(StoreCorruptedError, match="lost or damaged"):
+        other.featurize(batch=(x, y), num_samples=40)
+
+
+def test_parameters_without_axes_are_whitened_as_a_whole():
+    torch.manual_seed(0)
+    layout = {"w": (3, 4), "t": ()}
+    grads = {
+        "w": torch.randn(6, 3, 4, dtype=torch.float64),
+        "t": torch.randn(6, dtype=torch.float64),
+    }
+    sums = Moments()
+    with sums.adding(6) as sink:
+        for name, grad in grads.items():
+            sink(DenseBlock(name, grad.reshape(6, -1)))
+    whitening = Whitening(sums, layout, 0.5, dtype=torch.float64)
+    found = whitening.whole(grads, {"w": 12, "t": 1})
+    every = torch.cat([grad.reshape(6, -1) for grad in grads.values()], dim=1)
+    expected = whitening.whole(every, {"w": 12, "t": 1})
+    together = torch.cat([found[name].reshape(6, -1) for name in grads], dim=1)
+    torch.testing.assert_close(together, expected)
+    assert found["t"].shape == (6,)

@@ -31,6 +31,13 @@ def as_integer(name: str, value: Any, *, least: int | None = None) -> int:
     return found
 
 
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
 def as_number(name: str, value: Any, *, zero: bool) -> float:
     """Accepts a finite number of any library that is not negative.
 
@@ -48,7 +55,7 @@ def as_number(name: str, value: Any, *, zero: bool) -> float:
     """
     found = _plain(value)
     real = isinstance(found, int | float) and not isinstance(found, bool)
-    if not real or not math.isfinite(found) or found < 0 or (found == 0 and not zero):
+    if not real or not _is_finite(found) or found < 0 or (found == 0 and not zero):
         limit = "of at least 0" if zero else "above 0"
         raise InputError(f"{name} must be a finite number {limit}, got {value!r}.")
     return float(found)

@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, SequentialSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from trak.batches import batch_size, normalize
 from trak.errors import InputError, InputTypeError
@@ -27,6 +28,12 @@ def ordered(name: str, batches: Any) -> Any:
         InputTypeError: if it is something else.
     """
     if isinstance(batches, DataLoader):
+        if isinstance(batches.dataset, IterableDataset):
+            raise InputError(
+                f"{name} needs a dataset with a length and a fixed order, and an "
+                "IterableDataset promises neither. Give a DataLoader over a map-style "
+                f"dataset, or a list of batches (list({name}), if it fits into memory)."
+            )
         inner = getattr(batches.batch_sampler, "sampler", None)
         ordered = all(isinstance(s, SequentialSampler) for s in (batches.sampler, inner))
         if not ordered or getattr(batches.batch_sampler, "drop_last", True):
@@ -45,6 +52,12 @@ def ordered(name: str, batches: Any) -> Any:
         raise InputTypeError(
             f"{name} must be a DataLoader or a list of batches, got "
             f"{type(batches).__name__}."
+        )
+    parts = batches if isinstance(batches, tuple) else ()
+    if isinstance(batches, Tensor) or any(isinstance(p, Tensor) for p in parts):
+        raise InputTypeError(
+            f"{name} must list batches, and this {type(batches).__name__} is one batch: "
+            f"put it into a list, {name}=[batch]."
         )
     return batches
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trak.batches import Batch, batch_size, normalize
 from trak.errors import InputTypeError
 from trak.evaluation.ranks import correlations
-from trak.pipeline import Pipeline
+from trak.pipeline import Pipeline, validate_state
 from trak.projectors import LeadingProjector, NoOpProjector
 from trak.savers.filesystem import read_object
 from trak.score_computers.auto_ridge import BY_STRENGTH, Situation, relative_ridge
@@ -71,7 +71,7 @@ def choose_strength(
     device = next(pipeline.model.parameters()).device
     sample = [normalize(batch, device) for batch in batches]
     count = sum(batch_size(batch) for batch in sample)
-    pipeline.load_weights(state_of(states[0]))
+    _load(pipeline, states[0])
     weights = [pipeline.maker.computer.compute_loss_grad(batch) for batch in sample]
     logistic = pipeline.losses.tell(sample, weights)
     useful = _is_useful(torch.cat([q.flatten() for q in weights]), logistic)
@@ -147,6 +147,12 @@ def state_of(checkpoint: Any) -> Mapping[str, Any]:
     return found
 
 
+def _load(pipeline: Pipeline, checkpoint: Any) -> None:
+    state = state_of(checkpoint)
+    validate_state(pipeline.model, state)
+    pipeline.load_weights(state)
+
+
 class Trial:
     """Scores of some examples by some checkpoints, at any strength.
 
@@ -192,7 +198,7 @@ class Trial:
         """
         found: list[list[NDArray[np.float64]]] = [[] for _ in strengths]
         for number, state in enumerate(self.states):
-            self.pipeline.load_weights(state_of(state))
+            _load(self.pipeline, state)
             plain = self._gradients(number) if self.whole else None
             if self.plain is None:
                 self.plain = self._ridge(*(plain or self._made(number, 0.0)))

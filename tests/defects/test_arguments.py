@@ -71,6 +71,8 @@ CANNOT_BE = {
     "ridge: negative": ({"lambda_reg": -1.0}, "lambda_reg must be a finite number"),
     "ridge: nan": ({"lambda_reg": NAN}, "lambda_reg must be a finite number"),
     "ridge: infinite": ({"lambda_reg": INF}, "lambda_reg must be a finite number"),
+    "ridge: beyond floats": ({"lambda_reg": 10**400}, "must be a finite number"),
+    "whitening: many": ({"whitening": np.ones(2)}, "whitening must be a finite number"),
     "ridge: text": ({"lambda_reg": "0.1"}, "lambda_reg must be a number"),
     "ridge: many": ({"lambda_reg": torch.ones(2)}, "lambda_reg must be a finite number"),
 }

@@ -37,7 +37,8 @@ class HookGradientComputer(SelectingGradientComputer):
 
     With every new set of weights a few samples are computed by both ways, and a parameter
     on which they differ is left to the exact one. So a layer whose weight is also used
-    elsewhere, or a model that mixes samples, costs time and not correctness. The same holds
+    elsewhere, or a model that mixes samples, costs time and not correctness. (The loss
+    weights Q of a model that mixes samples are those of the batch at hand.) The same holds
     for layers that are called with some of the samples or tokens only, such as experts.
 
     `run` may raise after the sink received blocks; these are void then.

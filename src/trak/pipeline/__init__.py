@@ -12,6 +12,7 @@ from trak.pipeline.inventory import (
     list_experiments,
 )
 from trak.pipeline.methods import group_matrix, method_named, method_pass
+from trak.pipeline.model_state import validate_state
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker
 from trak.pipeline.ranks_of_scores import Ranked
@@ -44,4 +45,5 @@ __all__ = [
     "storage_dtype",
     "store_metadata",
     "usual_projector",
+    "validate_state",
 ]

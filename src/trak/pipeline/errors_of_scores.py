@@ -66,10 +66,12 @@ class ErrorPass:
     """Passes over the rows of some checkpoints that give scores and their errors.
 
     With several checkpoints by the jackknife that leaves out one of them, of the whole
-    formula `mean(tau) mean(q)`, its variances moderated by those of like scores
-    (`trak.score_computers.moderation`); with one by the jackknife that leaves out one of
-    eight groups of the projection's columns (Efron and Tibshirani 1993, Ch. 11: the
-    variance is `(B - 1) / B` times the sum of squared distances from the replicates' mean).
+    formula `mean(tau) mean(q)`, without what it overestimates of a product's variance
+    (`Var(mean(tau)) Var(mean(q))`; at most half is taken away), moderated by the variances
+    of like scores (`trak.score_computers.moderation`); with one by the jackknife that
+    leaves out one of eight groups of the projection's columns (Efron and Tibshirani 1993,
+    Ch. 11: the variance is `(B - 1) / B` times the sum of squared distances from the
+    replicates' mean).
 
     Attributes:
         scorer: the score computer.
@@ -219,15 +221,13 @@ class ErrorPass:
 
     def _jackknife(self, parts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         if self.source == "sketch":
-            whole, replicates = parts[0] * q[0], parts[1:] * q[0]
-        else:
-            count = len(parts)
-            total, weights = parts.sum(dim=0), q.sum(dim=0)
-            whole = total * weights / count**2
-            replicates = (total - parts) * (weights - q) / (count - 1) ** 2
-        share = (len(replicates) - 1) / len(replicates)
-        squares = (replicates - replicates.mean(dim=0)).square().sum(dim=0)
-        return whole, share * squares
+            return parts[0] * q[0], _variances(parts[1:] * q[0])
+        count = len(parts)
+        total, weights = parts.sum(dim=0), q.sum(dim=0)
+        squares = _variances((total - parts) * (weights - q) / (count - 1) ** 2)
+        # for a product it is too large by the product of both means' variances
+        both = parts.var(dim=0) * q.var(dim=0) / count**2
+        return total * weights / count**2, torch.maximum(squares - both, squares / 2)
 
     @cached_property
     def _takes(self) -> Sequence[Callable[[int, int], Tensor]]:
@@ -292,6 +292,11 @@ def error_pass(
         device=pipeline.maker.device,
         projected=bool(pipeline.maker.projector.random_dim),
     )
+
+
+def _variances(replicates: Tensor) -> Tensor:
+    share = (len(replicates) - 1) / len(replicates)
+    return share * (replicates - replicates.mean(dim=0)).square().sum(dim=0)
 
 
 def _cut(count: int, size: int) -> list[tuple[int, int]]:

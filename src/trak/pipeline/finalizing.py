@@ -39,8 +39,10 @@ def finalize_checkpoints(
 ) -> list[int]:
     """Factors the Gram matrix of every checkpoint that needs it.
 
-    The automatic ridge is the median of what the rows of these checkpoints say, so that
-    one of which too little can be told does not outweigh the others.
+    The automatic ridge is the median of what the rows of all that are asked for say, so
+    that one of which too little can be told does not outweigh the others. It depends on
+    nothing else: not on other checkpoints of the store, nor on which of these were
+    finalized before a call was interrupted.
 
     Args:
         scorer: the score computer.
@@ -55,18 +57,21 @@ def finalize_checkpoints(
     """
     saver.refresh()
     chosen = chosen_ids(saver, model_ids)
-    together = len(saver.model_ids)
     wanted: dict[int, Situation] = {}
+    multiple: float | None = None
     for model_id in chosen:
         rows = saver.train_rows(model_id)
         _refuse_missing(rows, model_id)
         if saver.model_ids[model_id]["is_finalized"] and is_current(
-            scorer, saver, model_id, together
+            scorer, saver, model_id, chosen
         ):
             logger.info("model_id=%s is finalized already.", model_id)
+            kept = saver.load_factor(model_id)[1]
+            if kept.get("together") == sorted(chosen):
+                multiple = kept.get("auto")
             continue
         wanted[model_id] = Situation(
-            checkpoints=together,
+            checkpoints=len(chosen),
             strength=whitener.strength,
             columns=maker.projector.random_dim or None,
             loss=rows.array("out_to_loss"),
@@ -75,11 +80,12 @@ def finalize_checkpoints(
             wide=_wide(saver, model_id, len(rows.done)),
         )
     sources = {model_id: row_source(saver.train_rows(model_id)) for model_id in wanted}
-    multiple = _chosen_together(scorer, sources, wanted, maker.device)
+    if multiple is None:
+        multiple = _chosen_together(scorer, sources, wanted, maker.device)
     for model_id, situation in wanted.items():
         settled = replace(situation, multiple=multiple)
-        found = finalize_rows(scorer, sources[model_id], maker.device, settled)
-        saver.save_factor(model_id, *found)
+        matrix, info = finalize_rows(scorer, sources[model_id], maker.device, settled)
+        saver.save_factor(model_id, matrix, {**info, "together": sorted(chosen)})
     return list(wanted)
 
 
@@ -133,8 +139,7 @@ def finalize_rows(
         The matrix and how it was made.
     """
     if isinstance(scorer, RidgeScoreComputer) and situation is not None:
-        matrix, info = scorer.finalize(placed(rows, device), situation)
-        return matrix, {**info, "checkpoints": situation.checkpoints}
+        return scorer.finalize(placed(rows, device), situation)
     if isinstance(scorer, LinearScoreComputer):
         return scorer.finalize(placed(rows, device))
     gram = scorer.get_xtx(decoded(rows, torch.float32).to(device))

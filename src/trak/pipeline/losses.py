@@ -17,7 +17,7 @@ from trak.score_computers.logistic import is_logistic
 
 logger = logging.getLogger(__name__)
 
-_ENOUGH = 16  # examples
+_ENOUGH, _MOST = 16, 64  # examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,18 @@ class LossWatch:
             loss: Q of all samples of that batch, `[b, 1]`.
             model_id: the checkpoint.
         """
-        parts = self.seen[model_id]
-        parts.append(_pairs(outputs, loss))
-        if sum(map(len, parts)) < _ENOUGH or self.saver.checkpoint_digest(model_id) is None:
+        pairs = _pairs(outputs, loss)
+        self.seen[model_id].append(pairs)
+        if self.saver.checkpoint_digest(model_id) is None:
             return  # a trial has no checkpoint in the store
-        if self.saver.loss_record(model_id) is None:
-            found = self._told(torch.cat(parts))
-            if found is not None:
-                self.saver.record_loss(model_id, {"logistic": found})
+        record = self.saver.loss_record(model_id) or {}
+        if "logistic" in record:
+            return
+        # processes with few examples each add theirs up
+        every = [*record.get("seen", []), *pairs.tolist()][:_MOST]
+        found = None if len(every) < _ENOUGH else self._told(torch.tensor(every).double())
+        told = {"seen": every} if found is None else {"logistic": found}
+        self.saver.record_loss(model_id, told)
 
     def tell(self, batches: list[Batch], losses: list[Tensor]) -> bool | None:
         """The same from some batches alone, by the weights that are loaded.
@@ -96,8 +100,7 @@ class LossWatch:
         Returns:
             Whether its loss is logistic; None if that was not found out.
         """
-        record = self.saver.loss_record(model_id)
-        return None if record is None else bool(record["logistic"])
+        return (self.saver.loss_record(model_id) or {}).get("logistic")
 
     def _told(self, pairs: Tensor) -> bool | None:
         said = getattr(self.task, "loss_is_logistic", None)

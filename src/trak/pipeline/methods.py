@@ -103,7 +103,7 @@ def group_matrix(groups: Any, num_targets: int) -> Tensor | None:
     if not len(groups):
         raise InputError("groups is empty; leave it out for a score of every target.")
     for column, group in enumerate(groups):
-        members = np.asarray(group)
+        members = _as_array(group)
         fits = members.ndim == 1 and np.issubdtype(members.dtype, np.integer)
         distinct = fits and len(members) and len(np.unique(members)) == len(members)
         if not distinct or members.min() < 0 or members.max() >= num_targets:
@@ -113,6 +113,13 @@ def group_matrix(groups: Any, num_targets: int) -> Tensor | None:
             )
         matrix[torch.as_tensor(members), column] = 1 / len(members)
     return matrix
+
+
+def _as_array(group: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(group)
+    except ValueError:  # lists of other lengths within it
+        return np.empty((0, 0))
 
 
 @dataclass(frozen=True, kw_only=True)

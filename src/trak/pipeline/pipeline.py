@@ -23,6 +23,7 @@ from trak.pipeline.project import RowMaker
 from trak.pipeline.readiness import (
     chosen_ids,
     not_ready,
+    warn_of_other_groups,
     warn_of_other_ridge,
     warn_of_twins,
 )
@@ -340,6 +341,7 @@ class Pipeline:
         if not ready:
             names = sorted({each.exp_name for each in sets})
             raise PhaseError(f"No checkpoint is ready to score {names}.")
+        warn_of_other_groups(self.scorer, self.saver, ready)
         return ready
 
     def scores(self, exp_name: str) -> NDArray[Any]:

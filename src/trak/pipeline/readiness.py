@@ -46,7 +46,7 @@ def is_current(
     scorer: AbstractScoreComputer,
     saver: AbstractSaver,
     model_id: int,
-    together: int | None = None,
+    together: Iterable[int] | None = None,
 ) -> bool:
     """Whether a checkpoint was finalized with the present ridge and score computer.
 
@@ -54,7 +54,7 @@ def is_current(
         scorer: the score computer.
         saver: the store.
         model_id: a finalized checkpoint.
-        together: number of checkpoints that an automatic ridge is to be for; any if None.
+        together: checkpoints that an automatic ridge is to be for; any if None.
 
     Returns:
         False if it must be finalized again, or the score computer cannot tell.
@@ -63,7 +63,7 @@ def is_current(
         return False
     info = saver.load_factor(model_id)[1]
     chosen = isinstance(scorer, RidgeScoreComputer) and scorer.lambda_reg is None
-    if chosen and together is not None and info.get("checkpoints") != together:
+    if chosen and together is not None and info.get("together") != sorted(together):
         return False
     return scorer.matches(info)
 
@@ -169,6 +169,31 @@ def warn_of_twins(saver: AbstractSaver, model_id: int, digest: str) -> None:
             "overwrites that: keep copies (copy.deepcopy(model.state_dict())).",
             model_id,
             twins[0],
+        )
+
+
+def warn_of_other_groups(
+    scorer: AbstractScoreComputer, saver: AbstractSaver, model_ids: Iterable[int]
+) -> None:
+    """Warns if an average is over checkpoints that do not share an automatic ridge.
+
+    Args:
+        scorer: the run's score computer.
+        saver: the store.
+        model_ids: the checkpoints, which are finalized.
+    """
+    if not isinstance(scorer, RidgeScoreComputer) or scorer.lambda_reg is not None:
+        return
+    found = {i: saver.load_factor(i)[1] for i in model_ids}
+    if len({str(info.get("together")) for info in found.values()}) > 1:
+        logger.warning(
+            "Checkpoints %s were finalized in several calls, each with an automatic ridge "
+            "of its own (%s mean squared row norms). finalize_features(model_ids=%s), once "
+            "for all, gives them one that is chosen for their average; no gradient is "
+            "recomputed.",
+            list(found),
+            ", ".join(f"{info['auto']:.3g}" for info in found.values()),
+            list(found),
         )
 
 

@@ -33,7 +33,7 @@ def as_strength(whitening: float | str | None) -> float:
     """
     if whitening is None:
         return 0.0
-    if whitening == "auto":
+    if isinstance(whitening, str) and whitening == "auto":
         return STRENGTH
     if (
         isinstance(whitening, str)
@@ -102,9 +102,19 @@ class Whitener:
 
         Args:
             model_id: the checkpoint.
+
+        Raises:
+            PhaseError: if rows were whitened without them already.
         """
         found, chosen = self.sums.pop(model_id, None), self.chosen.pop(model_id, None)
         if found is not None and found.count:
+            if self.fitted(model_id):
+                raise PhaseError(
+                    f"Rows of model_id={model_id} are whitened by what other processes "
+                    f"fitted, so what this one fitted ({found.count} examples) comes too "
+                    "late and is dropped. Call save_whitening() in all of them before the "
+                    "first featurizes; go on without these, or use another save_dir."
+                )
             examples = chosen.found() if chosen is not None else None
             more = examples.arrays() if examples is not None else {}
             self.saver.add_moments(model_id, found.arrays() | more)

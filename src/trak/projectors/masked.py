@@ -58,7 +58,9 @@ class MaskedProjector(FactoredProjector):
         return entries
 
     def _compress(self, block: Block) -> Tensor:
-        if not isinstance(block, FactoredBlock):
+        # whitened coordinates are mixtures of all, so that nothing can be picked
+        mixed = self._whitening is not None and block.name in self._whitening.sides
+        if mixed or not isinstance(block, FactoredBlock):
             return super()._compress(block)
         sides = self.sides[block.name]
         factors = [block.backprops, block.activations]

@@ -181,7 +181,8 @@ class AbstractSaver(ABC):
 
         Args:
             model_id: the checkpoint.
-            record: `logistic`, whether it is a logistic loss of the model output.
+            record: `logistic`, whether it is a logistic loss of the model output; before
+                that is known `seen`, pairs of outputs and loss weights.
         """
 
     def loss_record(self, model_id: int) -> Mapping[str, Any] | None:

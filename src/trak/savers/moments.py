@@ -100,7 +100,7 @@ def _read(path: Path, prefix: str = "") -> Arrays:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name.startswith(prefix)}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise StoreCorruptedError(
             f"{path} is lost or damaged ({error}), and rows depend on it. Restore "
             "it, or delete the checkpoint's folder and featurize again."

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from trak.savers import moments
 from trak.savers.abstract import AbstractSaver
-from trak.savers.filesystem import create_json, read_json, replace_json
+from trak.savers.filesystem import read_json, replace_json
 from trak.savers.gradient_files import GradientFiles
 from trak.savers.wide_rows import WideRows
 
@@ -40,13 +40,13 @@ class SideFiles(AbstractSaver):
             replace_json(path, dict(coverage))
 
     def record_loss(self, model_id: int, record: Mapping[str, Any]) -> None:
-        """Writes `loss.json` beside a checkpoint's rows; of several processes one wins.
+        """Writes `loss.json` beside a checkpoint's rows, over what is there.
 
         Args:
             model_id: the checkpoint.
             record: what was found.
         """
-        create_json(self.checkpoint_folder(model_id) / "loss.json", dict(record))
+        replace_json(self.checkpoint_folder(model_id) / "loss.json", dict(record))
 
     def loss_record(self, model_id: int) -> Mapping[str, Any] | None:
         """Reads `loss.json`.

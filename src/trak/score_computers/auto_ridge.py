@@ -34,6 +34,7 @@ _SAMPLE_BYTES = 1 << 29  # of them
 _FEWEST = 40  # rows that something can be told from
 _RIDGES = np.logspace(-2, 3.5, 45)
 _AS_GOOD = 0.01  # of the correlation
+_MANY, _MORE, _LEAST = 0.22, 2.0, math.exp(-1)
 BY_STRENGTH = 3.0
 """How much larger the ridge is where rows are white, `1 + 3 alpha`."""
 BY_CURVATURE = 1.2
@@ -122,6 +123,12 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
     known = situation.loss is not None and rows.shape[0] >= _FEWEST
     samples = _samples(rows, situation) if known else []
     if not samples:
+        logger.info(
+            "Automatic ridge: %.3g times the mean squared row norm, the usual one: nothing "
+            "can be told from %d rows.",
+            USUAL * factor,
+            rows.shape[0],
+        )
         return USUAL * factor
     wider = _by_wide(samples[0], situation)
     trainings = [
@@ -196,7 +203,8 @@ def best_ridge(sample: Sample, training: Training) -> float:
 
     Returns:
         In units of the mean squared norm of the (weighted) rows: the geometric mean of
-        the ridges that are as good as the best, within 0.01 of its correlation.
+        the ridges that are as good as the best, within 0.01 of its correlation; less where
+        these leave many directions to be told apart (see `_smaller`).
     """
     halves = retrained(
         training.kernel,
@@ -207,15 +215,39 @@ def best_ridge(sample: Sample, training: Training) -> float:
     # a squared loss is equally curved everywhere, however rows are weighted
     even = training.answers is not None
     weights = torch.ones_like(sample.roots) if even else sample.roots
-    sums = _sums(sample, weights, halves)
+    sums, spectrum = _sums(sample, weights, halves)
     values = torch.stack([halves.agreement(each) for each in sums])
     values = values.nan_to_num(-1.0).cpu().numpy()
     good = np.log(_RIDGES[values >= values.max() - _AS_GOOD])
-    return float(np.exp(good.mean()))
+    found = float(np.exp(good.mean()))
+    plain = not even and bool((sample.roots == 1).all())
+    return found * _smaller(spectrum, found * _share(sample, halves)) if plain else found
 
 
-def _sums(sample: Sample, roots: Tensor, halves: Halves) -> list[Tensor]:
-    # of TRAK's scores over each half, [subsets, h], at every ridge
+def _smaller(spectrum: Tensor, ridge: float) -> float:
+    """How much smaller the ridge of a classifier is for networks than for linear models.
+
+    Where classes are many and hard to tell apart, the ridge leaves many directions of the
+    rows: `d = mean(s / (s + ridge))` over eigenvalues. Above 0.22 of the examples,
+    `(0.22 / d)^2`, at least `1 / e`, fits what networks do (docs/ridge.md).
+
+    Args:
+        spectrum: eigenvalues of the rows' Gram matrix.
+        ridge: in its units.
+
+    Returns:
+        A factor of at most 1.
+    """
+    effective = float((spectrum / (spectrum + ridge)).mean())
+    return max(_LEAST, min(1.0, (_MANY / effective) ** _MORE)) if effective > 0 else 1.0
+
+
+def _share(sample: Sample, halves: Halves) -> float:
+    return sample.share * len(halves.train) / len(sample.kernel)
+
+
+def _sums(sample: Sample, roots: Tensor, halves: Halves) -> tuple[list[Tensor], Tensor]:
+    # of TRAK's scores over each half, [subsets, h], at every ridge; the Gram's spectrum
     train, held = halves.train, halves.held
     weights = roots[train][:, None]
     gram = weights * sample.kernel[train][:, train] * weights.T
@@ -223,9 +255,10 @@ def _sums(sample: Sample, roots: Tensor, halves: Halves) -> list[Tensor]:
     values, vectors = torch.linalg.eigh(gram / unit)
     across = vectors.T @ (weights * sample.kernel[train][:, held])
     after = halves.masks @ (vectors * (sample.loss[train][:, None] / weights))
-    share = sample.share * len(train) / len(sample.kernel)
+    share = _share(sample, halves)
     values = values.clamp(min=0)
-    return [after @ (across / (values + r * share)[:, None]) for r in _RIDGES]
+    sums = [after @ (across / (values + r * share)[:, None]) for r in _RIDGES]
+    return sums, values
 
 
 def _samples(rows: RowSource, situation: Situation) -> list[Sample]:

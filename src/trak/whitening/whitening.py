@@ -142,7 +142,7 @@ class Whitening:
         if isinstance(grads, Mapping):
             return {
                 name: self
-                .apply(DenseBlock(name, grad.flatten(1)))
+                .apply(DenseBlock(name, grad.reshape(len(grad), -1)))
                 .dense()
                 .gradient.reshape(grad.shape)
                 for name, grad in grads.items()

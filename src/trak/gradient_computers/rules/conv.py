@@ -20,6 +20,8 @@ def conv(call: LayerCall) -> Iterator[Block]:
         Blocks of weight and bias.
     """
     layer = call.layer
+    if not _has_batch(call):
+        return
     if "weight" in call.names:
         padded = _padded(layer, call.inputs[0])
         yield _block(call.names["weight"], layer, padded, call.backprops)
@@ -38,6 +40,8 @@ def conv_transpose(call: LayerCall) -> Iterator[Block]:
         Blocks of weight and bias.
     """
     layer, inputs = call.layer, call.inputs[0]
+    if not _has_batch(call):
+        return
     if "weight" in call.names:
         pads = [p for p in reversed(layer.padding) for _ in range(2)]
         padded = nn.functional.pad(call.backprops, pads)
@@ -56,6 +60,11 @@ def conv_transpose(call: LayerCall) -> Iterator[Block]:
         yield _block(call.names["weight"], layer, padded, inputs)
     if "bias" in call.names:
         yield DenseBlock(call.names["bias"], call.backprops.flatten(start_dim=2).sum(2))
+
+
+def _has_batch(call: LayerCall) -> bool:
+    # torch's convolutions also take one sample alone
+    return call.backprops.ndim == len(call.layer.kernel_size) + 2
 
 
 def _padded(layer: Any, inputs: Tensor) -> Tensor:
