@@ -319,7 +319,7 @@ class TRAKer(Results):
             allow_skip: leave out checkpoints that are not ready, with a warning.
 
         Returns:
-            Scores, `[n, m]`, float32 (float64 for float64 models), backed by a plain
+            Scores, `[n, m]`, float32 (float64 where rows are), backed by a plain
             `.npy` file; changing the array does not change the file.
         """
         return self._pipeline.finalize_scores(exp_name, model_ids, allow_skip=allow_skip)
