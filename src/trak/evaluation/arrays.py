@@ -3,11 +3,10 @@
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from trak.errors import InputError, InputTypeError
+from trak.evaluation.conversion import as_numpy
 
 Floats = NDArray[np.float64]
 Booleans = NDArray[np.bool_]
@@ -31,7 +30,7 @@ def as_floats(name: str, value: Any, *, axes: tuple[str, ...]) -> Floats:
         InputError: if the number of axes differs, an axis is empty, or a number is not
             finite; names the first such place.
     """
-    found = _as_numpy(name, value)
+    found = as_numpy(name, value)
     if found.dtype.kind not in "biuf":
         raise InputTypeError(
             f"{name} must hold real numbers, got dtype {found.dtype}. Convert it first."
@@ -64,9 +63,10 @@ def as_masks(name: str, value: Any, *, axes: tuple[str, ...]) -> Booleans:
         InputError: if the number of axes differs, an axis is empty, or an entry is
             neither 0 nor 1.
     """
-    found = _as_numpy(name, value)
+    found = as_numpy(name, value)
     _check_axes(name, found, axes)
-    if found.dtype.kind != "b" and not np.isin(found, (0, 1)).all():
+    kind = found.dtype.kind
+    if kind not in "biuf" or (kind != "b" and not np.isin(found, (0, 1)).all()):
         raise InputError(
             f"{name} must hold booleans, or 0 and 1: got other values of dtype "
             f"{found.dtype}. Lists of indices become masks with masks_from_indices."
@@ -85,7 +85,7 @@ def as_outputs(name: str, value: Any, first: str) -> Floats:
     Returns:
         `[first, seeds, m]`, float64.
     """
-    found = _as_numpy(name, value)
+    found = as_numpy(name, value)
     if found.ndim == 2:
         return as_floats(name, found, axes=(first, "target"))[:, None]
     return as_floats(name, found, axes=(first, "seed", "target"))
@@ -151,24 +151,6 @@ def check_varied(name: str, columns: Floats, scale: Floats | None = None) -> Non
         )
 
 
-def _check_axes(name: str, found: NDArray[Any], axes: tuple[str, ...]) -> None:
-    if found.ndim != len(axes) or 0 in found.shape:
-        raise InputError(
-            f"{name} must have the axes [{', '.join(axes)}], none of them empty, got shape "
-            f"{found.shape}."
-        )
-
-
-def _as_numpy(name: str, value: Any) -> NDArray[Any]:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        return (value.double() if value.dtype is torch.bfloat16 else value).numpy()
-    try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise InputError(f"{name} is no array: {error}.") from error
-
-
 def as_single(name: str, values: Floats) -> NDArray[np.float32]:
     """Rounds to float32.
 
@@ -191,3 +173,11 @@ def as_single(name: str, values: Floats) -> NDArray[np.float32]:
             f"{place}. Scale the outputs."
         )
     return found
+
+
+def _check_axes(name: str, found: NDArray[Any], axes: tuple[str, ...]) -> None:
+    if found.ndim != len(axes) or 0 in found.shape:
+        raise InputError(
+            f"{name} must have the axes [{', '.join(axes)}], none of them empty, got shape "
+            f"{found.shape}."
+        )

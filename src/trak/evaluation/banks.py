@@ -19,6 +19,7 @@ from trak.evaluation.arrays import (
     as_single,
     check_length,
 )
+from trak.evaluation.conversion import as_numpy
 from trak.evaluation.described import as_text, check_described
 from trak.evaluation.hashes import (
     data_hash,
@@ -225,7 +226,7 @@ def masks_from_indices(indices: Any, n: int) -> Booleans:
 
 
 def _integers(name: str, value: Any, shape: tuple[int, ...]) -> NDArray[np.int64]:
-    found = np.asarray(value)
+    found = as_numpy(name, value)
     if found.dtype.kind not in "iu" or found.shape != shape:
         raise InputError(
             f"{name} must be integers of shape {shape}, got {found.dtype} of shape "

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.nn import Module
 
 from trak.batches import normalize
 from trak.digests import example_digests, state_digest
 from trak.errors import InputError, InputTypeError, StoreCorruptedError
+from trak.evaluation.conversion import as_numpy
 
 
 def data_hash(*parts: Any) -> str:
@@ -35,10 +34,7 @@ def data_hash(*parts: Any) -> str:
     """
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, Tensor):
-            part = part.detach().cpu().contiguous()  # noqa: PLW2901
-            part = part.view(torch.int16) if part.dtype is torch.bfloat16 else part  # noqa: PLW2901
-        found = np.ascontiguousarray(part)
+        found = as_numpy("data", part, bits=True)
         if found.dtype.kind not in "biufc":
             raise InputTypeError(
                 f"data_hash takes arrays of numbers, got {type(part).__name__} of dtype "
