@@ -1,5 +1,6 @@
 """Plain arrays as users have them, checked before anything is computed."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ def as_floats(name: str, value: Any, *, axes: tuple[str, ...]) -> Floats:
 
     Raises:
         InputTypeError: if it holds no real numbers.
-        InputError: if the number of axes differs, an axis is empty, or a number is not
-            finite; names the first such place.
+        InputError: if the number of axes differs, an axis is empty, a number is not
+            finite (names the first such place), or sums of them would not be.
     """
     found = as_numpy(name, value)
     if found.dtype.kind not in "biuf":
@@ -37,13 +38,19 @@ def as_floats(name: str, value: Any, *, axes: tuple[str, ...]) -> Floats:
         )
     _check_axes(name, found, axes)
     numbers = found.astype(np.float64, copy=False)
-    bad = np.argwhere(~np.isfinite(numbers))
-    if len(bad):
+    largest = max(abs(float(numbers.min())), abs(float(numbers.max())))
+    if not math.isfinite(largest):
+        bad = np.argwhere(~np.isfinite(numbers))
         where = ", ".join(f"{axis} {i}" for axis, i in zip(axes, bad[0], strict=True))
         raise InputError(
             f"{name} must be finite, got {numbers[tuple(bad[0])]} at {where} ({len(bad)} "
             "such entries). Find out where it comes from; leave the row or column out only "
             "if you know why."
+        )
+    if largest > np.finfo(np.float64).max / (4 * numbers.size):
+        raise InputError(
+            f"{name} reaches {largest:.3g}, and sums of such numbers exceed float64, which "
+            "ends at 1.8e308. Divide all of it by a constant: no rank depends on the unit."
         )
     return numbers
 
@@ -127,21 +134,17 @@ def check_enough(count: int, what: str) -> None:
         )
 
 
-def check_varied(name: str, columns: Floats, scale: Floats | None = None) -> None:
+def check_varied(name: str, columns: Floats) -> None:
     """Refuses columns whose correlation with anything is undefined.
 
     Args:
         name: what the columns are, for the message.
         columns: `[subsets, m]`.
-        scale: magnitude of what was summed up to each entry, `[subsets, m]`: differences
-            within its rounding error are none.
 
     Raises:
         InputError: lists the first constant columns.
     """
-    spread = np.ptp(columns, axis=0)
-    noise = 0.0 if scale is None else 64 * np.finfo(np.float64).eps * scale.max(axis=0)
-    constant = np.flatnonzero(spread <= noise)
+    constant = np.flatnonzero((columns == columns[0]).all(axis=0))
     if len(constant):
         shown = ", ".join(map(str, constant[:10].tolist()))
         raise InputError(

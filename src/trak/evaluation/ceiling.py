@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from trak.errors import InputError
 from trak.evaluation.arrays import Floats, as_outputs, check_enough, check_varied
 from trak.evaluation.ranks import correlations
+from trak.evaluation.rounding import mean_over_seeds
 
 _SPLITS = 32  # of the seeds; more change the third digit
 _LEAST_FOR_SPREAD = 6  # subsets: two halves of three
@@ -51,7 +52,7 @@ def noise_ceiling(outputs: Any) -> float:
             f"[subsets, seeds, targets] with at least 2 seeds, got {truth.shape[1]}."
         )
     check_enough(len(truth), "subsets")
-    check_varied("The outputs of the subsets", truth.mean(axis=1))
+    check_varied("The outputs of the subsets", mean_over_seeds(truth))
     return ceiling_of(truth)
 
 
@@ -77,7 +78,7 @@ def _split_half(truth: Floats, half: int) -> Floats:
     # the mean over splits is taken of ranks' correlations, then brought to Pearson's scale
     found = [
         correlations(
-            "spearman", truth[:, first].mean(axis=1), truth[:, second].mean(axis=1)
+            "spearman", mean_over_seeds(truth[:, first]), mean_over_seeds(truth[:, second])
         )
         for first, second in _splits(truth.shape[1], half)
     ]

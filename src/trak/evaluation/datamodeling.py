@@ -23,6 +23,7 @@ from trak.evaluation.arrays import (
 from trak.evaluation.ceiling import ceiling_of
 from trak.evaluation.intervals import SUBSETS, Bootstrap, Interval, Resampled, resampled
 from trak.evaluation.ranks import correlations, weighted_correlations
+from trak.evaluation.rounding import mean_over_seeds, without_rounding
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -102,9 +103,9 @@ def lds(
         The score, its intervals and its ceiling.
     """
     how = Bootstrap.of(level, draws, seed)
-    kept, truth = _ground_truth(masks, outputs)
+    kept, truth, mean = _ground_truth(masks, outputs)
     predicted = _predictions("scores", scores, kept, truth)
-    found = _compare([predicted], truth.mean(axis=1), how)
+    found = _compare([predicted], mean, how)
     ceiling = ceiling_of(truth) if truth.shape[1] > 1 else None
     return LinearDatamodelingScore(**vars(found), level=how.level, ceiling=ceiling)
 
@@ -137,12 +138,12 @@ def lds_difference(
         The difference and its intervals.
     """
     how = Bootstrap.of(level, draws, seed)
-    kept, truth = _ground_truth(masks, outputs)
+    kept, truth, mean = _ground_truth(masks, outputs)
     both = [
         _predictions("scores", scores, kept, truth),
         _predictions("other_scores", other_scores, kept, truth),
     ]
-    found = _compare(both, truth.mean(axis=1), how)
+    found = _compare(both, mean, how)
     return LDSDifference(**vars(found), level=how.level)
 
 
@@ -162,13 +163,14 @@ def group_scores(scores: Any, masks: Any) -> Floats:
     return kept.astype(np.float64) @ numbers
 
 
-def _ground_truth(masks: Any, outputs: Any) -> tuple[Booleans, Floats]:
+def _ground_truth(masks: Any, outputs: Any) -> tuple[Booleans, Floats, Floats]:
     kept = as_masks("masks", masks, axes=("subset", "training example"))
     truth = as_outputs("outputs", outputs, "subset")
     check_length(len(truth), len(kept), "The subsets of outputs", "masks")
     check_enough(len(kept), "subsets")
-    check_varied("The outputs of the subsets", truth.mean(axis=1))
-    return kept, truth
+    mean = mean_over_seeds(truth)
+    check_varied("The outputs of the subsets", mean)
+    return kept, truth, mean
 
 
 def _predictions(name: str, scores: Any, kept: Booleans, truth: Floats) -> Floats:
@@ -176,8 +178,8 @@ def _predictions(name: str, scores: Any, kept: Booleans, truth: Floats) -> Float
     check_length(len(numbers), kept.shape[1], f"The rows of {name}", "masks")
     check_length(numbers.shape[1], truth.shape[2], f"The columns of {name}", "outputs")
     weights = kept.astype(np.float64)
-    predicted = weights @ numbers
-    check_varied(f"Predictions from {name}", predicted, weights @ np.abs(numbers))
+    predicted = without_rounding(weights @ numbers, weights @ np.abs(numbers))
+    check_varied(f"Predictions from {name}", predicted)
     return predicted
 
 

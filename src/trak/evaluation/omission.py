@@ -17,6 +17,7 @@ from trak.evaluation.arrays import (
 )
 from trak.evaluation.intervals import SUBSETS, Bootstrap, Interval, resampled
 from trak.evaluation.ranks import Correlation, correlations, weighted_correlations
+from trak.evaluation.rounding import mean_over_seeds
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -86,7 +87,9 @@ def leave_one_out(
     """
     how = Bootstrap.of(level, draws, seed)
     numbers = as_floats("scores", scores, axes=("training example", "target"))
-    without = as_outputs("outputs_without", outputs_without, "removed example").mean(axis=1)
+    without = mean_over_seeds(
+        as_outputs("outputs_without", outputs_without, "removed example")
+    )
     check_length(
         numbers.shape[1], without.shape[1], "The columns of scores", "outputs_without"
     )

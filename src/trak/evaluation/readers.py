@@ -7,7 +7,7 @@ import numpy as np
 
 from trak.arguments import as_integer
 from trak.errors import InputError
-from trak.evaluation.arrays import as_floats, as_masks, as_outputs, check_length
+from trak.evaluation.arrays import as_floats, as_masks, as_outputs, as_single, check_length
 from trak.evaluation.banks import Bank, masks_from_indices
 
 
@@ -48,8 +48,8 @@ def read_trak_bank(
             )
         rows = grouped[:, 0]
     check_length(len(rows), subsets, "The rows of masks", "margins")
-    outputs = values.reshape(subsets, repeats, -1)
-    return Bank(masks=rows, outputs=outputs.astype(np.float32), name=name)
+    outputs = as_single("margins", values).reshape(subsets, repeats, -1)
+    return Bank(masks=rows, outputs=outputs, name=name)
 
 
 def bank_from_indices(outputs: Any, indices: Any, n: int, *, name: str = "") -> Bank:
@@ -69,7 +69,7 @@ def bank_from_indices(outputs: Any, indices: Any, n: int, *, name: str = "") -> 
         The bank, without hashes.
     """
     masks = masks_from_indices(indices, as_integer("n", n, least=1))
-    values = as_outputs("outputs", outputs, "subset").astype(np.float32)
+    values = as_single("outputs", as_outputs("outputs", outputs, "subset"))
     return Bank(masks=masks, outputs=values, name=name)
 
 
