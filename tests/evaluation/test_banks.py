@@ -446,13 +446,19 @@ def test_masks_from_indices():
     masks = masks_from_indices([[0, 2], torch.tensor([1])], 3)
     np.testing.assert_array_equal(masks, [[True, False, True], [False, True, False]])
     for bad, message in (
-        ([[0, 3]], "from 0 to 2, got from 0 to 3"),
+        ([[0, 3]], "from 0 to 2, rows of the scores, got from 0 to 3"),
         ([[-1]], "subset 0 must be integers"),
         ([[0], [1, 1]], "subset 1 name an example twice"),
         ([[0.5]], "must be integers"),
+        ([[0, 1e300]], "must be integers"),
+        ([[0, 1], [0, [1]]], "indices of subset 1 is no array"),
+        ([[0, 1], []], r"indices of subset 1 must have .* none of them empty"),
     ):
         with pytest.raises(InputError, match=message):
             masks_from_indices(bad, 3)
+    for masks in (np.eye(3, dtype=bool), torch.eye(3).bool(), [[True, False, True]]):
+        with pytest.raises(InputTypeError, match="truth values. A mask goes.*flatnonzero"):
+            masks_from_indices(masks, 3)
 
 
 def test_bank_from_indices_is_the_pair_of_dattri():
@@ -498,6 +504,11 @@ def test_other_files_are_no_bank_of_trak(tmp_path):
     for name in ("t.pt", "objects.npy"):
         with pytest.raises(InputError, match="weights_only=True"):
             read_trak_bank(tmp_path / name, tmp_path / "ok.npy")
+    for name in ("absent.npy", ""):
+        with pytest.raises(InputError, match="masks must be the path of a .npy file, and"):
+            read_trak_bank(tmp_path / name, tmp_path / "ok.npy")
+    with pytest.raises(InputTypeError, match="margins must be a path, got 3"):
+        read_trak_bank(tmp_path / "ok.npy", 3)
     np.save(tmp_path / "more.npy", np.ones((6, 3)))
     with pytest.raises(InputError, match="rows of masks must be 6, as in margins, got 4"):
         read_trak_bank(tmp_path / "ok.npy", tmp_path / "more.npy")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
-from trak.errors import InputError
+from trak.errors import InputError, InputTypeError
 from trak.evaluation import leave_one_out
 
 
@@ -59,6 +59,8 @@ def test_some_examples_in_any_order():
         (slice(5), [0, 1, 2, 3, -1], "integers from 0 to 29"),
         (slice(5), [0, 1, 2, 3, 3.5], "integers from 0 to 29"),
         (slice(5), [0, 1, 2, 3, 3], "an example twice"),
+        (slice(5), [0, 1, [2], 3, 4], "indices is no array"),
+        (slice(5), [0, 1, 2, 3, 1e300], "integers from 0 to 29"),
         (slice(2), [0, 1], "at least 3 removed examples, got 2"),
     ],
 )
@@ -66,6 +68,12 @@ def test_bad_input_is_refused(rows, indices, message):
     scores, without = world()
     with pytest.raises(InputError, match=message):
         leave_one_out(scores, without[rows], indices=indices)
+
+
+def test_a_mask_is_no_list_of_examples():
+    scores, without = world()
+    with pytest.raises(InputTypeError, match="truth values.*numpy.flatnonzero"):
+        leave_one_out(scores, without[:5], indices=np.arange(30) < 5)
 
 
 def test_constant_columns_and_shapes_are_refused():

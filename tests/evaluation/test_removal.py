@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trak.errors import InputError
+from trak.errors import InputError, InputTypeError
 from trak.evaluation import removal_curve, removal_curve_from_outputs, removed_indices
 
 N, M = 20, 3
@@ -120,13 +120,32 @@ def test_bad_input_is_refused():
         np.testing.assert_array_equal(other, one)
     for fraction, count in ((0.0, 0), (1.0, 20), (0.01, 0)):
         with pytest.raises(InputError, match=f"removes {count} of 20"):
-            removal_curve(EFFECTS, train, evaluate, [fraction])
+            removed_indices(EFFECTS, fraction, "top")
+    with pytest.raises(InputError, match="removes 0 of 20"):
+        removal_curve(EFFECTS, train, evaluate, [0.01])
+    for fraction in (0.0, 1.0, -0.1, 3):
+        message = f"above 0 and below 1, got {fraction:g} at fraction 1"
+        with pytest.raises(InputError, match=message):
+            removal_curve(EFFECTS, train, evaluate, [0.1, fraction])
+        with pytest.raises(InputError, match=message):
+            removal_curve_from_outputs([0.1, fraction], np.ones((1, 3)), np.ones((2, 3)))
     trained = []
     for options in ({"level": 95}, {"draws": 0}, {"seed": 1.5}, {"seed": -1}):
         with pytest.raises(InputError):
             removal_curve(
                 EFFECTS, trained.append, evaluate, [0.1], sides=["top"], **options
             )
+    for functions, message in (
+        (
+            {"train": None},
+            r"train must be a function, called as train\(indices, seed\), got N",
+        ),
+        ({"evaluate": [1.0]}, r"evaluate must be a function, .* got \[1.0\]"),
+        ({"progress": 3}, r"progress must be a function, .*\(done, total\), got 3"),
+    ):
+        given = {"train": trained.append, "evaluate": evaluate, **functions}
+        with pytest.raises(InputTypeError, match=message):
+            removal_curve(EFFECTS, fractions=[0.1], **given)
     assert not trained
     for sides in (["bottom"], ["top", "left"]):
         with pytest.raises(InputError, match="with 'top'"):

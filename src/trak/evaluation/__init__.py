@@ -4,7 +4,7 @@ Inputs are plain arrays: NumPy's, or tensors on any device. Nothing here needs a
 """
 
 from trak.evaluation.bank_files import load_bank, save_bank
-from trak.evaluation.banks import Bank, masks_from_indices
+from trak.evaluation.banks import Bank
 from trak.evaluation.builder import build_bank
 from trak.evaluation.ceiling import noise_ceiling
 from trak.evaluation.datamodeling import (
@@ -16,6 +16,7 @@ from trak.evaluation.datamodeling import (
 )
 from trak.evaluation.detection import Detection, mislabelled
 from trak.evaluation.hashes import checkpoint_hash, data_hash, example_hashes
+from trak.evaluation.indices import masks_from_indices
 from trak.evaluation.intervals import Interval
 from trak.evaluation.omission import CorrelationOverTargets, LeaveOneOut, leave_one_out
 from trak.evaluation.plan import BankPlan

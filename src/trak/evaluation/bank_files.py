@@ -1,19 +1,16 @@
 """The files of a bank. The normative text is docs/evaluation.md, "Format"."""
 
-import hashlib
 import json
-import os
-import secrets
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from trak.errors import BankCorruptedError, InputError
 from trak.evaluation.banks import Bank
 from trak.evaluation.described import as_json
+from trak.evaluation.files import as_path, file_hash, replace_file
 from trak.evaluation.hashes import hashes_of
 from trak.evaluation.weights import WEIGHTS, load_checkpoints
 
@@ -77,7 +74,7 @@ def prepared(folder: str | Path, bank: Bank) -> Path:
     Raises:
         InputError: if it cannot be made, or holds the weights of other checkpoints.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -105,7 +102,7 @@ def load_bank(folder: str | Path) -> Bank:
     Raises:
         BankCorruptedError: if a file is damaged, lost, or of another version.
     """
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -125,40 +122,6 @@ def load_bank(folder: str | Path) -> Bank:
         return _bank(folder, manifest, has_weights=WEIGHTS in files)
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise BankCorruptedError(f"{folder} contradicts itself: {error!r}.") from error
-
-
-def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file so that a reader or a crash sees the old one or the new one.
-
-    Args:
-        path: the file.
-        write: writes its content.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_hash(path: Path) -> str:
-    """The SHA-256 of a file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _manifest(bank: Bank) -> dict[str, Any]:

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.arguments import as_integer
 from trak.errors import BankMismatchError, InputError, InputTypeError
 from trak.evaluation.arrays import (
     Booleans,
-    as_floats,
     as_masks,
     as_outputs,
     as_single,
@@ -188,41 +186,6 @@ class Bank:
                 f"Bank {self.name!r} was made from data with the hash {self.data}; that of "
                 f"the data given is {found}. The arrays must be those, in that order."
             )
-
-
-def masks_from_indices(indices: Any, n: int) -> Booleans:
-    """Turns lists of training examples into masks.
-
-    Args:
-        indices: for each subset, the examples it holds.
-        n: number of training examples.
-
-    Returns:
-        `[subsets, n]`.
-
-    Raises:
-        InputError: if an index is out of range or comes twice in a subset.
-        InputTypeError: if there are no lists.
-    """
-    n = as_integer("n", n, least=1)
-    if not isinstance(indices, Iterable):
-        raise InputTypeError(
-            "indices must hold, for each subset, the numbers of its training examples, got "
-            f"{type(indices).__name__}."
-        )
-    rows = [as_floats("indices", row, axes=("example of a subset",)) for row in indices]
-    masks = np.zeros((len(rows), n), dtype=bool)
-    for number, (mask, row) in enumerate(zip(masks, rows, strict=True)):
-        whole = row.astype(np.int64)
-        if (whole != row).any() or whole.min() < 0 or whole.max() >= n:
-            raise InputError(
-                f"indices of subset {number} must be integers from 0 to {n - 1}, got from "
-                f"{row.min():g} to {row.max():g}."
-            )
-        mask[whole] = True
-        if mask.sum() != len(whole):
-            raise InputError(f"indices of subset {number} name an example twice.")
-    return masks
 
 
 def _integers(name: str, value: Any, shape: tuple[int, ...]) -> NDArray[np.int64]:

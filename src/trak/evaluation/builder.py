@@ -23,7 +23,7 @@ from trak.errors import (
 )
 from trak.evaluation.bank_files import MANIFEST, load_bank, prepared, save_bank
 from trak.evaluation.banks import Bank
-from trak.evaluation.functions import name_of
+from trak.evaluation.functions import check_functions, name_of
 from trak.evaluation.hashes import data_hash, hashes_of
 from trak.evaluation.plan import MASK_RULE, SEED_RULE, BankPlan, Job
 from trak.evaluation.processes import Outcome, run_jobs
@@ -75,6 +75,7 @@ def build_bank(
     Raises:
         InputError: if an argument cannot be used.
     """
+    check_functions(train, evaluate, progress)
     count = as_integer("workers", workers, least=1)
     threads = as_integer("threads", threads, least=1)
     bank = _empty(plan, name, examples, checkpoints)  # checked before hours of work

@@ -1,4 +1,4 @@
-"""Names of functions, so that another process finds them without being sent them."""
+"""The user's functions, and names by which another process finds them."""
 
 import importlib
 import importlib.util
@@ -8,9 +8,32 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from trak.errors import InputError
+from trak.errors import InputError, InputTypeError
 
 _SCRIPT = "__bank_script__"  # what a script is called where it is not the main program
+
+
+def check_functions(train: Any, evaluate: Any, progress: Any) -> None:
+    """Refuses what cannot be called, before hours of work.
+
+    Args:
+        train: the user's.
+        evaluate: the user's.
+        progress: the user's, or None.
+
+    Raises:
+        InputTypeError: if one is no function.
+    """
+    forms = {
+        "train": (train, "train(indices, seed)"),
+        "evaluate": (evaluate, "evaluate(model)"),
+        "progress": (progress, "progress(done, total)"),
+    }
+    for name, (value, form) in forms.items():
+        if not callable(value) and (name != "progress" or value is not None):
+            raise InputTypeError(
+                f"{name} must be a function, called as {form}, got {value!r:.80}."
+            )
 
 
 def name_of(argument: str, function: Callable[..., Any]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from trak.evaluation.arrays import (
     check_length,
     check_varied,
 )
+from trak.evaluation.indices import as_indices
 from trak.evaluation.intervals import SUBSETS, Bootstrap, Interval, resampled
 from trak.evaluation.ranks import Correlation, correlations, weighted_correlations
 from trak.evaluation.rounding import mean_over_seeds
@@ -127,11 +128,8 @@ def _rows(indices: Any, count: int, n: int) -> NDArray[np.int64]:
     if indices is None:
         check_length(count, n, "The rows of outputs_without", "scores")
         return np.arange(n)
-    given = as_floats("indices", indices, axes=("removed example",))
-    check_length(len(given), count, "The number of indices", "outputs_without")
-    rows = given.astype(np.int64)
-    if (rows != given).any() or rows.min() < 0 or rows.max() >= n:
-        raise InputError(f"indices must be integers from 0 to {n - 1}, rows of scores.")
+    rows = as_indices("indices", indices, n, axis="removed example")
+    check_length(len(rows), count, "The number of indices", "outputs_without")
     if len(np.unique(rows)) < len(rows):
         raise InputError(
             "indices names an example twice. Several trainings without one example belong "

@@ -8,7 +8,9 @@ import numpy as np
 from trak.arguments import as_integer
 from trak.errors import InputError
 from trak.evaluation.arrays import as_floats, as_masks, as_outputs, as_single, check_length
-from trak.evaluation.banks import Bank, masks_from_indices
+from trak.evaluation.banks import Bank
+from trak.evaluation.files import as_path
+from trak.evaluation.indices import masks_from_indices
 
 
 def read_trak_bank(
@@ -34,8 +36,8 @@ def read_trak_bank(
             of one subset differ.
     """
     repeats = as_integer("seeds", seeds, least=1)
-    rows = as_masks("masks", _load(masks), axes=("model", "training example"))
-    values = as_floats("margins", _load(margins), axes=("model", "target"))
+    rows = as_masks("masks", _load("masks", masks), axes=("model", "training example"))
+    values = as_floats("margins", _load("margins", margins), axes=("model", "target"))
     if len(values) % repeats:
         raise InputError(f"{len(values)} rows of margins are not {repeats} a subset.")
     subsets = len(values) // repeats
@@ -73,7 +75,10 @@ def bank_from_indices(outputs: Any, indices: Any, n: int, *, name: str = "") -> 
     return Bank(masks=masks, outputs=values, name=name)
 
 
-def _load(path: str | Path) -> Any:
+def _load(name: str, file: str | Path) -> Any:
+    path = as_path(name, file)
+    if not path.is_file():
+        raise InputError(f"{name} must be the path of a .npy file, and {path} is none.")
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError) as error:

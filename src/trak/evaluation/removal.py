@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from trak.arguments import as_integer, as_number
 from trak.errors import InputError
 from trak.evaluation.arrays import Floats, as_floats, as_outputs, check_length
+from trak.evaluation.functions import check_functions
 from trak.evaluation.intervals import CONTROLS, TARGETS, Bootstrap
 
 Side = Literal["top", "bottom", "random"]
@@ -95,6 +96,7 @@ def removal_curve(
         The curve.
     """
     Bootstrap.of(level, draws, seed)  # refused before anything is trained
+    check_functions(train, evaluate, progress)
     numbers = as_floats("scores", scores, axes=("training example", "target"))
     repeats = as_integer("seeds", seeds, least=1)
     ranked = numbers.sum(axis=1, keepdims=True) if together else numbers
@@ -147,7 +149,7 @@ def removal_curve_from_outputs(
         InputError: if there is no `top`, or the arrays do not fit.
     """
     how = Bootstrap.of(level, draws, seed)
-    parts = as_floats("fractions", fractions, axes=("fraction",))
+    parts = _as_fractions(fractions)
     base = as_floats("full", full, axes=("seed", "target")).mean(axis=0)
     given: dict[Side, Any] = {"top": top, "bottom": bottom, "random": random}
     found = {
@@ -206,10 +208,21 @@ def _plan(scores: Floats, fractions: Any, sides: Any, seeds: int, seed: int) -> 
     return {
         side: [
             [removed_indices(scores, part, side, seed=[seed, r]) for r in range(seeds)]
-            for part in as_floats("fractions", fractions, axes=("fraction",))
+            for part in _as_fractions(fractions)
         ]
         for side in wanted
     }
+
+
+def _as_fractions(fractions: Any) -> Floats:
+    parts = as_floats("fractions", fractions, axes=("fraction",))
+    bad = np.flatnonzero((parts <= 0) | (parts >= 1))
+    if len(bad):
+        raise InputError(
+            f"fractions of the training set must be above 0 and below 1, got "
+            f"{parts[bad[0]]:g} at fraction {bad[0]}."
+        )
+    return parts
 
 
 def _effect(

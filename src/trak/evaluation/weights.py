@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak.errors import BankCorruptedError
+from trak.evaluation.files import as_path
 
 WEIGHTS = "checkpoints.safetensors"
 
@@ -45,7 +46,7 @@ def load_checkpoints(folder: str | Path) -> list[dict[str, Tensor]]:
     Raises:
         BankCorruptedError: if the file is absent or damaged.
     """
-    path = Path(folder) / WEIGHTS
+    path = as_path("folder", folder) / WEIGHTS
     if not path.exists():
         raise BankCorruptedError(f"{path} does not exist: this bank came without weights.")
     states: dict[int, dict[str, Tensor]] = defaultdict(dict)

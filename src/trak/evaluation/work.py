@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from trak.errors import BankCorruptedError, BankMismatchError, InputError
 from trak.evaluation.arrays import Booleans, as_floats, as_single
-from trak.evaluation.bank_files import replace_file
 from trak.evaluation.described import as_json
+from trak.evaluation.files import replace_file
 from trak.evaluation.plan import BankPlan, Job
 
 Train = Callable[[NDArray[np.int64], int], Any]
