@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 
@@ -141,7 +142,7 @@ def test_a_bank_of_the_benchmarks_is_read(tmp_path):
         "subsets": 6,
         "seeds": 2,
     }
-    manifest |= {"subset_size": 10, "mask_seed": 2023, "seed_rule": "words", "data": "d"}
+    manifest |= {"subset_size": None, "mask_seed": 2023, "seed_rule": "words", "data": "d"}
     manifest |= {"recipe": {}, "checkpoints": 2, "accuracy": [1, 1], "files": files}
     (tmp_path / "bank.json").write_text(json.dumps(manifest))
     bank = load_bank(tmp_path)
@@ -177,6 +178,31 @@ def edit(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def rewrite(folder, content):
+    (folder / "truth.npz").write_bytes(content)
+    edit(folder, files={"truth.npz": hashlib.sha256(content).hexdigest()})
+
+
+def encoded(write, *given, **arrays):
+    file = io.BytesIO()
+    write(file, *given, **arrays)
+    return file.getvalue()
+
+
+def with_dtype(folder, **dtypes):
+    with np.load(folder / "truth.npz") as truth:
+        given = {
+            name: array.astype(dtypes.get(name, array.dtype))
+            for name, array in truth.items()
+        }
+    rewrite(folder, encoded(np.savez, **given))
+
+
 DAMAGE = {
     "describes no bank": lambda f: (f / "bank.json").unlink(),
     "describes no bank.*JSON": lambda f: (f / "bank.json").write_text("{"),
@@ -195,6 +221,21 @@ DAMAGE = {
         })
     ),
     "contradicts itself": lambda f: edit(f, n=22),
+    "describes no bank.*iterable": lambda f: edit(f, files=3),
+    "lists.*'3'": lambda f: edit(f, files=[[3, ""], ["x", ""]]),
+    "truth.npz cannot be read": lambda f: as_folder(f / "truth.npz"),
+    "hold . to .* subset_size = 10": lambda f: edit(f, subset_size=10),
+    "subset_size = 'half'": lambda f: edit(f, subset_size="half"),
+    "seed_rule must be a text, got 3": lambda f: edit(f, seed_rule=3),
+    "no archive of arrays.*No data": lambda f: rewrite(f, b""),
+    "no archive of arrays.*BadZip": lambda f: rewrite(f, b"PK\x03\x04 and no more"),
+    "no archive of arrays": lambda f: rewrite(f, encoded(np.save, np.ones(3))),
+    "outputs must be float32 or float16, got >f8": lambda f: with_dtype(f, outputs=">f8"),
+    "outputs must be float32 or float16, got int64": lambda f: with_dtype(f, outputs="i8"),
+    "seeds must be int64, got int32": lambda f: with_dtype(f, seeds="i4"),
+    "examples must be int64, got float64": lambda f: with_dtype(f, examples="f8"),
+    "masks must be uint8, got bool": lambda f: with_dtype(f, masks="?"),
+    "contradicts itself.*'masks'": lambda f: rewrite(f, encoded(np.savez)),
 }
 
 
@@ -205,6 +246,23 @@ def test_damage_is_noticed(message, tmp_path):
     DAMAGE[message](tmp_path)
     with pytest.raises(BankCorruptedError, match=message):
         load_bank(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", ">f4"])
+def test_numbers_that_float32_holds_are_read(dtype, tmp_path):
+    bank = full_bank(outputs=arrays()["outputs"].astype(np.float16))
+    save_bank(bank, tmp_path)
+    with_dtype(tmp_path, outputs=dtype)
+    assert_equal(load_bank(tmp_path), bank)
+
+
+def test_paths_must_be_paths(tmp_path):
+    for call in (load_bank, load_checkpoints, lambda f: save_bank(full_bank(), f)):
+        with pytest.raises(InputTypeError, match="folder must be a path, got 3"):
+            call(3)
+    (tmp_path / "checkpoints.safetensors").mkdir()
+    with pytest.raises(BankCorruptedError, match="is no safetensors file.*directory"):
+        load_checkpoints(tmp_path)
 
 
 class Harmful:
@@ -223,7 +281,7 @@ def test_objects_in_a_bank_are_refused(tmp_path):
     np.savez(tmp_path / "truth.npz", masks=np.zeros((6, 3), np.uint8), outputs=outputs)
     digest = hashlib.sha256((tmp_path / "truth.npz").read_bytes()).hexdigest()
     edit(tmp_path, files={"truth.npz": digest})
-    with pytest.raises(BankCorruptedError, match="contradicts itself"):
+    with pytest.raises(BankCorruptedError, match="truth.npz is no archive of arrays"):
         load_bank(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -408,6 +466,8 @@ def test_a_bank_is_its_own_and_finite():
         {"name": 3},
         {"checkpoints": 7},
         {"data": 3},
+        {"seed_rule": ["any"]},
+        {"subset_size": True},
     ],
 )
 def test_a_description_that_contradicts_the_arrays(changes, tmp_path):

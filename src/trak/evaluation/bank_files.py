@@ -1,11 +1,11 @@
 """The files of a bank. The normative text is docs/evaluation.md, "Format"."""
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trak.errors import BankCorruptedError, InputError
 from trak.evaluation.banks import Bank
@@ -33,6 +33,13 @@ _OWN = (
     "checkpoint_hashes",
     "files",
 )
+
+_DTYPES = {
+    "masks": ("uint8",),
+    "outputs": ("float32", "float16"),
+    "seeds": ("int64",),
+    "examples": ("int64",),
+}
 
 
 def save_bank(bank: Bank, folder: str | Path) -> None:
@@ -120,7 +127,7 @@ def load_bank(folder: str | Path) -> Bank:
     _check_files(folder, files)
     try:
         return _bank(folder, manifest, has_weights=WEIGHTS in files)
-    except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise BankCorruptedError(f"{folder} contradicts itself: {error!r}.") from error
 
 
@@ -147,23 +154,46 @@ def _manifest(bank: Bank) -> dict[str, Any]:
 
 
 def _check_files(folder: Path, files: dict[str, str]) -> None:
-    unknown = sorted(set(files) - {TRUTH, WEIGHTS})
-    if unknown or TRUTH not in files:
+    if TRUTH not in files or set(files) - {TRUTH, WEIGHTS}:
         raise BankCorruptedError(
-            f"{folder / MANIFEST} lists {sorted(files)}; it must list {TRUTH}, and may "
-            f"list {WEIGHTS}."
+            f"{folder / MANIFEST} lists {sorted(map(str, files))}; it must list {TRUTH}, "
+            f"and may list {WEIGHTS}."
         )
     for name, expected in files.items():
         path = folder / name
-        if not path.exists() or file_hash(path) != expected:
-            state = "is not the file that was written" if path.exists() else "is lost"
+        try:
+            state = (
+                "" if file_hash(path) == expected else "is not the file that was written"
+            )
+        except FileNotFoundError:
+            state = "is lost"
+        except OSError as error:
+            state = f"cannot be read ({error})"
+        if state:
             raise BankCorruptedError(f"{path} {state}. Fetch or build the bank again.")
 
 
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as truth:
+            found = {name: truth[name] for name in _DTYPES if name in truth}
+    except Exception as error:  # whatever zip files and arrays raise where they are none
+        raise BankCorruptedError(
+            f"{path} is no archive of arrays ({error!r}). Fetch or build the bank again."
+        ) from error
+    for name, array in found.items():
+        if array.dtype.name not in _DTYPES[name]:
+            expected = " or ".join(_DTYPES[name])
+            raise BankCorruptedError(
+                f"{path}: {name} must be {expected}, got {array.dtype}. Write the bank "
+                "again, by save_bank."
+            )
+    return found
+
+
 def _bank(folder: Path, manifest: dict[str, Any], *, has_weights: bool) -> Bank:
-    with np.load(folder / TRUTH, allow_pickle=False) as truth:
-        packed, outputs = truth["masks"], truth["outputs"]
-        optional = {name: truth[name] for name in ("seeds", "examples") if name in truth}
+    arrays = _arrays(folder / TRUTH)
+    packed, outputs = arrays.pop("masks"), arrays.pop("outputs")
     n = manifest["n"]
     if type(n) is not int or packed.ndim != 2 or packed.shape[1] != -(-n // 8):
         raise ValueError(f"masks are packed as {packed.shape}, bank.json says n = {n!r}")
@@ -171,6 +201,13 @@ def _bank(folder: Path, manifest: dict[str, Any], *, has_weights: bool) -> Bank:
     masks = whole[:, :n]
     if whole[:, n:].any():
         raise ValueError(f"masks name examples beyond n = {n}")
+    size = manifest.get("subset_size")
+    held = masks.sum(axis=1)
+    if size is not None and (type(size) is not int or (held != size).any()):
+        raise ValueError(
+            f"subsets hold {held.min()} to {held.max()} examples, bank.json says "
+            f"subset_size = {size!r}"
+        )
     expected = tuple(manifest[name] for name in ("subsets", "seeds", "targets"))
     if outputs.shape != expected:
         raise ValueError(f"outputs are {outputs.shape}, bank.json says {expected}")
@@ -193,5 +230,5 @@ def _bank(folder: Path, manifest: dict[str, Any], *, has_weights: bool) -> Bank:
         data=manifest.get("data"),
         checkpoints=hashes,
         notes={name: value for name, value in manifest.items() if name not in _OWN},
-        **optional,
+        **arrays,
     )

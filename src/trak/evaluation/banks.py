@@ -63,6 +63,8 @@ class Bank:
 
     def __post_init__(self) -> None:
         as_text("name", self.name)
+        if self.seed_rule is not None:
+            as_text("seed_rule", self.seed_rule)
         check_described(self.recipe, self.data)
         masks = as_masks("masks", self.masks, axes=("subset", "training example"))
         outputs = as_outputs("outputs", self.outputs, "subset")

@@ -62,14 +62,14 @@ def load_checkpoints(folder: str | Path) -> list[dict[str, Tensor]]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    raw = np.fromfile(path, dtype=np.uint8)
     try:
+        raw = np.fromfile(path, dtype=np.uint8)
         length = int.from_bytes(raw[:8].tobytes(), "little")
         header: dict[str, Any] = json.loads(raw[8 : 8 + length].tobytes())
         body = raw[8 + length :]
         header.pop("__metadata__", None)
         return {name: _tensor(entry, body) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise BankCorruptedError(f"{path} is no safetensors file ({error!r}).") from error
 
 
