@@ -43,7 +43,7 @@ class BankCorruptedError(AttributionError, RuntimeError):
 
 
 class BankBuildError(AttributionError, RuntimeError):
-    """A model of a bank could not be trained; what was trained is kept."""
+    """A bank could not be built, or another build runs; what was trained is kept."""
 
 
 class NumericalError(AttributionError, ArithmeticError):

@@ -130,9 +130,22 @@ def test_a_finished_bank_is_read(tmp_path):
     bank = build(tmp_path)
     again = build(tmp_path, never, workers=2)
     np.testing.assert_array_equal(again.outputs, bank.outputs)
-    for options in ({"checkpoints": ["1" * 32]}, {"examples": np.arange(24)}):
-        with pytest.raises(BankMismatchError, match="other checkpoints or examples"):
-            build(tmp_path, never, **options)
+    other = {"checkpoints": ["1" * 32], "examples": np.arange(24), "name": "toy"}
+    for name, value in other.items():
+        with pytest.raises(
+            BankMismatchError, match=f"finished bank, '', .* other {name} th"
+        ):
+            build(tmp_path, never, **{name: value})
+    with pytest.raises(BankMismatchError, match="checkpoints and examples and name than"):
+        build(tmp_path, never, **other)
+
+
+def test_a_finished_bank_has_its_name(tmp_path):
+    build(tmp_path, name="toy")
+    for name in ("", "toy"):
+        assert build(tmp_path, name=name).name == "toy"
+    with pytest.raises(BankMismatchError, match="finished bank, 'toy', .* other name than"):
+        build(tmp_path, name="game")
 
 
 @pytest.mark.parametrize(
@@ -208,6 +221,21 @@ def test_a_build_does_not_go_on_with_other_data(what, tmp_path, monkeypatch):
     with pytest.raises(BankMismatchError, match=f"begun with other {what}"):
         build(tmp_path / "bank", **{**given, what: other[what]})
     assert build(tmp_path / "bank", **given).checkpoints == ("0" * 32,)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "{}", '{"examples": null}', "\x00", '"examples"', "3"]
+)
+def test_a_damaged_description_of_a_build_is_named(content, tmp_path):
+    def stop(indices, seed):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, stop)
+    (about,) = tmp_path.glob("work/*/about.json")
+    about.write_text(content)
+    with pytest.raises(BankCorruptedError, match=r"about\.json is damaged.*Delete its"):
+        build(tmp_path)
 
 
 def test_what_cannot_become_a_bank_is_refused_before_training(tmp_path):
@@ -357,6 +385,16 @@ def test_bad_options_are_refused_before_anything_is_trained(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             build(tmp_path, never, **options)
+    for given, message in (
+        ((tmp_path, None, recipes.evaluate, PLAN), "train must be a function, called as"),
+        ((tmp_path, never, "evaluate", PLAN), "evaluate must be a function, called as"),
+        ((3, never, recipes.evaluate, PLAN), "folder must be a path, got 3"),
+    ):
+        with pytest.raises(InputTypeError, match=message):
+            build_bank(*given, workers=2)
+    with pytest.raises(InputTypeError, match=r"called as progress\(done, total\), got 3"):
+        build(tmp_path, never, progress=3)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_unfinished_say_what_they_are(tmp_path):
@@ -369,3 +407,36 @@ def test_the_unfinished_say_what_they_are(tmp_path):
     assert BankPlan(**json.loads(plan.read_text())) == PLAN
     with pytest.raises(BankCorruptedError, match="build has not ended"):
         load_bank(tmp_path)
+
+
+GUARDED = """
+import sys
+from trak.evaluation import BankPlan, build_bank
+
+if __name__ == "__main__":
+    def train(indices, seed):
+        return indices
+
+    def evaluate(model):
+        return [model.sum()]
+
+    plan = BankPlan(n=9, recipe={}, subsets=3)
+    build_bank(sys.argv[1], train, evaluate, plan, workers=int(sys.argv[2]))
+"""
+
+
+def test_functions_under_the_guard_of_a_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(GUARDED)
+
+    def run(workers):
+        call = [sys.executable, str(script), str(tmp_path / "bank"), str(workers)]
+        return subprocess.run(
+            call, capture_output=True, text=True, timeout=100, check=False
+        )
+
+    failed = run(2).stderr
+    assert "BankBuildError" in failed
+    assert f"{script} does not define train where a worker imports it" in failed
+    assert "move the function, and the data it needs, above that line" in failed
+    assert run(1).returncode == 0

@@ -6,8 +6,9 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from trak.evaluation.bank_files import MANIFEST, load_bank, prepared, save_bank
 from trak.evaluation.banks import Bank
 from trak.evaluation.functions import check_functions, name_of
 from trak.evaluation.hashes import data_hash, hashes_of
+from trak.evaluation.lock import only_build
 from trak.evaluation.plan import MASK_RULE, SEED_RULE, BankPlan, Job
 from trak.evaluation.processes import Outcome, run_jobs
-from trak.evaluation.work import Evaluate, Train, WorkFolder
+from trak.evaluation.work import WORK, Evaluate, Train, WorkFolder
 from trak.evaluation.worker import IN_WORKER
 from trak.settings import LIBRARY_VERSION
 
@@ -51,9 +53,10 @@ def build_bank(
     """Trains models on random subsets and writes the bank of their outputs.
 
     Each model's outputs go to a small file as soon as it is trained, and a build that was
-    interrupted or failed goes on from these. A finished bank is read instead. With a
-    `train` that depends on its arguments only, one worker and many build the same bank;
-    torch's global generator has the model's seed too while it is trained.
+    interrupted or failed goes on from these. A finished bank is read instead. One build
+    runs in a folder at a time; a second is a `BankBuildError`. With a `train` that depends
+    on its arguments only, one worker and many build the same bank; torch's global generator
+    has the model's seed too while it is trained.
 
     Args:
         folder: the bank's. `work/` in it holds what is not finished.
@@ -61,7 +64,8 @@ def build_bank(
             ascending. For several workers, a function that can be imported.
         evaluate: `evaluate(model)` gives the targets' model outputs, `[m]`.
         plan: which models to train.
-        name: what to call the bank.
+        name: what to call the bank. One that is finished must have this name, unless none
+            is given.
         examples: `example_hashes` of the training examples, `[n]`.
         checkpoints: state dicts, or hashes, of the models whose scores are to be judged.
         workers: processes; 1 trains in this one.
@@ -71,9 +75,6 @@ def build_bank(
 
     Returns:
         The bank, as it was written.
-
-    Raises:
-        InputError: if an argument cannot be used.
     """
     check_functions(train, evaluate, progress)
     count = as_integer("workers", workers, least=1)
@@ -81,21 +82,35 @@ def build_bank(
     bank = _empty(plan, name, examples, checkpoints)  # checked before hours of work
     folder = prepared(folder, bank)
     if (folder / MANIFEST).exists():
-        return _finished(folder, plan, bank)
+        _log.info("%s is finished: it is read, and nothing is trained.", folder)
+    else:
+        run = _here if count == 1 else _elsewhere
+        outcomes = partial(run, train, evaluate, count, threads)
+        _build(folder, plan, bank, outcomes, progress)
+    return _finished(folder, plan, bank)
+
+
+def _build(
+    folder: Path,
+    plan: BankPlan,
+    bank: Bank,
+    outcomes: Callable[[list[Job], BankPlan, WorkFolder], Generator[Outcome]],
+    progress: Callable[[int, int], None] | None,
+) -> None:
     if IN_WORKER in os.environ:
         raise InputError(
             "A worker of build_bank calls build_bank while it imports your script. Put the "
             'call under `if __name__ == "__main__":`.'
         )
-    work = WorkFolder(folder / "work" / plan.key)
-    work.create(plan, _about(bank))
-    jobs = [job for job in plan.jobs() if not work.has(job)]
-    if count > 1:
-        outcomes = _elsewhere(jobs, plan, work, train, evaluate, count, threads)
-    else:
-        outcomes = _here(jobs, plan, work, train, evaluate, threads)
-    _watch(outcomes, len(plan.jobs()), len(jobs), work.path, progress)
-    return _finish(folder, plan, work, bank)
+    work = WorkFolder(folder / WORK / plan.key)
+    with only_build(folder / WORK):
+        if (folder / MANIFEST).exists():  # another process was faster
+            return
+        work.create(plan, _about(bank))
+        jobs = [job for job in plan.jobs() if not work.has(job)]
+        total = len(plan.jobs())
+        _watch(outcomes(jobs, plan, work), total, len(jobs), work.path, progress)
+        save_bank(replace(bank, outputs=work.collect(plan)), folder)
 
 
 def _empty(
@@ -140,27 +155,38 @@ def _finished(folder: Path, plan: BankPlan, asked: Bank) -> Bank:
             "differ. Build in another folder, or read it with load_bank."
         )
     known = np.zeros(0) if bank.examples is None else bank.examples
-    other_checkpoints = asked.checkpoints and asked.checkpoints != bank.checkpoints
-    if other_checkpoints or (
-        asked.examples is not None and not np.array_equal(asked.examples, known)
-    ):
+    differs = {
+        "checkpoints": asked.checkpoints and asked.checkpoints != bank.checkpoints,
+        "examples": asked.examples is not None
+        and not np.array_equal(asked.examples, known),
+        "name": asked.name and asked.name != bank.name,
+    }
+    if any(differs.values()):
+        others = " and ".join(name for name in differs if differs[name])
         raise BankMismatchError(
-            f"{folder} holds a finished bank that records other checkpoints or examples "
+            f"{folder} holds a finished bank, {bank.name!r}, that records other {others} "
             "than were given. If they belong to it all the same, load the bank, and save "
             "what dataclasses.replace makes of it."
         )
-    _log.info("%s is finished: it is read, and nothing is trained.", folder)
+    _tidy(folder, plan)
     return bank
 
 
+def _tidy(folder: Path, plan: BankPlan) -> None:
+    # also what a crash left; where nothing may be removed, the bank is good all the same
+    if (folder / WORK).exists():
+        with suppress(BankBuildError, OSError), only_build(folder / WORK):
+            shutil.rmtree(folder / WORK / plan.key, ignore_errors=True)
+
+
 def _elsewhere(
-    jobs: list[Job],
-    plan: BankPlan,
-    work: WorkFolder,
     train: Train,
     evaluate: Evaluate,
     workers: int,
     threads: int,
+    jobs: list[Job],
+    plan: BankPlan,
+    work: WorkFolder,
 ) -> Generator[Outcome]:
     setup = {
         "train": name_of("train", train),
@@ -173,12 +199,13 @@ def _elsewhere(
 
 
 def _here(
+    train: Train,
+    evaluate: Evaluate,
+    _workers: int,
+    threads: int,
     jobs: list[Job],
     plan: BankPlan,
     work: WorkFolder,
-    train: Train,
-    evaluate: Evaluate,
-    threads: int,
 ) -> Generator[Outcome]:
     masks = plan.masks()
     before = torch.get_num_threads()
@@ -226,16 +253,6 @@ def _watch(
 def _about(bank: Bank) -> dict[str, Any]:
     examples = None if bank.examples is None else data_hash(bank.examples)
     return {"examples": examples, "checkpoints": list(bank.checkpoints)}
-
-
-def _finish(folder: Path, plan: BankPlan, work: WorkFolder, bank: Bank) -> Bank:
-    if (folder / MANIFEST).exists():  # another process was faster
-        return _finished(folder, plan, bank)
-    save_bank(replace(bank, outputs=work.collect(plan)), folder)
-    shutil.rmtree(work.path)
-    if not any(work.path.parent.iterdir()):
-        work.path.parent.rmdir()
-    return load_bank(folder)
 
 
 class _Log:

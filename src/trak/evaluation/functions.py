@@ -81,10 +81,21 @@ def find(named: dict[str, str]) -> Callable[..., Any]:
 
     Returns:
         The function.
+
+    Raises:
+        InputError: if the module does not define it.
     """
-    file = named.get("file")
+    file, name = named.get("file"), named["name"]
     module = _script(file) if file else importlib.import_module(named["module"])
-    return _attribute(module, named["name"])
+    try:
+        return _attribute(module, name)
+    except AttributeError as error:
+        raise InputError(
+            f"{file or named['module']} does not define {name} where a worker imports it. "
+            'What is under `if __name__ == "__main__":` is not there: move the function, '
+            "and the data it needs, above that line, and leave only the call of build_bank "
+            "below it; or use workers=1."
+        ) from error
 
 
 def _script(file: str) -> Any:

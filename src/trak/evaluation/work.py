@@ -16,6 +16,9 @@ from trak.evaluation.described import as_json
 from trak.evaluation.files import replace_file
 from trak.evaluation.plan import BankPlan, Job
 
+WORK = "work"
+"""The folder, in that of a bank, of what is not finished."""
+
 Train = Callable[[NDArray[np.int64], int], Any]
 Evaluate = Callable[[Any], Any]
 
@@ -42,9 +45,9 @@ class WorkFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / "about.json"
-        known = _read(path) if path.exists() else about
+        known = _read(path, about) if path.exists() else about
         if known != about:
-            others = sorted(key for key in about if known.get(key) != about[key])
+            others = sorted(key for key in about if known[key] != about[key])
             raise BankMismatchError(
                 f"{self.path} holds models of a build that was begun with other "
                 f"{' and '.join(others)}. Go on with those, build in another folder, or "
@@ -143,11 +146,18 @@ def _damaged(path: Path, why: str) -> str:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, like: Mapping[str, Any]) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise BankCorruptedError(
-            f"{path} is damaged ({error}). Delete its folder and build again."
-        ) from error
-    return found if isinstance(found, dict) else {}
+        raise BankCorruptedError(_unknown(path, str(error))) from error
+    if not isinstance(found, dict) or set(found) != set(like):
+        raise BankCorruptedError(_unknown(path, f"it must hold {' and '.join(like)}"))
+    return found
+
+
+def _unknown(path: Path, why: str) -> str:
+    return (
+        f"{path} is damaged ({why}), so nobody can tell what the models beside it are of. "
+        "Delete its folder and build again."
+    )

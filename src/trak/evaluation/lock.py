@@ -1,0 +1,58 @@
+"""One build at a time in a folder, also after a process was killed."""
+
+import fcntl
+import os
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from trak.errors import BankBuildError
+
+
+@contextmanager
+def only_build(folder: Path) -> Generator[None]:
+    """Keeps other builds out of a folder meanwhile.
+
+    The operating system takes the lock back when the process ends, however it ends.
+
+    Args:
+        folder: of a bank's models, `work`; made if absent, and removed afterwards if
+            nothing is left in it.
+
+    Yields:
+        Nothing.
+    """
+    path = folder / "lock"
+    descriptor = _locked(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # what is not finished lies in it
+            folder.rmdir()
+        os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    while True:
+        # a build that ends meanwhile takes the file and its folder away
+        with suppress(FileExistsError):
+            path.parent.mkdir(parents=True)
+        with suppress(FileNotFoundError), ExitStack() as stack:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            stack.callback(os.close, descriptor)
+            _lock(descriptor, path)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                stack.pop_all()
+                return descriptor
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BankBuildError(
+            f"Another build is running in {path.parent.parent} (a process holds the lock "
+            f"{path}). Wait until it has ended: the same call then reads its bank, or goes "
+            "on from its models. To build another bank meanwhile, use another folder."
+        ) from error
