@@ -10,7 +10,7 @@ import pytest
 from tests.evaluation import recipes
 from tests.evaluation.test_builder import PLAN, build
 
-from trak.errors import BankBuildError
+from trak.errors import BankBuildError, InputError
 from trak.evaluation.bank_files import save_bank
 from trak.evaluation.lock import only_build
 
@@ -114,6 +114,14 @@ def test_a_finished_bank_is_read_while_another_process_tidies(holder, tmp_path):
     save_bank(build(tmp_path / "other"), tmp_path / "bank")
     build(tmp_path / "bank", no_training)
     assert (tmp_path / "bank" / "work" / "lock").exists()
+
+
+def test_a_folder_that_cannot_be_worked_in_is_refused(tmp_path):
+    (tmp_path / "work").touch()
+    with pytest.raises(InputError, match="work/lock cannot be made: .*may write to"):
+        build(tmp_path, no_training)
+    with pytest.raises(InputError, match="cannot be the folder of a bank: embedded null"):
+        build("a\0b", no_training)
 
 
 def test_only_one_of_many_holds_the_lock(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from trak.errors import InputError
 from trak.evaluation import (
     bank_from_indices,
+    group_scores,
     lds,
     lds_difference,
     leave_one_out,
@@ -130,6 +131,16 @@ def test_numbers_whose_sums_would_overflow_are_refused(value):
         with pytest.raises(InputError, match="reaches .*e\\+30[678], and sums.*Divide"):
             call()
     lds(scores * 1e300, masks, outputs * 1e300, draws=5)
+
+
+def test_what_float64_does_not_hold_is_refused():
+    wide = np.ones((4, 3), np.longdouble)
+    with np.errstate(over="ignore"):  # where longdouble is float64
+        wide[2, 1] = np.longdouble(HUGE) * 2
+    with pytest.raises(
+        InputError, match="scores must be finite, got inf at .* 2, target 1"
+    ):
+        group_scores(wide, np.eye(4))
 
 
 @pytest.mark.parametrize("value", [3.5e38, 1e300])

@@ -37,7 +37,8 @@ def as_floats(name: str, value: Any, *, axes: tuple[str, ...]) -> Floats:
             f"{name} must hold real numbers, got dtype {found.dtype}. Convert it first."
         )
     _check_axes(name, found, axes)
-    numbers = found.astype(np.float64, copy=False)
+    with np.errstate(over="ignore"):  # of a longdouble, which is then not finite
+        numbers = found.astype(np.float64, copy=False)
     largest = max(abs(float(numbers.min())), abs(float(numbers.max())))
     if not math.isfinite(largest):
         bad = np.argwhere(~np.isfinite(numbers))

@@ -84,8 +84,10 @@ def prepared(folder: str | Path, bank: Bank) -> Path:
     folder = as_path("folder", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be the folder of a bank: {error}.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder!s:.200} cannot be the folder of a bank: {error}."
+        ) from error
     if (folder / WEIGHTS).exists():
         lying = hashes_of(load_checkpoints(folder))
         if lying != bank.checkpoints:

@@ -175,7 +175,7 @@ def _finished(folder: Path, plan: BankPlan, asked: Bank) -> Bank:
 def _tidy(folder: Path, plan: BankPlan) -> None:
     # also what a crash left; where nothing may be removed, the bank is good all the same
     if (folder / WORK).exists():
-        with suppress(BankBuildError, OSError), only_build(folder / WORK):
+        with suppress(BankBuildError, InputError, OSError), only_build(folder / WORK):
             shutil.rmtree(folder / WORK / plan.key, ignore_errors=True)
 
 

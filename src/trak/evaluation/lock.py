@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from trak.errors import BankBuildError
+from trak.errors import BankBuildError, InputError
 
 
 @contextmanager
@@ -36,15 +36,24 @@ def only_build(folder: Path) -> Generator[None]:
 def _locked(path: Path) -> int:
     while True:
         # a build that ends meanwhile takes the file and its folder away
-        with suppress(FileExistsError):
-            path.parent.mkdir(parents=True)
         with suppress(FileNotFoundError), ExitStack() as stack:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = _opened(path)
             stack.callback(os.close, descriptor)
             _lock(descriptor, path)
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 stack.pop_all()
                 return descriptor
+
+
+def _opened(path: Path) -> int:
+    try:
+        with suppress(FileExistsError):
+            path.parent.mkdir(parents=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except (NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise InputError(
+            f"{path} cannot be made: {error}. A build needs a folder that it may write to."
+        ) from error
 
 
 def _lock(descriptor: int, path: Path) -> None:
