@@ -98,8 +98,10 @@ def moderated(scores, squares, peers, d):
         (apart[i, j] - effect[i]) ** 2 for i in range(n) for j in range(p) if used[i, j]
     ) / sum(used[i].sum() - 1 for i in range(n))
     size = used.sum(axis=1).mean()
-    between = max(0.0, np.var(effect, ddof=1) - inside / size)
-    part, whole = (between / (between + inside / c) for c in (size - 1, size))
+    chance = polygamma(1, d / 2)
+    common = max(0.0, chance - inside)
+    between = max(0.0, np.var(effect, ddof=1) - inside / size - common)
+    part, whole = (between / (between + common + inside / c) for c in (size - 1, size))
     points, rest = [], []
     for i in range(n):
         for j in range(p):
@@ -113,7 +115,7 @@ def moderated(scores, squares, peers, d):
     full = [b for b in np.unique(bins) if (bins == b).sum() >= 50]
     centres = [points[bins == b].mean() for b in full]
     bends = [rest[bins == b].mean() for b in full]
-    prior = np.var(rest - np.interp(points, centres, bends), ddof=1) - polygamma(1, d / 2)
+    prior = abs(np.var(rest - np.interp(points, centres, bends), ddof=1) - chance)
     d0 = 100.0
     if prior > polygamma(1, d0 / 2):
         d0 = brentq(lambda x: polygamma(1, x / 2) - prior, 1e-2, d0)

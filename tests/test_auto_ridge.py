@@ -1,6 +1,7 @@
 """The ridge that is chosen, and ridges by name."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -377,7 +378,8 @@ def test_it_is_the_default_and_recorded(tmp_path):
     found = runs.whole_run(traker, train, targets, states)
     info = traker.saver.load_factor(1)[1]
     assert info["lambda_reg"] is None
-    assert info["together"] == [0, 1]
+    digests = {str(i): traker.saver.checkpoint_digest(i) for i in range(2)}
+    assert info["together"] == digests
     unit = info["mean_squared_norm"]
     assert info["ridge"] == pytest.approx(info["auto"] * unit)
     rows = traker.saver.train_rows(1)
@@ -457,7 +459,7 @@ def test_each_has_its_own_ridge_where_each_is_finalized_alone(tmp_path, caplog):
     np.testing.assert_array_equal(*found.values())
     traker.finalize_features()
     infos = [traker.saver.load_factor(i)[1] for i in range(3)]
-    assert [info["together"] for info in infos] == [[0, 1, 2]] * 3
+    assert [list(info["together"]) for info in infos] == [["0", "1", "2"]] * 3
     assert len({info["auto"] for info in infos}) == 1
     caplog.clear()
     traker.finalize_scores("exp")
@@ -473,6 +475,7 @@ def test_many_directions_make_a_smaller_ridge(left, expected):
 
 
 def test_many_directions_count_where_a_classifiers_rows_are_plain(monkeypatch):
+    torch.manual_seed(0)
     rows = torch.randn(200, 30, dtype=torch.float64)
     loss = torch.sigmoid(-rows @ torch.randn(30, dtype=torch.float64))
     cases = [
@@ -481,7 +484,43 @@ def test_many_directions_count_where_a_classifiers_rows_are_plain(monkeypatch):
         {"loss": loss - 0.5},
     ]
     as_played = [chosen(rows, **case) for case in cases]
-    monkeypatch.setattr("trak.score_computers.auto_ridge._MANY", 0.01)
+    monkeypatch.setattr("trak.score_computers.auto_ridge._MANY", 1e-9)
     now = [chosen(rows, **case) for case in cases]
-    assert now[0] < 0.8 * as_played[0]
+    assert now[0] == pytest.approx(as_played[0] / math.e)
     assert now[1:] == as_played[1:]
+
+
+def test_a_checkpoint_that_was_replaced_is_another(tmp_path):
+    model, train, _ = runs.data("mlp", 60, 4)
+    states = cases.checkpoints("mlp", 3)
+
+    def ridge(folder, chosen):
+        traker = runs.make_traker(model, 60, folder, lambda_reg="auto")
+        for model_id, state in enumerate(chosen):
+            runs.featurize(traker, train, state, model_id)
+        traker.finalize_features()
+        return [traker.saver.load_factor(i)[1]["auto"] for i in range(len(chosen))]
+
+    ridge(tmp_path / "a", states[:2])
+    shutil.rmtree(tmp_path / "a" / "1")
+    others = [states[0], states[2]]
+    assert ridge(tmp_path / "a", others) == ridge(tmp_path / "b", others)
+
+
+def test_a_ridge_that_is_given_asks_for_no_common_one(tmp_path, caplog):
+    model, train, targets = runs.data("mlp", 60, 4)
+    states = cases.checkpoints("mlp", 2)
+    for model_id, state in enumerate(states):
+        traker = runs.make_traker(model, 60, tmp_path, lambda_reg="2x")
+        runs.featurize(traker, train, state, model_id)
+        traker.finalize_features(model_ids=[model_id])
+    for model_id, state in enumerate(states):
+        runs.score(traker, targets, state, model_id)
+    traker.finalize_scores("exp")
+    traker.sweep(["exp"], ["3x", 0.5])
+    assert "several calls" not in caplog.text
+    traker.sweep(["exp"], [None])
+    assert "several calls" in caplog.text
+    traker.finalize_features()
+    autos = {traker.saver.load_factor(i)[1]["auto"] for i in range(2)}
+    assert len(autos) == 1

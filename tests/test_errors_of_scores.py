@@ -9,8 +9,10 @@ import torch
 from tests import cases, reference, runs
 
 from trak.errors import InputError, NumericalError
+from trak.pipeline import error_pass
 from trak.pipeline.ranks_of_scores import Ranked, critical, noise_limit
 from trak.projectors import NoOpProjector
+from trak.score_computers import AbstractScoreComputer
 from trak.score_computers.auto_ridge import drawn
 from trak.score_computers.moderation import PEERS
 
@@ -156,11 +158,17 @@ def test_ranks_are_what_comparing_all_pairs_gives(finished, monkeypatch):
 
 @pytest.mark.parametrize(
     ("degrees", "level", "expected"),
-    [(1, 0.9, 6.3138), (2, 0.9, 2.9200), (4, 0.95, 2.7764), (9, 0.9, 1.8331)],
+    [
+        (1, 0.9, 6.3138),
+        (1.05, 0.99, 52.7551),
+        (2, 0.9, 2.9200),
+        (4, 0.95, 2.7764),
+        (9, 0.9, 1.8331),
+    ],
 )
 def test_quantiles_of_students_t(degrees, level, expected):
     assert critical(level, degrees) == pytest.approx(expected, rel=1e-4)
-    assert critical(level, 1_000_000) < 1.97
+    assert critical(0.95, 1_000_000) == pytest.approx(1.95996, rel=1e-4)
     with pytest.raises(InputError, match="between 0 and 1"):
         critical(1.0, degrees)
 
@@ -279,3 +287,47 @@ def test_a_damaged_row_is_no_score(file, finished, tmp_path):
     if file == "0/grads.mmap":
         with pytest.raises(NumericalError, match="Self-influence from row 0"):
             traker.self_influence()
+
+
+class OverTargets(AbstractScoreComputer):
+    """Scores that depend on which other targets there are."""
+
+    def __init__(self, dtype, device, logging_level, lambda_reg):
+        super().__init__(dtype, device)
+
+    def get_xtx(self, grads):
+        return grads.T @ grads
+
+    def get_x_xtx_inv(self, grads, xtx):
+        return grads @ torch.linalg.inv(xtx + torch.eye(len(xtx)))
+
+    def get_scores(self, features, target_grads, accumulator):
+        assert len(target_grads) == M
+        found = features @ target_grads.T.to(features)
+        accumulator += (found / found.norm(dim=1, keepdim=True)).cpu()
+
+
+def test_other_score_computers_get_the_targets_alone(tmp_path):
+    model, train, targets = runs.data("mlp", N, M)
+    states = cases.checkpoints("mlp", 3)
+    traker = runs.make_traker(model, N, tmp_path, score_computer=OverTargets)
+    written = runs.whole_run(traker, train, targets, states)
+    found = traker.scores("exp", with_error=True)
+    np.testing.assert_allclose(found.scores, written, rtol=1e-4, atol=1e-6)
+    assert found.degrees == 2
+
+
+def test_learning_takes_scattered_rows_and_no_more_of_them_for_many_targets(tmp_path):
+    model, train, targets = runs.data("mlp", 300, 4)
+    states = cases.checkpoints("mlp", 2)
+    traker = runs.make_traker(model, 300, tmp_path, lambda_reg="2x")
+    runs.whole_run(traker, train, targets, states)
+    taken = error_pass(traker.pipeline, "exp", None)
+    assert taken._some() == [(i, min(i + 16, 300)) for i in range(0, 300, 16)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trak.pipeline.errors_of_scores._LEARNED_ROWS", 100)
+        few = error_pass(traker.pipeline, "exp", None)
+        rows = [i for start, stop in few._some() for i in range(start, stop)]
+        assert len(rows) <= 100
+        assert max(rows) - min(rows) > 200
+        np.testing.assert_allclose(few.scores().scores, taken.scores().scores)

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import t as student
 from tests import reference
 
-from trak.score_computers.moderation import learned
+from trak.score_computers.moderation import Stretch, learned
 
 
 class World:
@@ -24,18 +24,28 @@ class World:
         self.scores, self.squares = each.mean(0), each.var(0, ddof=1) / count
         self.m = m
 
-    def tensors(self):
-        return (torch.from_numpy(a) for a in (self.scores, self.squares))
+    def peers_part(self):
+        parts = (self.scores[:, self.m :], self.squares[:, self.m :])
+        return torch.arange(len(self.scores)), *map(torch.from_numpy, parts)
 
     def learned(self):
-        numbers = torch.arange(len(self.scores))
         peers = torch.from_numpy(self.peers)
-        return learned(numbers, *self.tensors(), peers, self.degrees)
+        return learned(*self.peers_part(), peers, self.degrees)
 
     def moderated(self):
         found = self.learned()
-        numbers = torch.arange(len(self.scores))
-        return found.moderated(numbers, *self.tensors()).numpy(), found.degrees
+        stretch = Stretch(
+            found.effects(*self.peers_part()),
+            torch.from_numpy(self.scores[:, : self.m]),
+            torch.from_numpy(self.squares[:, : self.m]),
+        )
+        half = len(self.scores) // 2
+        levels = found.target_levels(
+            lambda: (
+                Stretch(*(p[s] for p in stretch)) for s in (slice(half), slice(half, None))
+            )
+        )
+        return found.moderated(levels, stretch).numpy(), found.degrees
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
@@ -72,6 +82,7 @@ def test_a_score_of_a_target_knows_no_other_target():
     world = World(3, m=5)
     both, degrees = world.moderated()
     world.scores, world.squares = world.scores[:, 3:], world.squares[:, 3:]
+    world.m = 2
     alone, also = world.moderated()
     np.testing.assert_allclose(alone, both[:, 3:], rtol=1e-12)
     assert also == pytest.approx(degrees)
@@ -108,3 +119,27 @@ def test_too_little_to_learn_from():
     world = World(7)
     world.squares[:] = 0.0  # the same checkpoint twice
     assert world.learned() is None
+
+
+def test_a_target_of_which_nothing_was_learned_is_left_alone():
+    world = World(8)
+    found = world.learned()
+    effects = found.effects(*world.peers_part())
+    scores, squares = (torch.from_numpy(a[:, :6]) for a in (world.scores, world.squares))
+    silent = squares.clone()
+    silent[:, 2] = 0.0  # in the rows that levels are told from
+
+    levels = found.target_levels(lambda: [Stretch(effects, scores, silent)])
+    assert levels.isnan().tolist() == [False, False, True, False, False, False]
+    after = found.moderated(levels, Stretch(effects, scores, squares))
+    torch.testing.assert_close(after[:, 2], squares[:, 2])
+    assert not torch.isclose(after[:, 3], squares[:, 3]).all()
+
+
+def test_chance_that_a_whole_checkpoint_shares_is_no_knowledge():
+    world = World(9, count=2)
+    rng = np.random.default_rng(0)
+    apart = np.exp(rng.normal(size=(300, 1))) * np.exp(rng.normal(size=(1, 38)))
+    world.squares = (0.01 * apart) ** 2  # all scores deviate by one common number
+    found = world.learned()
+    assert found.degrees < 5

@@ -8,6 +8,7 @@ import torch
 
 from trak.errors import InputError, InputTypeError
 from trak.evaluation import Bank, data_hash, group_scores, lds
+from trak.evaluation.arrays import as_masks
 from trak.evaluation.conversion import as_numpy
 
 VALUES = torch.arange(12.0).reshape(4, 3) / 8  # all dtypes below hold them
@@ -124,3 +125,21 @@ def test_masks_of_no_numbers_are_refused(masks):
 def test_ragged_lists_of_hashes_are_refused(name):
     with pytest.raises(InputError, match=f"{name} is no array"):
         Bank(masks=np.eye(4), outputs=np.ones((4, 1, 4)), **{name: [[1], [2, 3]]})
+
+
+def test_lists_of_numbers_are_taken_as_they_are(monkeypatch):
+    plain = [[1, 2.5], [True, 3]]
+    np.testing.assert_array_equal(as_numpy("x", plain), np.array(plain))
+    endless = [1.0]
+    endless.append(endless)
+    with pytest.raises(InputError, match="nests without end"):
+        as_numpy("x", endless)
+
+
+def test_truth_values_of_tables():
+    mask = np.array([[True, False], [False, np.True_]], dtype=object)
+    found = as_masks("masks", mask, axes=("subset", "example"))
+    assert found.dtype == np.bool_
+    assert found.tolist() == [[True, False], [False, True]]
+    with pytest.raises(InputError, match="booleans, or 0 and 1"):
+        as_masks("masks", np.array([[True, None]], dtype=object), axes=("a", "b"))

@@ -148,3 +148,23 @@ def test_only_one_of_many_holds_the_lock(tmp_path):
     assert most == [1]
     assert held
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("place", ["work", "work/lock"])
+def test_links_to_what_is_gone_are_said_to_be(place, tmp_path):
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(tmp_path / "gone" / "further")
+    gone = pytest.raises(InputError, match="link to something that is gone")
+    with gone, only_build(tmp_path / "work"):
+        pass
+
+
+def test_file_systems_without_locks_are_said_to_be(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("trak.evaluation.lock.fcntl.flock", no_locks)
+    refused = pytest.raises(InputError, match="cannot be locked")
+    with refused, only_build(tmp_path / "work"):
+        pass

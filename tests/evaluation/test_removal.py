@@ -123,8 +123,11 @@ def test_bad_input_is_refused():
             removed_indices(EFFECTS, fraction, "top")
     with pytest.raises(InputError, match="removes 0 of 20"):
         removal_curve(EFFECTS, train, evaluate, [0.01])
-    for fraction in (0.0, 1.0, -0.1, 3):
-        message = f"above 0 and below 1, got {fraction:g} at fraction 1"
+    for fraction in (0.0, 1.0):  # nothing to train, though there may be outputs
+        with pytest.raises(InputError, match="leave some and remove some"):
+            removal_curve(EFFECTS, train, evaluate, [0.1, fraction])
+    for fraction in (-0.1, 3):
+        message = f"between 0 and 1, got {fraction:g} at fraction 1"
         with pytest.raises(InputError, match=message):
             removal_curve(EFFECTS, train, evaluate, [0.1, fraction])
         with pytest.raises(InputError, match=message):

@@ -153,3 +153,14 @@ def test_what_float32_does_not_hold_is_named_by_the_readers(value, tmp_path):
     np.save(tmp_path / "masks.npy", np.eye(4))
     with pytest.raises(InputError, match=r"margins are kept in float32.*\(2, 1\)"):
         read_trak_bank(tmp_path / "masks.npy", tmp_path / "margins.npy")
+
+
+def test_a_chain_of_small_steps_is_no_tie():
+    eps = np.finfo(np.float64).eps
+    sums = (1 + 40 * eps * np.arange(50))[:, None]  # neighbours are within 64 eps
+    scale = np.ones_like(sums)
+    np.testing.assert_array_equal(without_rounding(sums, scale), sums)
+    both = np.concatenate([sums, 7 + eps * np.arange(3)[:, None]])
+    found = without_rounding(both, np.ones_like(both))
+    np.testing.assert_array_equal(found[:50], sums)
+    assert len(np.unique(found[50:])) == 1

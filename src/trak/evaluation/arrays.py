@@ -73,6 +73,8 @@ def as_masks(name: str, value: Any, *, axes: tuple[str, ...]) -> Booleans:
     """
     found = as_numpy(name, value)
     _check_axes(name, found, axes)
+    if found.dtype == object and set(map(type, found.flat)) <= {bool, np.bool_}:
+        found = found.astype(np.bool_)  # as tables give them
     kind = found.dtype.kind
     if kind not in "biuf" or (kind != "b" and not np.isin(found, (0, 1)).all()):
         raise InputError(

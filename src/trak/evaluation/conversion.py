@@ -10,6 +10,7 @@ from torch import Tensor
 from trak.errors import InputError, InputTypeError
 
 _OF_NUMPY = (torch.float16, torch.float32, torch.float64)
+_NUMBERS = {int, float, bool}
 _WORDS = {1: torch.uint8, 2: torch.int16}
 
 
@@ -26,9 +27,13 @@ def as_numpy(name: str, value: Any, *, bits: bool = False) -> NDArray[Any]:
         The array, of whatever dtype it is.
 
     Raises:
-        InputError: if lists are ragged, or values are no array for another reason.
+        InputError: if lists are ragged or endless, or values are no array for another
+            reason.
     """
-    plain = _without_tensors(name, value, bits=bits)
+    try:
+        plain = _without_tensors(name, value, bits=bits)
+    except RecursionError as error:
+        raise InputError(f"{name} is a list that nests without end.") from error
     try:
         return np.asarray(plain)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -40,6 +45,8 @@ def as_numpy(name: str, value: Any, *, bits: bool = False) -> NDArray[Any]:
 
 def _without_tensors(name: str, value: Any, *, bits: bool) -> Any:
     if isinstance(value, list | tuple):
+        if set(map(type, value)) <= _NUMBERS:
+            return value
         return [_without_tensors(name, part, bits=bits) for part in value]
     if isinstance(value, Tensor):
         return _of_tensor(name, value, bits=bits)

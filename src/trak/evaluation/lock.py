@@ -8,6 +8,8 @@ from pathlib import Path
 
 from trak.errors import BankBuildError, InputError
 
+_TRIES = 1000  # another build may take the folder away between two steps
+
 
 @contextmanager
 def only_build(folder: Path) -> Generator[None]:
@@ -34,7 +36,7 @@ def only_build(folder: Path) -> Generator[None]:
 
 
 def _locked(path: Path) -> int:
-    while True:
+    for _ in range(_TRIES):
         # a build that ends meanwhile takes the file and its folder away
         with suppress(FileNotFoundError), ExitStack() as stack:
             descriptor = _opened(path)
@@ -43,6 +45,10 @@ def _locked(path: Path) -> int:
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 stack.pop_all()
                 return descriptor
+    raise InputError(
+        f"{path} cannot be made: is {path.parent}, or the file, a link to something that "
+        "is gone? Remove it, or use another folder."
+    )
 
 
 def _opened(path: Path) -> int:
@@ -50,7 +56,9 @@ def _opened(path: Path) -> int:
         with suppress(FileExistsError):
             path.parent.mkdir(parents=True)
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except (NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except FileNotFoundError:
+        raise
+    except OSError as error:
         raise InputError(
             f"{path} cannot be made: {error}. A build needs a folder that it may write to."
         ) from error
@@ -64,4 +72,9 @@ def _lock(descriptor: int, path: Path) -> None:
             f"Another build is running in {path.parent.parent} (a process holds the lock "
             f"{path}). Wait until it has ended: the same call then reads its bank, or goes "
             "on from its models. To build another bank meanwhile, use another folder."
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be locked: {error}. A build needs a file system with flock; "
+            "build on a local disk, and copy the bank."
         ) from error

@@ -216,10 +216,10 @@ def _plan(scores: Floats, fractions: Any, sides: Any, seeds: int, seed: int) -> 
 
 def _as_fractions(fractions: Any) -> Floats:
     parts = as_floats("fractions", fractions, axes=("fraction",))
-    bad = np.flatnonzero((parts <= 0) | (parts >= 1))
+    bad = np.flatnonzero((parts < 0) | (parts > 1))
     if len(bad):
         raise InputError(
-            f"fractions of the training set must be above 0 and below 1, got "
+            f"fractions of the training set must be between 0 and 1, got "
             f"{parts[bad[0]]:g} at fraction {bad[0]}."
         )
     return parts

@@ -10,9 +10,10 @@ _ROUNDING = 64 * float(np.finfo(np.float64).eps)
 def without_rounding(sums: Floats, scale: Floats) -> Floats:
     """Makes sums equal that differ by no more than rounding.
 
-    The same terms give another sum in another order. In a column's ascending order, a sum
-    takes the value of the one before it if they differ by at most `64 eps` times the larger
-    of their scales, with float64's `eps`. The order stays, and larger differences do.
+    The same terms give another sum in another order. In a column's ascending order, sums
+    that differ from the one before by at most `64 eps` times the larger of both scales,
+    with float64's `eps`, take the value of the first of them. Where they are more than that
+    from the first, all of them stay as they are: so close together are numbers that differ.
 
     Args:
         sums: `[rows, m]`.
@@ -30,8 +31,14 @@ def without_rounding(sums: Floats, scale: Floats) -> Floats:
     first = np.zeros_like(order)
     first[1:] = np.where(apart, np.arange(1, len(sums))[:, None], 0)
     first = np.maximum.accumulate(first, axis=0)
+    levels = np.take_along_axis(ordered, first, axis=0)
+    # a chain of small steps may lead far
+    far = ordered - levels > np.maximum(noise, np.take_along_axis(noise, first, axis=0))
+    for column in np.flatnonzero(far.any(axis=0)):
+        chains = np.isin(first[:, column], first[far[:, column], column])
+        levels[chains, column] = ordered[chains, column]
     levelled = np.empty_like(sums)
-    np.put_along_axis(levelled, order, np.take_along_axis(ordered, first, axis=0), axis=0)
+    np.put_along_axis(levelled, order, levels, axis=0)
     return levelled
 
 

@@ -15,20 +15,30 @@ from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.ranks_of_scores import Ranked, critical, noise_limit
 from trak.pipeline.solving import ScoreSet, block_scorer, row_source
 from trak.savers import AbstractSaver
-from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer, RunningTop
+from trak.score_computers import (
+    AbstractScoreComputer,
+    LinearScoreComputer,
+    RidgeScoreComputer,
+    RunningTop,
+)
 from trak.score_computers.auto_ridge import drawn
 from trak.score_computers.jackknife import GROUPS, without_groups
 from trak.score_computers.linear import BlockScorer
-from trak.score_computers.moderation import PEERS, Moderation, learned
+from trak.score_computers.moderation import (
+    PEERS,
+    Moderation,
+    Stretch,
+    learned,
+)
 from trak.score_computers.stream import decoded
 from trak.score_computers.topk import how_many
 
 _BLOCK_BYTES = 32 << 20
 _COMPARISONS = 1 << 24
-_LEARNED_ROWS, _STRETCH = 2048, 128  # from which is learned how errors differ
-_LEARNED_ENTRIES = 1 << 22
+_LEARNED_ROWS, _TOGETHER = 2048, 16  # from which is learned how errors differ
 
 Stretches = Generator[tuple[int, Tensor, Tensor]]
+Takes = Sequence[Callable[[int, int], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -168,29 +178,22 @@ class ErrorPass:
 
         Yields:
             First row, scores and errors, `[rows, m]`, float64.
-
         """
-        moderation, count = self._moderation, self._num_targets
         for start, stop in self._stretches():
-            scores, squares = self._stretch(start, stop)
-            if moderation is not None:
-                numbers = torch.arange(start, stop, device=scores.device)
-                squares = moderation.moderated(numbers, scores, squares)
-            yield start, scores[:, :count], squares[:, :count].sqrt()
+            scores, squares = self._stretch(self._takes, start, stop)
+            if self._levels is not None and self._moderation is not None:
+                stretch = Stretch(self._effects[start:stop], scores, squares)
+                squares = self._moderation.moderated(self._levels, stretch)
+            yield start, scores, squares.sqrt()
 
     def _stretches(self) -> list[tuple[int, int]]:
-        columns = self._num_targets + len(self._peers)
+        columns = max(self._num_targets, PEERS)
         size = max(64, _BLOCK_BYTES // (8 * columns * max(len(self._takes), GROUPS)))
         return _cut(self._num_rows, size)
 
-    def _stretch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        # scores and their variances, of the peers, too
-        parts = torch.stack([take(start, stop) for take in self._takes])
-        loss = [self.saver.train_rows(i).array("out_to_loss") for i in self.model_ids]
-        q = torch.from_numpy(
-            np.stack([np.asarray(one[start:stop], np.float64) for one in loss])
-        ).to(parts)
-        scores, squares = self._jackknife(parts, q)
+    def _stretch(self, takes: Takes, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        # scores and their variances
+        scores, squares = self._jackknife(*self._parts(takes, start, stop))
         if not torch.isfinite(scores).all() or not torch.isfinite(squares).all():
             raise NumericalError(
                 f"Scores of {self.exp_name!r}, or their errors, are not finite from "
@@ -199,38 +202,83 @@ class ErrorPass:
             )
         return scores, squares
 
+    def _parts(self, takes: Takes, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        # of every checkpoint (or group of columns): scores before Q, and Q
+        parts = torch.stack([take(start, stop) for take in takes])
+        loss = [self.saver.train_rows(i).array("out_to_loss") for i in self.model_ids]
+        stretches = [np.asarray(one[start:stop], np.float64) for one in loss]
+        return parts, torch.from_numpy(np.stack(stretches)).to(parts)
+
+    @cached_property
+    def _peers(self) -> Tensor:
+        # a score computer of another kind may take its targets for what they are
+        alike = isinstance(self.scorer, LinearScoreComputer)
+        count = PEERS if alike and self.source == "checkpoints" else 0
+        return torch.from_numpy(drawn(self._num_rows, count))
+
+    @cached_property
+    def _peer_takes(self) -> Takes:
+        found: list[BlockScorer] = []
+        for model_id in self.model_ids:
+            rows = self._rows(model_id)
+            aims = [decoded(rows[i : i + 1], torch.float64) for i in self._peers.tolist()]
+            one = block_scorer(self.scorer, self.saver, model_id, rows, torch.cat(aims))
+            found.append(one)
+        return found
+
+    def _some(self) -> list[tuple[int, int]]:
+        # scattered rows, since neighbours may be alike
+        stretches = _cut(self._num_rows, _TOGETHER)
+        return stretches[:: -(-len(stretches) * _TOGETHER // _LEARNED_ROWS)]
+
     @cached_property
     def _moderation(self) -> Moderation | None:
         if not len(self._peers):
             return None
-        columns = self._num_targets + len(self._peers)
-        most = max(_STRETCH, min(_LEARNED_ROWS, _LEARNED_ENTRIES // columns))
-        stretches = _cut(self._num_rows, _STRETCH)
-        every = max(1, len(stretches) * _STRETCH // most)
-        chosen = stretches[::every]
-        found = [self._stretch(start, stop) for start, stop in chosen]
+        takes, some = self._peer_takes, self._some()
+        found = [self._stretch(takes, *each) for each in some]
         scores, squares = (torch.cat(each) for each in zip(*found, strict=True))
-        numbers = torch.cat([torch.arange(*each) for each in chosen]).to(scores.device)
+        numbers = torch.cat([torch.arange(*each) for each in some]).to(scores.device)
         peers = self._peers.to(scores.device)
         return learned(numbers, scores, squares, peers, self._own)
 
     @cached_property
-    def _peers(self) -> Tensor:
-        count = PEERS if self.source == "checkpoints" else 0
-        return torch.from_numpy(drawn(self._num_rows, count))
+    def _effects(self) -> Tensor:
+        # of every example, `[n]`
+        found: list[Tensor] = []
+        moderation = self._moderation
+        if moderation is None:
+            return torch.empty(0)
+        for start, stop in self._stretches():
+            scores, squares = self._stretch(self._peer_takes, start, stop)
+            numbers = torch.arange(start, stop, device=scores.device)
+            found.append(moderation.effects(numbers, scores, squares))
+        return torch.cat(found)
+
+    @cached_property
+    def _levels(self) -> Tensor | None:
+        if self._moderation is None:
+            return None
+
+        def stretches() -> Generator[Stretch]:
+            for start, stop in self._some():
+                found = self._stretch(self._takes, start, stop)
+                yield Stretch(self._effects[start:stop], *found)
+
+        return self._moderation.target_levels(stretches)
 
     def _jackknife(self, parts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         if self.source == "sketch":
-            return parts[0] * q[0], _variances(parts[1:] * q[0])
-        count = len(parts)
-        total, weights = parts.sum(dim=0), q.sum(dim=0)
-        squares = _variances((total - parts) * (weights - q) / (count - 1) ** 2)
+            deleted = parts[1:] * q[0]
+            return parts[0] * q[0], _variance(deleted) * ((GROUPS - 1) ** 2 / GROUPS)
+        count, whole = len(parts), parts.mean(dim=0) * q.mean(dim=0)
+        squares = _apart(parts, q).square().sum(dim=0) * ((count - 1) / count)
         # for a product it is too large by the product of both means' variances
-        both = parts.var(dim=0) * q.var(dim=0) / count**2
-        return total * weights / count**2, torch.maximum(squares - both, squares / 2)
+        both = _variance(parts) * _variance(q) / count**2
+        return whole, torch.maximum(squares - both, squares / 2)
 
     @cached_property
-    def _takes(self) -> Sequence[Callable[[int, int], Tensor]]:
+    def _takes(self) -> Takes:
         if len(self.model_ids) > 1:
             return [self._scorer_of(model_id) for model_id in self.model_ids]
         model_id = self.model_ids[0]
@@ -252,10 +300,9 @@ class ErrorPass:
 
     def _scorer_of(self, model_id: int) -> BlockScorer:
         rows = self._rows(model_id)
-        targets = self.saver.target_rows(self.exp_name, model_id)
-        aims = [decoded(row_source(targets), torch.float64)]
-        aims += [decoded(rows[i : i + 1], torch.float64).to(aims[0]) for i in self._peers]
-        return block_scorer(self.scorer, self.saver, model_id, rows, torch.cat(aims))
+        targets = row_source(self.saver.target_rows(self.exp_name, model_id))
+        aims = decoded(targets, torch.float64)
+        return block_scorer(self.scorer, self.saver, model_id, rows, aims)
 
     def _rows(self, model_id: int) -> RowSource:
         rows = row_source(self.saver.train_rows(model_id))
@@ -294,9 +341,16 @@ def error_pass(
     )
 
 
-def _variances(replicates: Tensor) -> Tensor:
-    share = (len(replicates) - 1) / len(replicates)
-    return share * (replicates - replicates.mean(dim=0)).square().sum(dim=0)
+def _apart(parts: Tensor, q: Tensor) -> Tensor:
+    # of the products without each checkpoint from their mean
+    count = len(parts)
+    left = (parts.sum(dim=0) - parts) * (q.sum(dim=0) - q) / (count - 1) ** 2
+    return left - left.mean(dim=0)
+
+
+def _variance(values: Tensor) -> Tensor:
+    # Tensor.var takes several times as long over the first axis
+    return (values - values.mean(dim=0)).square().sum(dim=0) / (len(values) - 1)
 
 
 def _cut(count: int, size: int) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from trak.errors import ModelIDException
 from trak.pipeline.describe import describe_rows
 from trak.pipeline.losses import LossWatch
 from trak.pipeline.project import RowMaker
-from trak.pipeline.readiness import chosen_ids, is_current
+from trak.pipeline.readiness import chosen_ids, is_current, together
 from trak.pipeline.solving import placed, row_source
 from trak.pipeline.whiten import Whitener
 from trak.savers import AbstractSaver, Rows
@@ -67,8 +67,7 @@ def finalize_checkpoints(
         ):
             logger.info("model_id=%s is finalized already.", model_id)
             kept = saver.load_factor(model_id)[1]
-            if kept.get("together") == sorted(chosen):
-                multiple = kept.get("auto")
+            multiple = kept.get("auto")
             continue
         wanted[model_id] = Situation(
             checkpoints=len(chosen),
@@ -85,7 +84,7 @@ def finalize_checkpoints(
     for model_id, situation in wanted.items():
         settled = replace(situation, multiple=multiple)
         matrix, info = finalize_rows(scorer, sources[model_id], maker.device, settled)
-        saver.save_factor(model_id, matrix, {**info, "together": sorted(chosen)})
+        saver.save_factor(model_id, matrix, {**info, "together": together(saver, chosen)})
     return list(wanted)
 
 

@@ -341,7 +341,7 @@ class Pipeline:
         if not ready:
             names = sorted({each.exp_name for each in sets})
             raise PhaseError(f"No checkpoint is ready to score {names}.")
-        warn_of_other_groups(self.scorer, self.saver, ready)
+        warn_of_other_groups(self.scorer, self.saver, sets, ready)
         return ready
 
     def scores(self, exp_name: str) -> NDArray[Any]:

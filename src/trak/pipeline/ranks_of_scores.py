@@ -126,9 +126,11 @@ def critical(level: float, degrees: float) -> float:
     if not 0 < level < 1:
         raise InputError(f"level must be between 0 and 1, got {level!r}.")
     # the density of t = sqrt(d) tan(a) is proportional to cos(a)^(d - 1)
-    angles = np.linspace(0, math.pi / 2, _STEPS)
+    # (below two degrees steep at the end, where steps are short)
+    farthest = min(math.pi / 2, 12 / math.sqrt(degrees))  # beyond there is nothing
+    angles = farthest * (1 - np.linspace(1, 0, _STEPS) ** 4)
     density = np.cos(angles) ** (degrees - 1)
-    steps = (density[1:] + density[:-1]) / 2
+    steps = (density[1:] + density[:-1]) / 2 * np.diff(angles)
     masses = np.concatenate([[0.0], np.cumsum(steps)])
     angle = float(np.interp(level, masses / masses[-1], angles))
     return math.sqrt(degrees) * math.tan(angle)

@@ -46,7 +46,7 @@ def is_current(
     scorer: AbstractScoreComputer,
     saver: AbstractSaver,
     model_id: int,
-    together: Iterable[int] | None = None,
+    group: Iterable[int] | None = None,
 ) -> bool:
     """Whether a checkpoint was finalized with the present ridge and score computer.
 
@@ -54,7 +54,7 @@ def is_current(
         scorer: the score computer.
         saver: the store.
         model_id: a finalized checkpoint.
-        together: checkpoints that an automatic ridge is to be for; any if None.
+        group: checkpoints that an automatic ridge is to be for; any if None.
 
     Returns:
         False if it must be finalized again, or the score computer cannot tell.
@@ -62,10 +62,22 @@ def is_current(
     if not isinstance(scorer, LinearScoreComputer):
         return False
     info = saver.load_factor(model_id)[1]
-    chosen = isinstance(scorer, RidgeScoreComputer) and scorer.lambda_reg is None
-    if chosen and together is not None and info.get("together") != sorted(together):
-        return False
-    return scorer.matches(info)
+    if group is None or not isinstance(scorer, RidgeScoreComputer):
+        return scorer.matches(info)
+    return info.get("together") == together(saver, group) and scorer.matches(info)
+
+
+def together(saver: AbstractSaver, model_ids: Iterable[int]) -> dict[str, str | None]:
+    """Checkpoints for which an automatic ridge is chosen, as the store notes them down.
+
+    Args:
+        saver: the store.
+        model_ids: the checkpoints.
+
+    Returns:
+        Id to content hash of the weights.
+    """
+    return {str(i): saver.checkpoint_digest(i) for i in sorted(model_ids)}
 
 
 def not_ready(
@@ -173,19 +185,25 @@ def warn_of_twins(saver: AbstractSaver, model_id: int, digest: str) -> None:
 
 
 def warn_of_other_groups(
-    scorer: AbstractScoreComputer, saver: AbstractSaver, model_ids: Iterable[int]
+    scorer: AbstractScoreComputer,
+    saver: AbstractSaver,
+    sets: Iterable[ScoreSet],
+    model_ids: Iterable[int],
 ) -> None:
     """Warns if an average is over checkpoints that do not share an automatic ridge.
 
     Args:
         scorer: the run's score computer.
         saver: the store.
+        sets: what is scored; at ridges that are given there is nothing to say.
         model_ids: the checkpoints, which are finalized.
     """
-    if not isinstance(scorer, RidgeScoreComputer) or scorer.lambda_reg is not None:
+    if not isinstance(scorer, RidgeScoreComputer):
+        return
+    if all((scorer if each.own else each).lambda_reg is not None for each in sets):
         return
     found = {i: saver.load_factor(i)[1] for i in model_ids}
-    if len({str(info.get("together")) for info in found.values()}) > 1:
+    if len({(str(i.get("together")), i.get("auto")) for i in found.values()}) > 1:
         logger.warning(
             "Checkpoints %s were finalized in several calls, each with an automatic ridge "
             "of its own (%s mean squared row norms). finalize_features(model_ids=%s), once "

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from trak.savers import moments
 from trak.savers.abstract import AbstractSaver
-from trak.savers.filesystem import read_json, replace_json
+from trak.savers.filesystem import create_json, read_json, replace_json
 from trak.savers.gradient_files import GradientFiles
 from trak.savers.wide_rows import WideRows
 
@@ -40,25 +40,30 @@ class SideFiles(AbstractSaver):
             replace_json(path, dict(coverage))
 
     def record_loss(self, model_id: int, record: Mapping[str, Any]) -> None:
-        """Writes `loss.json` beside a checkpoint's rows, over what is there.
+        """Writes `loss.json` beside a checkpoint's rows, once; `seen` to another file.
 
         Args:
             model_id: the checkpoint.
             record: what was found.
         """
-        replace_json(self.checkpoint_folder(model_id) / "loss.json", dict(record))
+        folder = self.checkpoint_folder(model_id)
+        if "logistic" in record:  # of several processes one wins
+            create_json(folder / "loss.json", dict(record))
+        else:
+            replace_json(folder / "seen.json", dict(record))
 
     def loss_record(self, model_id: int) -> Mapping[str, Any] | None:
-        """Reads `loss.json`.
+        """Reads `loss.json`, or what was seen before there is one.
 
         Args:
             model_id: the checkpoint.
 
         Returns:
-            What was found; None if there is no such file.
+            What was found; None if nothing was.
         """
-        path = self.checkpoint_folder(model_id) / "loss.json"
-        return read_json(path) if path.exists() else None
+        folder = self.checkpoint_folder(model_id)
+        paths = [folder / "loss.json", folder / "seen.json"]
+        return next((read_json(path) for path in paths if path.exists()), None)
 
     def add_moments(self, model_id: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Writes sums for whitening to a file of their own in `{id}/whitening`.

@@ -9,6 +9,7 @@ one predicts the other. What it needs to know is learned from a few training exa
 the role of targets, so that the error of a score depends on no other target.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,12 +23,21 @@ _FEWEST = 200  # variances that something can be learned from
 _MOST = 100.0  # degrees of freedom of what was learned
 _EDGES = (-6.0, 6.0, 25)  # of log(|score| / usual spread)
 _FEWEST_A_BIN = 50
-_ROUNDS = 3
+_ROUNDS = 4
 
 
-class _Effects(NamedTuple):
-    values: Tensor  # of rows, in logarithms, relative to the columns' levels, [b]
-    without: Tensor  # the same without the variance at hand, [b, p]
+class Stretch(NamedTuple):
+    """Some rows of the scores of all targets.
+
+    Attributes:
+        effects: of the rows' examples, `[b]`; NaN where nothing is known.
+        scores: `[b, m]`, float64.
+        squares: their variances, `[b, m]`.
+    """
+
+    effects: Tensor
+    scores: Tensor
+    squares: Tensor
 
 
 @dataclass(frozen=True)
@@ -40,9 +50,8 @@ class Moderation:
 
     Attributes:
         degrees: `d0 + d`, of moderated variances.
-        peers: row numbers of the training examples that are scored as targets, `[p]`;
-            theirs are the last columns of scores and variances.
-        levels: mean logarithms of the columns' variances, `[m + p]`.
+        peers: row numbers of the training examples that are scored as targets, `[p]`.
+        levels: mean logarithms of their variances, `[p]`.
         share: of an example's mean over the peers that counts as its effect.
         centres: of the trend's bins, ascending.
         bends: the trend there.
@@ -57,83 +66,116 @@ class Moderation:
     bends: Tensor
     own: int
 
-    def moderated(self, numbers: Tensor, scores: Tensor, squares: Tensor) -> Tensor:
+    def effects(self, numbers: Tensor, scores: Tensor, squares: Tensor) -> Tensor:
+        """How much more than usual the scores of some examples vary.
+
+        Args:
+            numbers: their row numbers, `[b]`.
+            scores: with the peers as targets, `[b, p]`, float64.
+            squares: their variances, `[b, p]`.
+
+        Returns:
+            In logarithms, `[b]`; NaN for examples whose scores do not vary at all.
+        """
+        logs, alive = _logs(scores, squares, self.own)
+        alive = alive & (numbers[:, None] != self.peers)
+        found = self.share * _means(logs - self.levels, alive, dim=1)
+        return torch.where(alive.any(dim=1), found, torch.nan)
+
+    def target_levels(self, stretches: Callable[[], Iterable[Stretch]]) -> Tensor:
+        """The targets' levels, in a few passes over some rows.
+
+        Args:
+            stretches: gives these rows, again at each call.
+
+        Returns:
+            `[m]`; NaN for targets whose scores do not vary in any of them.
+        """
+        levels: Tensor | None = None
+        for _ in range(_ROUNDS):  # the trend depends on the level, and it on the trend
+            total, count = 0.0, 0.0
+            for effects, scores, squares in stretches():
+                logs, alive = _logs(scores, squares, self.own)
+                alive = alive & ~effects[:, None].isnan()
+                rest = logs - effects[:, None].nan_to_num()
+                if levels is not None:
+                    rest = rest - self._trend(scores, logs - rest + levels)
+                total = total + (rest * alive).nan_to_num().sum(dim=0)
+                count = count + alive.sum(dim=0)
+            levels = torch.as_tensor(total) / count
+        assert levels is not None  # noqa: S101 - there is at least one round
+        return levels
+
+    def moderated(self, levels: Tensor, stretch: Stretch) -> Tensor:
         """Moderates the variances of some rows.
 
         Args:
-            numbers: which they are, `[b]`.
-            scores: `[b, m + p]`, float64.
-            squares: their variances, `[b, m + p]`.
+            levels: as `target_levels` gives them, `[m]`.
+            stretch: the rows.
 
         Returns:
-            `[b, m]`; variances that are rounding, or of rows without any, as they are.
+            `[b, m]`; variances that are rounding, or of rows or targets of which nothing
+            is known, as they are.
         """
-        count = len(self.peers)
-        logs, alive = _logs(scores, squares, self.own)
-        mine = alive[:, -count:] & (numbers[:, None] != self.peers)
-        found = _effects(logs[:, -count:] - self.levels[-count:], mine)
-        base = self.share * found.values[:, None] + self.levels[:-count]
-        scores, squares = scores[:, :-count], squares[:, :-count]
-        trend = _at(_sizes(scores, base), self.centres, self.bends)
+        effects, scores, squares = stretch
+        alive = _varies(scores, squares)
+        base = effects[:, None] + levels
         prior = self.degrees - self.own
-        usual = (base + trend - _bias(prior)).exp()
-        known = alive[:, :-count] & mine.any(dim=1, keepdim=True)
+        usual = (base + self._trend(scores, base) - _bias(prior)).exp()
         both = (prior * usual + self.own * squares) / self.degrees
-        return torch.where(known, both, squares)
+        return torch.where(alive & ~base.isnan(), both, squares)
+
+    def _trend(self, scores: Tensor, base: Tensor) -> Tensor:
+        return _at(_sizes(scores, base), self.centres, self.bends)
 
 
 def learned(
-    numbers: Tensor, scores: Tensor, squares: Tensor, peers: Tensor, degrees: int
+    numbers: Tensor,
+    scores: Tensor,
+    squares: Tensor,
+    peers: Tensor,
+    degrees: int,
 ) -> Moderation | None:
     """Learns how variances differ.
 
     Args:
         numbers: row numbers of some training examples, `[b]`.
-        scores: of them, the peers' in the last columns, `[b, m + p]`, float64.
-        squares: their variances, `[b, m + p]`.
+        scores: of them, with the peers as targets, `[b, p]`, float64.
+        squares: their variances, `[b, p]`.
         peers: row numbers of the peers, `[p]`.
         degrees: degrees of freedom of the variances, at least 1.
 
     Returns:
         What was learned; None if there is too little to learn from.
     """
-    count = len(peers)
     logs, alive = _logs(scores, squares, degrees)
-    mine = alive[:, -count:] & (numbers[:, None] != peers)
+    mine = alive & (numbers[:, None] != peers)
     if int(mine.sum()) < _FEWEST or int(mine.any(dim=0).sum()) < 2:
         return None
-    levels = _means(logs[:, -count:], mine, dim=0)
-    apart = logs[:, -count:] - levels
-    found = _effects(apart, mine)
-    others_share, share = _shares(apart, mine)
-    base = others_share * found.without
-    rest, sizes = apart - base, _sizes(scores[:, -count:], base + levels)
+    chance = float(_trigamma(degrees))
+    levels = _means(logs, mine, dim=0)
+    apart = (logs - levels) * mine
+    share_of_others, share = _shares(apart, mine, chance)
+    # of each variance the effect is told by the other ones of its row
+    others = mine.sum(dim=1, keepdim=True) - mine.long()
+    base = (apart.sum(dim=1, keepdim=True) - apart) / others.clamp(min=1)
+    base = share_of_others * base
+    rest, sizes = apart - base, _sizes(scores, base + levels)
     centres, bends = _trend(sizes[mine], rest[mine])
     rest = (rest - _at(sizes, centres, bends))[mine]
-    prior = _degrees_of(float(rest.var()) - float(_trigamma(degrees)))
-    # of the other columns only the level is their own
-    base = share * found.values[:, None]
-    known = alive[:, :-count] & mine.any(dim=1, keepdim=True)
-    others, rest = scores[:, :-count], logs[:, :-count] - base
-    own = _means(rest, known, dim=0)
-    for _ in range(_ROUNDS):
-        trend = _at(_sizes(others, base + own), centres, bends)
-        own = _means(rest - trend, known, dim=0)
-    return Moderation(
-        degrees=degrees + prior,
-        peers=peers,
-        levels=torch.cat([own, levels]),
-        share=share,
-        centres=centres,
-        bends=bends,
-        own=degrees,
-    )
+    # less scatter than chance alone makes is chance that scores share
+    prior = _degrees_of(abs(float(rest.var()) - chance))
+    return Moderation(degrees + prior, peers, levels, share, centres, bends, degrees)
 
 
 def _logs(scores: Tensor, squares: Tensor, degrees: int) -> tuple[Tensor, Tensor]:
     # unbiased for the logarithm of the true variance
-    alive = squares > (_ROUNDING * scores).square()
+    alive = _varies(scores, squares)
     return torch.where(alive, squares, 1.0).log() + _bias(degrees), alive
+
+
+def _varies(scores: Tensor, squares: Tensor) -> Tensor:
+    return squares > (_ROUNDING * scores).square()
 
 
 def _bias(degrees: float) -> float:
@@ -161,14 +203,7 @@ def _means(values: Tensor, chosen: Tensor, dim: int) -> Tensor:
     return (values * chosen).sum(dim) / chosen.sum(dim).clamp(min=1)
 
 
-def _effects(apart: Tensor, chosen: Tensor) -> _Effects:
-    apart = apart * chosen
-    total, count = apart.sum(dim=1, keepdim=True), chosen.sum(dim=1, keepdim=True)
-    without = (total - apart) / (count - chosen.to(count)).clamp(min=1)
-    return _Effects((total / count.clamp(min=1))[:, 0], without)
-
-
-def _shares(apart: Tensor, chosen: Tensor) -> tuple[float, float]:
+def _shares(apart: Tensor, chosen: Tensor, chance: float) -> tuple[float, float]:
     # of a mean over all other peers, and over all of them, that is the row's effect
     count = chosen.sum(dim=1)
     rows = count > 1
@@ -176,11 +211,13 @@ def _shares(apart: Tensor, chosen: Tensor) -> tuple[float, float]:
     means = _means(apart, chosen, dim=1)
     inside = ((apart - means[:, None]) * chosen).square().sum() / (count - 1).sum()
     size = float(count.double().mean())
-    between = max(0.0, float(means.var() - inside / size))
+    common = max(0.0, chance - float(inside))  # to all of a row
+    between = max(0.0, float(means.var() - inside / size) - common)
+    noise = float(inside)
+    every = between + common
     if not between > 0:
         return 0.0, 0.0
-    noise = float(inside)
-    return between / (between + noise / (size - 1)), between / (between + noise / size)
+    return between / (every + noise / (size - 1)), between / (every + noise / size)
 
 
 def _sizes(scores: Tensor, base: Tensor) -> Tensor:
