@@ -135,7 +135,7 @@ def test_errors_of_one_sketch_leave_out_groups_of_columns(finished):
 
 def test_ranks_are_what_comparing_all_pairs_gives(finished, monkeypatch):
     traker, scores, _ = finished
-    monkeypatch.setattr("trak.pipeline.errors_of_scores._BLOCK_BYTES", 1)
+    monkeypatch.setattr("trak.pipeline.variances._BLOCK_BYTES", 1)
     monkeypatch.setattr("trak.pipeline.errors_of_scores._COMPARISONS", 300)
     full = traker.scores("exp", with_error=True)
     for helpful in (True, False):

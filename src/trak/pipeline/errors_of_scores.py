@@ -1,6 +1,6 @@
 """Standard errors of scores, from the spread of what they are averages of."""
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,20 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak.encodings import RowSource
-from trak.errors import InputError, NumericalError
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.ranks_of_scores import Ranked, critical, noise_limit
-from trak.pipeline.solving import ScoreSet, block_scorer, row_source
-from trak.savers import AbstractSaver
-from trak.score_computers import (
-    AbstractScoreComputer,
-    LinearScoreComputer,
-    RidgeScoreComputer,
-    RunningTop,
-)
+from trak.pipeline.solving import ScoreSet, block_scorer
+from trak.pipeline.variances import Takes, VariancePass, cut
+from trak.score_computers import LinearScoreComputer, RunningTop
 from trak.score_computers.auto_ridge import drawn
-from trak.score_computers.jackknife import GROUPS, without_groups
 from trak.score_computers.linear import BlockScorer
 from trak.score_computers.moderation import (
     PEERS,
@@ -33,12 +25,10 @@ from trak.score_computers.moderation import (
 from trak.score_computers.stream import decoded
 from trak.score_computers.topk import how_many
 
-_BLOCK_BYTES = 32 << 20
 _COMPARISONS = 1 << 24
 _LEARNED_ROWS, _TOGETHER = 2048, 16  # from which is learned how errors differ
 
 Stretches = Generator[tuple[int, Tensor, Tensor]]
-Takes = Sequence[Callable[[int, int], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -72,46 +62,18 @@ class ScoresWithError:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ErrorPass:
+class ErrorPass(VariancePass):
     """Passes over the rows of some checkpoints that give scores and their errors.
 
-    With several checkpoints by the jackknife that leaves out one of them, of the whole
-    formula `mean(tau) mean(q)`, without what it overestimates of a product's variance
-    (`Var(mean(tau)) Var(mean(q))`; at most half is taken away), moderated by the variances
-    of like scores (`trak.score_computers.moderation`); with one by the jackknife that
-    leaves out one of eight groups of the projection's columns (Efron and Tibshirani 1993,
-    Ch. 11: the variance is `(B - 1) / B` times the sum of squared distances from the
-    replicates' mean).
-
-    Attributes:
-        scorer: the score computer.
-        saver: the store.
-        exp_name: the experiment.
-        model_ids: the checkpoints.
-        device: where to compute.
-        projected: whether rows are random projections.
+    Variances over checkpoints are moderated by those of like scores
+    (`trak.score_computers.moderation`); those over the columns of one sketch are not.
     """
-
-    scorer: AbstractScoreComputer
-    saver: AbstractSaver
-    exp_name: str
-    model_ids: list[int]
-    device: torch.device
-    projected: bool
-
-    @property
-    def source(self) -> str:
-        """What varies."""
-        return "checkpoints" if len(self.model_ids) > 1 else "sketch"
 
     @property
     def degrees(self) -> float:
         """Degrees of freedom of the errors."""
-        return self._own if self._moderation is None else self._moderation.degrees
-
-    @property
-    def _own(self) -> int:
-        return (len(self.model_ids) if len(self.model_ids) > 1 else GROUPS) - 1
+        moderation = self._moderation
+        return self.own_degrees if moderation is None else moderation.degrees
 
     def scores(self) -> ScoresWithError:
         """All scores of the experiment.
@@ -140,7 +102,7 @@ class ErrorPass:
             Rows, scores, errors and ranks.
         """
         sign = 1 if helpful else -1
-        k = how_many(k, self._num_rows)
+        k = how_many(k, self.num_rows)
         top: RunningTop | None = None
         for start, scores, _ in self.blocks():
             if top is None:
@@ -179,48 +141,25 @@ class ErrorPass:
         Yields:
             First row, scores and errors, `[rows, m]`, float64.
         """
-        for start, stop in self._stretches():
-            scores, squares = self._stretch(self._takes, start, stop)
+        for start, stop in self.stretches():
+            scores, squares = self.stretch(self.takes, start, stop)
             if self._levels is not None and self._moderation is not None:
                 stretch = Stretch(self._effects[start:stop], scores, squares)
                 squares = self._moderation.moderated(self._levels, stretch)
             yield start, scores, squares.sqrt()
-
-    def _stretches(self) -> list[tuple[int, int]]:
-        columns = max(self._num_targets, PEERS)
-        size = max(64, _BLOCK_BYTES // (8 * columns * max(len(self._takes), GROUPS)))
-        return _cut(self._num_rows, size)
-
-    def _stretch(self, takes: Takes, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        # scores and their variances
-        scores, squares = self._jackknife(*self._parts(takes, start, stop))
-        if not torch.isfinite(scores).all() or not torch.isfinite(squares).all():
-            raise NumericalError(
-                f"Scores of {self.exp_name!r}, or their errors, are not finite from "
-                f"row {start} on (checkpoints {self.model_ids}). Use a larger ridge "
-                "(lambda_reg), or featurize again if a file is damaged."
-            )
-        return scores, squares
-
-    def _parts(self, takes: Takes, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        # of every checkpoint (or group of columns): scores before Q, and Q
-        parts = torch.stack([take(start, stop) for take in takes])
-        loss = [self.saver.train_rows(i).array("out_to_loss") for i in self.model_ids]
-        stretches = [np.asarray(one[start:stop], np.float64) for one in loss]
-        return parts, torch.from_numpy(np.stack(stretches)).to(parts)
 
     @cached_property
     def _peers(self) -> Tensor:
         # a score computer of another kind may take its targets for what they are
         alike = isinstance(self.scorer, LinearScoreComputer)
         count = PEERS if alike and self.source == "checkpoints" else 0
-        return torch.from_numpy(drawn(self._num_rows, count))
+        return torch.from_numpy(drawn(self.num_rows, count))
 
     @cached_property
     def _peer_takes(self) -> Takes:
         found: list[BlockScorer] = []
         for model_id in self.model_ids:
-            rows = self._rows(model_id)
+            rows = self.rows(model_id)
             aims = [decoded(rows[i : i + 1], torch.float64) for i in self._peers.tolist()]
             one = block_scorer(self.scorer, self.saver, model_id, rows, torch.cat(aims))
             found.append(one)
@@ -228,7 +167,7 @@ class ErrorPass:
 
     def _some(self) -> list[tuple[int, int]]:
         # scattered rows, since neighbours may be alike
-        stretches = _cut(self._num_rows, _TOGETHER)
+        stretches = cut(self.num_rows, _TOGETHER)
         return stretches[:: -(-len(stretches) * _TOGETHER // _LEARNED_ROWS)]
 
     @cached_property
@@ -236,11 +175,11 @@ class ErrorPass:
         if not len(self._peers):
             return None
         takes, some = self._peer_takes, self._some()
-        found = [self._stretch(takes, *each) for each in some]
+        found = [self.stretch(takes, *each) for each in some]
         scores, squares = (torch.cat(each) for each in zip(*found, strict=True))
         numbers = torch.cat([torch.arange(*each) for each in some]).to(scores.device)
         peers = self._peers.to(scores.device)
-        return learned(numbers, scores, squares, peers, self._own)
+        return learned(numbers, scores, squares, peers, self.own_degrees)
 
     @cached_property
     def _effects(self) -> Tensor:
@@ -249,8 +188,8 @@ class ErrorPass:
         moderation = self._moderation
         if moderation is None:
             return torch.empty(0)
-        for start, stop in self._stretches():
-            scores, squares = self._stretch(self._peer_takes, start, stop)
+        for start, stop in self.stretches():
+            scores, squares = self.stretch(self._peer_takes, start, stop)
             numbers = torch.arange(start, stop, device=scores.device)
             found.append(moderation.effects(numbers, scores, squares))
         return torch.cat(found)
@@ -262,59 +201,10 @@ class ErrorPass:
 
         def stretches() -> Generator[Stretch]:
             for start, stop in self._some():
-                found = self._stretch(self._takes, start, stop)
+                found = self.stretch(self.takes, start, stop)
                 yield Stretch(self._effects[start:stop], *found)
 
         return self._moderation.target_levels(stretches)
-
-    def _jackknife(self, parts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        if self.source == "sketch":
-            deleted = parts[1:] * q[0]
-            return parts[0] * q[0], _variance(deleted) * ((GROUPS - 1) ** 2 / GROUPS)
-        count, whole = len(parts), parts.mean(dim=0) * q.mean(dim=0)
-        squares = _apart(parts, q).square().sum(dim=0) * ((count - 1) / count)
-        # for a product it is too large by the product of both means' variances
-        both = _variance(parts) * _variance(q) / count**2
-        return whole, torch.maximum(squares - both, squares / 2)
-
-    @cached_property
-    def _takes(self) -> Takes:
-        if len(self.model_ids) > 1:
-            return [self._scorer_of(model_id) for model_id in self.model_ids]
-        model_id = self.model_ids[0]
-        if not isinstance(self.scorer, RidgeScoreComputer) or not self.projected:
-            why = "no random projection" if not self.projected else "another score computer"
-            raise InputError(
-                "Errors are told from several checkpoints, or from the columns of one "
-                f"projection; this run has one checkpoint and {why}. Add checkpoints, or "
-                "use a random projection with RidgeScoreComputer."
-            )
-        rows = self._rows(model_id)
-        targets = decoded(
-            row_source(self.saver.target_rows(self.exp_name, model_id)), torch.float64
-        )
-        loss = self.saver.train_rows(model_id).array("out_to_loss")
-        kept = self.saver.load_factor(model_id)
-        deleted = without_groups(self.scorer, kept, rows, targets, loss)
-        return [self._scorer_of(model_id), *deleted]
-
-    def _scorer_of(self, model_id: int) -> BlockScorer:
-        rows = self._rows(model_id)
-        targets = row_source(self.saver.target_rows(self.exp_name, model_id))
-        aims = decoded(targets, torch.float64)
-        return block_scorer(self.scorer, self.saver, model_id, rows, aims)
-
-    def _rows(self, model_id: int) -> RowSource:
-        rows = row_source(self.saver.train_rows(model_id))
-        return rows.to(self.device) if isinstance(rows, Tensor) else rows
-
-    @property
-    def _num_rows(self) -> int:
-        return len(self.saver.train_rows(self.model_ids[0]).done)
-
-    @property
-    def _num_targets(self) -> int:
-        return int(self.saver.experiment(self.exp_name)["num_targets"])
 
 
 def error_pass(
@@ -339,22 +229,6 @@ def error_pass(
         device=pipeline.maker.device,
         projected=bool(pipeline.maker.projector.random_dim),
     )
-
-
-def _apart(parts: Tensor, q: Tensor) -> Tensor:
-    # of the products without each checkpoint from their mean
-    count = len(parts)
-    left = (parts.sum(dim=0) - parts) * (q.sum(dim=0) - q) / (count - 1) ** 2
-    return left - left.mean(dim=0)
-
-
-def _variance(values: Tensor) -> Tensor:
-    # Tensor.var takes several times as long over the first axis
-    return (values - values.mean(dim=0)).square().sum(dim=0) / (len(values) - 1)
-
-
-def _cut(count: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _compare(

@@ -1,0 +1,183 @@
+"""Scores and their variances by the jackknife, in stretches of rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trak.encodings import RowSource
+from trak.errors import InputError, NumericalError
+from trak.pipeline.solving import block_scorer, row_source
+from trak.savers import AbstractSaver
+from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
+from trak.score_computers.jackknife import GROUPS, without_groups
+from trak.score_computers.linear import BlockScorer
+from trak.score_computers.stream import decoded
+
+_BLOCK_BYTES = 32 << 20
+_FEWEST_COLUMNS = 32
+
+Takes = Sequence[Callable[[int, int], Tensor]]
+"""Functions of first and end row that give scores before Q, `[rows, m]`, float64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariancePass:
+    """Passes over the rows of some checkpoints that give scores and their variances.
+
+    With several checkpoints by the jackknife that leaves out one of them, of the whole
+    formula `mean(tau) mean(q)`, without what it overestimates of a product's variance
+    (`Var(mean(tau)) Var(mean(q))`; at most half is taken away); with one by the jackknife
+    that leaves out one of eight groups of the projection's columns (Efron and Tibshirani
+    1993, Ch. 11: the variance is `(B - 1) / B` times the sum of squared distances from the
+    replicates' mean).
+
+    Attributes:
+        scorer: the score computer.
+        saver: the store.
+        exp_name: the experiment.
+        model_ids: the checkpoints.
+        device: where to compute.
+        projected: whether rows are random projections.
+    """
+
+    scorer: AbstractScoreComputer
+    saver: AbstractSaver
+    exp_name: str
+    model_ids: list[int]
+    device: torch.device
+    projected: bool
+
+    @property
+    def source(self) -> str:
+        """What varies: `"checkpoints"` or `"sketch"`."""
+        return "checkpoints" if len(self.model_ids) > 1 else "sketch"
+
+    @property
+    def own_degrees(self) -> int:
+        """Degrees of freedom of a variance by itself."""
+        return (len(self.model_ids) if len(self.model_ids) > 1 else GROUPS) - 1
+
+    @property
+    def num_rows(self) -> int:
+        """Training examples that there are, `n`."""
+        return len(self.saver.train_rows(self.model_ids[0]).done)
+
+    @cached_property
+    def takes(self) -> Takes:
+        """Of every checkpoint; or of all columns, and without each group of them.
+
+        Raises:
+            InputError: if there is neither a second checkpoint nor a random projection.
+        """
+        if len(self.model_ids) > 1:
+            return [self._scorer_of(model_id) for model_id in self.model_ids]
+        model_id = self.model_ids[0]
+        if not isinstance(self.scorer, RidgeScoreComputer) or not self.projected:
+            why = "no random projection" if not self.projected else "another score computer"
+            raise InputError(
+                "Errors are told from several checkpoints, or from the columns of one "
+                f"projection; this run has one checkpoint and {why}. Add checkpoints, or "
+                "use a random projection with RidgeScoreComputer."
+            )
+        rows, targets = self.rows(model_id), self._targets(model_id)
+        loss = self.saver.train_rows(model_id).array("out_to_loss")
+        kept = self.saver.load_factor(model_id)
+        deleted = without_groups(self.scorer, kept, rows, targets, loss)
+        return [self._scorer_of(model_id), *deleted]
+
+    def stretches(self) -> list[tuple[int, int]]:
+        """First and end rows that fit into memory with all targets.
+
+        Returns:
+            All rows.
+        """
+        num_targets = int(self.saver.experiment(self.exp_name)["num_targets"])
+        columns = max(num_targets, _FEWEST_COLUMNS)
+        size = max(64, _BLOCK_BYTES // (8 * columns * max(len(self.takes), GROUPS)))
+        return cut(self.num_rows, size)
+
+    def stretch(self, takes: Takes, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Scores of some rows, and their variances.
+
+        Args:
+            takes: as `takes` are, of these or of other targets.
+            start: first row.
+            stop: end row.
+
+        Returns:
+            `[rows, m]` each, float64.
+
+        Raises:
+            NumericalError: if one is not finite.
+        """
+        parts = torch.stack([take(start, stop) for take in takes])
+        loss = [self.saver.train_rows(i).array("out_to_loss") for i in self.model_ids]
+        weights = [np.asarray(one[start:stop], np.float64) for one in loss]
+        q = torch.from_numpy(np.stack(weights)).to(parts)
+        jackknife = _of_groups if self.source == "sketch" else _of_checkpoints
+        scores, squares = jackknife(parts, q)
+        if not torch.isfinite(scores).all() or not torch.isfinite(squares).all():
+            raise NumericalError(
+                f"Scores of {self.exp_name!r}, or their errors, are not finite from "
+                f"row {start} on (checkpoints {self.model_ids}). Use a larger ridge "
+                "(lambda_reg), or featurize again if a file is damaged."
+            )
+        return scores, squares
+
+    def rows(self, model_id: int) -> RowSource:
+        """A checkpoint's Phi.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            `[n, k]`, on the device unless it is in a file.
+        """
+        rows = row_source(self.saver.train_rows(model_id))
+        return rows.to(self.device) if isinstance(rows, Tensor) else rows
+
+    def _targets(self, model_id: int) -> Tensor:
+        targets = self.saver.target_rows(self.exp_name, model_id)
+        return decoded(row_source(targets), torch.float64)
+
+    def _scorer_of(self, model_id: int) -> BlockScorer:
+        rows, targets = self.rows(model_id), self._targets(model_id)
+        return block_scorer(self.scorer, self.saver, model_id, rows, targets)
+
+
+def cut(count: int, size: int) -> list[tuple[int, int]]:
+    """Cuts rows into stretches.
+
+    Args:
+        count: rows that there are.
+        size: of a stretch.
+
+    Returns:
+        First and end rows.
+    """
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _of_groups(parts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    deleted = parts[1:] * q[0]
+    count = len(deleted)
+    return parts[0] * q[0], _variance(deleted) * ((count - 1) ** 2 / count)
+
+
+def _of_checkpoints(parts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    count = len(parts)
+    left = (parts.sum(dim=0) - parts) * (q.sum(dim=0) - q) / (count - 1) ** 2
+    squares = _variance(left) * ((count - 1) ** 2 / count)
+    # for a product it is too large by the product of both means' variances
+    both = _variance(parts) * _variance(q) / count**2
+    whole = parts.mean(dim=0) * q.mean(dim=0)
+    return whole, torch.maximum(squares - both, squares / 2)
+
+
+def _variance(values: Tensor) -> Tensor:
+    # Tensor.var takes several times as long over the first axis
+    return (values - values.mean(dim=0)).square().sum(dim=0) / (len(values) - 1)
