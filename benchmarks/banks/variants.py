@@ -100,6 +100,22 @@ def table(load: Callable[..., Any], count: int) -> tuple[Examples, Examples]:
     return (x[:count], y[:count]), (x[count:stop], y[count:stop])
 
 
+def blurred(count: int, spread: float) -> tuple[Examples, Examples]:
+    """Digits with noise on every pixel, hard to tell apart.
+
+    Args:
+        count: training examples.
+        spread: standard deviation of the noise; pixels lie between 0 and 1.
+
+    Returns:
+        Training examples, and 150 targets.
+    """
+    generator = torch.Generator().manual_seed(3)
+    (x, y), (others, labels) = digits(count)
+    noise = [torch.randn(each.shape, generator=generator) for each in (x, others)]
+    return (x + spread * noise[0], y), (others + spread * noise[1], labels)
+
+
 def cancer() -> tuple[Examples, Examples]:
     """30 measurements, two classes that are easy to tell apart.
 
@@ -109,7 +125,7 @@ def cancer() -> tuple[Examples, Examples]:
     return table(lambda: load_breast_cancer(return_X_y=True), 400)
 
 
-def blobs(count: int, features: int, classes: int, flip: float) -> Any:
+def blobs(count: int, features: int, classes: int, flip: float, **options: Any) -> Any:
     """Classes of several clusters each.
 
     Args:
@@ -117,11 +133,12 @@ def blobs(count: int, features: int, classes: int, flip: float) -> Any:
         features: of the inputs.
         classes: how many.
         flip: share of random labels.
+        options: of scikit-learn's generator.
 
     Returns:
         Training examples, and 150 targets.
     """
-    options = {"n_informative": 8, "n_classes": classes, "flip_y": flip}
+    options = {"n_informative": 8, "n_classes": classes, "flip_y": flip, **options}
     return table(
         lambda: make_classification(count + 150, features, random_state=0, **options), count
     )
@@ -161,6 +178,15 @@ VARIANTS = {
     "friedman": Variant(
         (10, 64, 64, 1), lambda: friedman(make_friedman1, 600, 1.0), 60, 0.02, 1e-3
     ),
+    "blurred, long": Variant((64, 64, 10), lambda: blurred(1000, 0.8), 60, 0.1, 1e-3),
+    "20 classes": Variant(
+        (40, 96, 20),
+        lambda: blobs(1200, 40, 20, 0.3, n_informative=12, n_clusters_per_class=1),
+        25,
+        0.05,
+        1e-3,
+    ),
+    "eight blobs": Variant((20, 64, 8), lambda: blobs(900, 20, 8, 0.5), 80, 0.1, 1e-4),
 }
 UNSEEN = {
     "wine": Variant(
