@@ -26,6 +26,7 @@ from trak.pipeline.readiness import (
     warn_of_other_groups,
     warn_of_other_ridge,
     warn_of_twins,
+    what_counts,
 )
 from trak.pipeline.rows import (
     check_examples,
@@ -360,7 +361,10 @@ class Pipeline:
         scores = self.saver.load_scores(exp_name)
         record = self.saver.experiment(exp_name)
         warn_of_other_ridge(self.scorer, self.saver, exp_name, record["model_ids"])
-        if record["factors"] != self._factors(record["model_ids"]):
+        now, then = self._factors(record["model_ids"]), record["factors"]
+        if {i: what_counts(f) for i, f in then.items()} != {
+            i: what_counts(f) for i, f in now.items()
+        }:
             raise PhaseError(
                 f"The scores of {exp_name!r} were computed before a checkpoint was "
                 "finalized with another ridge or score computer. Call "

@@ -1,7 +1,8 @@
 """Which checkpoints are meant, and what they lack before they can be scored."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -78,6 +79,19 @@ def together(saver: AbstractSaver, model_ids: Iterable[int]) -> dict[str, str | 
         Id to content hash of the weights.
     """
     return {str(i): saver.checkpoint_digest(i) for i in sorted(model_ids)}
+
+
+def what_counts(factor: Mapping[str, Any]) -> dict[str, Any]:
+    """What scores depend on, of how a factor was made.
+
+    Args:
+        factor: its description.
+
+    Returns:
+        The same; at a ridge that was given without the automatic one, which was not used.
+    """
+    unused = set() if factor.get("lambda_reg") is None else {"auto", "together"}
+    return {name: value for name, value in factor.items() if name not in unused}
 
 
 def not_ready(
