@@ -53,7 +53,7 @@ def environment() -> dict[str, Any]:
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run(
         [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    ).stdout.strip() or os.environ.get("COMMIT", "")  # a copy without a repository
     changed = subprocess.run(
         [*git, "status", "--porcelain", "--", "src"],
         capture_output=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,13 @@ BERT = {  # layers, width, heads; Turc et al. 2019, "Well-read students learn be
     "bert-mini": (4, 256, 4),
     "bert-small": (4, 512, 8),
     "bert-base": (12, 768, 12),
+    "bert-large": (24, 1024, 16),
 }
-GPT2 = {"gpt2-4x256": (4, 256, 4), "gpt2-6x384": (6, 384, 6)}
+GPT2 = {
+    "gpt2-4x256": (4, 256, 4),
+    "gpt2-6x384": (6, 384, 6),
+    "gpt2-12x768": (12, 768, 12),
+}
 NAMES = (*BERT, *GPT2, "resnet18")
 
 
@@ -47,18 +52,30 @@ class Case:
     loss: Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
 
 
-def make(name: str, batch_size: int, dtype: torch.dtype = torch.float32) -> Case:
+def make(
+    name: str,
+    batch_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Case:
     """Makes a model with a batch.
 
     Args:
         name: one of `NAMES`.
         batch_size: examples a batch.
         dtype: of the model.
+        device: of both.
 
     Returns:
         The case.
     """
     torch.manual_seed(0)
+    case = _made(name, batch_size, dtype)
+    batch = tuple(part.to(device) for part in case.batch)
+    return replace(case, model=case.model.to(device), batch=batch)
+
+
+def _made(name: str, batch_size: int, dtype: torch.dtype) -> Case:
     if name in BERT:
         return _bert(BERT[name], batch_size, dtype)
     if name in GPT2:

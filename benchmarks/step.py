@@ -74,7 +74,7 @@ def traker_of(
         task=case.task,
         train_set_size=n,
         save_dir=folder,
-        device="cpu",
+        device=next(case.model.parameters()).device,
         proj_dim=proj_dim,
         logging_level=logging.WARNING,
         **options,
@@ -83,12 +83,13 @@ def traker_of(
     return traker
 
 
-def check(name: str, proj_dim: int, **options: Any) -> float:
+def check(name: str, proj_dim: int, device: str = "cpu", **options: Any) -> float:
     """Asserts that the fast rows are those of exact gradients, in float32.
 
     Args:
         name: the model.
         proj_dim: projection dimension.
+        device: where to compute.
         options: further arguments of `TRAKer`.
 
     Returns:
@@ -97,7 +98,7 @@ def check(name: str, proj_dim: int, **options: Any) -> float:
     Raises:
         AssertionError: if one is above 1e-3.
     """
-    case = models.make(name, 2)
+    case = models.make(name, 2, device=device)
     exact = options | {"gradient_computer": FunctionalGradientComputer}
     found, expected = (
         _stored(case, proj_dim, use_half_precision=False, **each)
@@ -115,6 +116,26 @@ def _stored(case: models.Case, proj_dim: int, **options: Any) -> torch.Tensor:
         traker.featurize(case.batch, num_samples=2)
         traker.saver.load_current_store(0)
         return torch.tensor(traker.saver.current_store["grads"][:])
+
+
+def finished(side: Callable[[], None], device: str) -> Callable[[], None]:
+    """Waits for the device, which works through its queue while Python goes on.
+
+    Args:
+        side: what is timed.
+        device: where it computes.
+
+    Returns:
+        The same, and the wait.
+    """
+    if device != "cuda":
+        return side
+
+    def run() -> None:
+        side()
+        torch.cuda.synchronize()
+
+    return run
 
 
 def training_step(case: models.Case, *, with_adamw: bool) -> Callable[[], None]:
@@ -146,6 +167,7 @@ def measure(
     proj_dim: int,
     rounds: int,
     clock: Any,
+    device: str = "cpu",
     **options: Any,
 ) -> dict[str, Any]:
     """Times one case.
@@ -157,12 +179,13 @@ def measure(
         proj_dim: projection dimension.
         rounds: timed repetitions.
         clock: see `paired_seconds`.
+        device: where to compute.
         options: further arguments of `TRAKer`.
 
     Returns:
         Configuration, raw seconds and ratios.
     """
-    case = models.make(name, batch_size, DTYPES[dtype])
+    case = models.make(name, batch_size, DTYPES[dtype], device)
     turn = iter(range(rounds + 1))
     with tempfile.TemporaryDirectory() as folder:
         # another batch each time: the store refuses examples that it has seen
@@ -180,7 +203,7 @@ def measure(
             traker.featurize(case.batch, inds=range(first, first + batch_size))
 
         def rows_alone() -> None:
-            out = torch.zeros(batch_size, proj_dim)
+            out = torch.zeros(batch_size, proj_dim, device=device)
             with traker.projector.gathering(out, 0) as sink:
                 traker.gradient_computer.run(case.batch, sink, {})
 
@@ -190,6 +213,7 @@ def measure(
             "featurize": featurize,
             "rows alone": rows_alone,
         }
+        sides = {name: finished(side, device) for name, side in sides.items()}
         seconds = paired_seconds(sides, rounds, clock)
         settings = traker.projector.settings()
     return {

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import models
 from benchmarks.common import Row, paired_seconds, ratio, write
-from benchmarks.step import PROJ_DIMS, training_step, traker_of
+from benchmarks.step import PROJ_DIMS, finished, training_step, traker_of
 from trak.gradient_computers import FunctionalGradientComputer
 from trak.projectors import LeadingProjector
 
@@ -37,12 +37,13 @@ STRENGTH = 0.4
 FIT, FEATURIZE = 2.5, 1.0
 
 
-def check(name: str, proj_dim: int) -> float:
+def check(name: str, proj_dim: int, device: str = "cpu") -> float:
     """Asserts that whitened rows are right, in float32.
 
     Args:
         name: the model.
         proj_dim: projection dimension.
+        device: where to compute.
 
     Returns:
         The largest distance between a row and the exact one, relative to its norm.
@@ -50,14 +51,14 @@ def check(name: str, proj_dim: int) -> float:
     Raises:
         AssertionError: if one is above 1e-3.
     """
-    case = models.make(name, 2)
+    case = models.make(name, 2, device=device)
     with tempfile.TemporaryDirectory() as folder:
         traker = traker_of(
             case, proj_dim, folder, 2, whitening=STRENGTH, use_half_precision=False
         )
         traker.fit_whitening(case.batch)
         traker.featurize(case.batch, num_samples=2)
-        found = torch.tensor(traker.saver.train_rows(0).array("grads"))
+        found = torch.tensor(traker.saver.train_rows(0).array("grads"), device=device)
         whitening = traker.pipeline.maker.whitenings[0]
         exact = FunctionalGradientComputer(case.model, traker.task)
         exact.load_model_params(case.model)
@@ -71,7 +72,9 @@ def check(name: str, proj_dim: int) -> float:
     return error
 
 
-def measure(name: str, batch_size: int, proj_dim: int, rounds: int) -> dict[str, Any]:
+def measure(
+    name: str, batch_size: int, proj_dim: int, rounds: int, device: str = "cpu"
+) -> dict[str, Any]:
     """Times one case.
 
     Args:
@@ -79,18 +82,21 @@ def measure(name: str, batch_size: int, proj_dim: int, rounds: int) -> dict[str,
         batch_size: examples a batch.
         proj_dim: projection dimension.
         rounds: timed repetitions.
+        device: where to compute.
 
     Returns:
         Configuration, raw seconds and ratios.
     """
-    case = models.make(name, batch_size)
+    case = models.make(name, batch_size, device=device)
     turn = iter(range(rounds + 1))
     count = batch_size * (rounds + 1)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
         options: dict[str, Any] = {"whitening": STRENGTH, "check_examples": False}
         fitted = traker_of(case, proj_dim, folder, count, **options)
         fitted.fit_whitening(case.batch)
-        again = models.make(name, batch_size)  # a run watches its model's weights
+        again = models.make(
+            name, batch_size, device=device
+        )  # a run watches its model's weights
         fitting = traker_of(again, proj_dim, other, count, **options)
 
         def featurize() -> None:
@@ -102,6 +108,7 @@ def measure(name: str, batch_size: int, proj_dim: int, rounds: int) -> dict[str,
             "fit": lambda: fitting.fit_whitening(again.batch),
             "featurize": featurize,
         }
+        sides = {name: finished(side, device) for name, side in sides.items()}
         seconds = paired_seconds(sides, rounds, time.perf_counter)
     return {
         "model": name,

@@ -19,6 +19,7 @@ from trak.pipeline import (
     method_named,
     method_pass,
 )
+from trak.precision import full_precision
 from trak.savers import AbstractSaver
 from trak.score_computers import TopScores, top_scores
 
@@ -33,6 +34,7 @@ class Results:
     saver: AbstractSaver
     _pipeline: Pipeline
 
+    @full_precision()
     def scores(
         self,
         exp_name: str,
@@ -92,6 +94,7 @@ class Results:
         taken = method_pass(self._pipeline, model_ids, exp_name, checkpoint_weights)
         return taken.scores(exp_name, chosen, averages)
 
+    @full_precision()
     def self_influence(self, model_ids: Iterable[int] | None = None) -> NDArray[Any]:
         """How much each training example moves its own model output.
 
@@ -121,6 +124,7 @@ class Results:
         k = as_integer("k", k, least=1)
         return top_scores(self.scores(exp_name), k, helpful=helpful)
 
+    @full_precision()
     def top_scores(
         self,
         exp_name: str,

@@ -20,6 +20,7 @@ from trak.batches import Batch, batch_size, normalize
 from trak.errors import InputTypeError
 from trak.evaluation.ranks import correlations
 from trak.pipeline import Pipeline, validate_state
+from trak.precision import full_precision
 from trak.projectors import LeadingProjector, NoOpProjector
 from trak.savers.filesystem import read_object
 from trak.score_computers.auto_ridge import BY_STRENGTH, Situation, relative_ridge
@@ -230,6 +231,7 @@ class Trial:
         every = torch.cat(parts)
         return every[:, :-1], every[:, -1:]
 
+    @full_precision()
     def _whitened(self, rows: Tensor, number: int, strength: float) -> Tensor:
         if not strength:
             return rows
@@ -258,6 +260,7 @@ class Trial:
                 self.moments[number].merge(self.pipeline.maker.moments(batch))
         return self.moments[number]
 
+    @full_precision()
     def _ridge(self, rows: Tensor, weights: Tensor) -> float:
         loss = weights.double().cpu()
         situation = Situation(
@@ -271,6 +274,7 @@ class Trial:
         return relative_ridge(weighted(rows, factors), situation)
 
 
+@full_precision()
 def _solved(
     rows: Tensor, loss: Tensor, ridge: float, *, curvature: bool
 ) -> NDArray[np.float64]:

@@ -111,13 +111,15 @@ def test_weights_that_change_after_loading_are_noticed(change, computer, tmp_pat
 @pytest.mark.parametrize("size", [0, 1, 7, 256 * 8 + 13])
 def test_the_checksum_covers_every_entry_of_any_tensor(dtype, size):
     whole = torch.zeros(size + 3, dtype=dtype)
-    tensors = [whole[3:], whole[:0], torch.zeros((), dtype=dtype)]
+    tensors = [whole[3:], whole[:0], torch.zeros((), dtype=dtype), whole.clone()[3:]]
     before = checksum(tensors)
     assert torch.equal(checksum([t.clone() for t in tensors]), before)
     for place in {3, size // 2 + 3, size + 2} if size else ():
         whole[place] = 1
         assert not torch.equal(checksum(tensors), before)
         whole[place] = 0
+    tensors[3][-1:] = 1
+    assert not size or not torch.equal(checksum(tensors), before)
 
 
 def test_state_dicts_that_share_memory_with_the_model_are_noticed(tmp_path):

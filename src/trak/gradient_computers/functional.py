@@ -13,6 +13,7 @@ from trak.gradient_computers.abstract import SelectingGradientComputer
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.gradient_computers.surroundings import undisturbed
 from trak.modelout_functions import output_function
+from trak.precision import without_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -133,9 +134,17 @@ class FunctionalGradientComputer(SelectingGradientComputer):
     def _vectorized(self, batch: Batch) -> dict[str, Tensor]:
         sample = (batch,) if isinstance(batch, dict) else batch
         in_dims = (None, *(0 for _ in sample))
-        gradient = torch.func.grad(self._output)
-        per_sample = torch.func.vmap(gradient, in_dims, randomness="different")
+        per_sample = torch.func.vmap(self._gradient, in_dims, randomness="different")
         return per_sample(self._chosen(), *sample)
+
+    def _gradient(self, chosen: dict[str, Tensor], *sample: Any) -> dict[str, Tensor]:
+        def outputs(given: dict[str, Tensor]) -> Tensor:
+            return self._output(given, *sample)
+
+        found: Any = torch.func.vjp(outputs, chosen)
+        output, pull = found
+        with without_autocast():  # which is for forward passes
+            return pull(torch.ones_like(output))[0]
 
     def _one_by_one(self, batch: Batch) -> dict[str, Tensor]:
         chosen = {n: w.detach().requires_grad_() for n, w in self._chosen().items()}
@@ -145,9 +154,10 @@ class FunctionalGradientComputer(SelectingGradientComputer):
                 output = self._output(chosen, *sample)
                 found: tuple[Tensor | None, ...] = (None,) * len(chosen)
                 if output.requires_grad:  # else this sample reaches none of them
-                    found = torch.autograd.grad(
-                        output, list(chosen.values()), allow_unused=True
-                    )
+                    with without_autocast():
+                        found = torch.autograd.grad(
+                            output, list(chosen.values()), allow_unused=True
+                        )
             pairs = zip(found, chosen.values(), strict=True)
             rows.append([_or_zeros(gradient, weight) for gradient, weight in pairs])
         if len(rows) == 1:  # a view: embeddings make these too large to copy idly

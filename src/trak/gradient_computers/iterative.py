@@ -9,6 +9,7 @@ from trak.batches import batch_size, normalize, select
 from trak.errors import InputError
 from trak.gradient_computers.abstract import SelectingGradientComputer
 from trak.modelout_functions import output_function
+from trak.precision import without_autocast
 from trak.utils import parameters_to_vector
 
 
@@ -97,9 +98,10 @@ class IterativeGradientComputer(SelectingGradientComputer):
             return output_function(self.modelout_fn)(self.model, None, None, *parts)
 
     def _row(self, output: Tensor) -> Tensor:
-        found = torch.autograd.grad(
-            output, self.model_params, retain_graph=True, allow_unused=True
-        )
+        with without_autocast():  # which is for forward passes
+            found = torch.autograd.grad(
+                output, self.model_params, retain_graph=True, allow_unused=True
+            )
         pairs = zip(found, self.model_params, strict=True)
         return parameters_to_vector(
             p.new_zeros(p.shape) if g is None else g  # pyright: ignore[reportUnnecessaryComparison]

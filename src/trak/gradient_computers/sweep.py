@@ -16,6 +16,7 @@ from trak.gradient_computers.functions import FunctionWatch
 from trak.gradient_computers.lengths import Ledger, Shapes
 from trak.gradient_computers.plan import Anatomy, Layer, Placement, Plan, Samples
 from trak.gradient_computers.rules import LayerCall
+from trak.precision import without_autocast
 
 
 class Sweep:
@@ -79,7 +80,7 @@ class Sweep:
             _check_outputs(result, self._num_samples)
             self.in_backward = True
             # rules and the sink compute in the parameters' dtype
-            stack.enter_context(torch.autocast(self._device(), enabled=False))
+            stack.enter_context(without_autocast())
             totals = self.tape.backward(result, watched)
         for name, total in zip(unseen, totals, strict=True):
             if total is not None and bool(total.any()):
@@ -180,7 +181,7 @@ class Sweep:
             missing = set(wanted.values())
             for block in layer.rule(call):
                 missing.discard(block.name)
-                self._emit(block)
+                self._sink(block)
         if missing and self._strict:
             raise UnsupportedModuleError(
                 f"The rule for {type(layer.module).__name__} emitted no block for "
@@ -226,9 +227,6 @@ class Sweep:
     def _emit(self, block: Block) -> None:
         with torch.no_grad():
             self._sink(block)
-
-    def _device(self) -> str:
-        return next(iter(self._anatomy.parameters.values())).device.type
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from trak.gradient_computers.plan import EXACT, UNSEEN, Anatomy, Plan, Way
 from trak.gradient_computers.sketch import Sketcher
 from trak.gradient_computers.sweep import Sweep
 from trak.gradient_computers.trial import Rows, Trial
+from trak.precision import exact_float32
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class Ways:
             found.update(sweep.look(lambda: self._outputs(one)).seen)
         return found
 
+    @exact_float32()  # rounding to TF32 would hide which way is right
     def find(self, samples: Batch) -> bool:
         """Finds a way for every parameter, by comparison with the exact gradients.
 
@@ -118,6 +120,7 @@ class Ways:
         self._unconfirmed |= many
         return True
 
+    @exact_float32()
     def look_again(self, batch: Batch) -> bool:
         """Confirms and proves what the first samples could not.
 

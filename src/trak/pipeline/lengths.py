@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trak.batches import Batch, batch_size, leaves, select
 from trak.gradient_computers.surroundings import undisturbed
 from trak.modelout_functions import batch_output_function
+from trak.precision import exact_float32
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Trimmer:
         shared = all(p.ndim == 1 or p.shape == mask.shape for p in parts)
         return mask if fits and shared else None
 
+    @exact_float32()
     def _same_outputs(self, batch: Batch, found: list[tuple[list[int], Batch]]) -> bool:
         function = batch_output_function(self.task)
         assert function is not None  # noqa: S101 - asked for before

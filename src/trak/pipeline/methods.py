@@ -232,7 +232,7 @@ class MethodPass:
             pairs = list(zip(systems, parts, strict=True))
             energy = torch.stack([(s.solve(r) * r).sum(dim=1) for s, r in pairs])
             q = torch.stack([s.loss_weights(start, len(r))[:, 0] for s, r in pairs])
-            found.append(energy.mean(dim=0) * q.mean(dim=0).abs())
+            found.append(energy.mean(dim=0) * q.mean(dim=0).abs().to(energy))
             _refuse_nonfinite(found[-1], "Self-influence", start)
         return torch.cat(found).to("cpu", torch.float32).numpy()
 

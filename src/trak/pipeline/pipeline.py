@@ -39,6 +39,7 @@ from trak.pipeline.rows import (
 from trak.pipeline.scoring import ScorePass
 from trak.pipeline.solving import ScoreSet, ridge_name, row_source, score_sets
 from trak.pipeline.whiten import Whitener
+from trak.precision import full_precision
 from trak.savers import AbstractSaver, Rows
 from trak.score_computers import AbstractScoreComputer, LinearScoreComputer
 from trak.score_computers.stream import decoded
@@ -200,6 +201,7 @@ class Pipeline:
         ]
         self._store(phase, rows, others, batch, inds, num_samples)
 
+    @full_precision()
     def finalize_features(
         self, model_ids: Iterable[int] | None, *, del_grads: bool
     ) -> None:
@@ -225,6 +227,7 @@ class Pipeline:
         if self.phase is not None:
             self.phase.cursor = 0
 
+    @full_precision()
     def finalize_scores(
         self, exp_name: str, model_ids: Iterable[int] | None, *, allow_skip: bool
     ) -> NDArray[Any]:
@@ -242,6 +245,7 @@ class Pipeline:
         found = self._write(sets, self.ready(sets, model_ids, allow_skip=allow_skip))
         return found[0]
 
+    @full_precision()
     def sweep(
         self,
         exp_names: Iterable[str],
@@ -345,6 +349,7 @@ class Pipeline:
         warn_of_other_groups(self.scorer, self.saver, sets, ready)
         return ready
 
+    @full_precision()
     def scores(self, exp_name: str) -> NDArray[Any]:
         """Reads an experiment's scores, if they are still what the store would give.
 
@@ -376,6 +381,7 @@ class Pipeline:
         # JSON object keys are strings
         return {str(i): self.saver.load_factor(i)[1] for i in model_ids}
 
+    @full_precision()
     def features(self, model_id: int) -> NDArray[Any]:
         """Upstream's features of a checkpoint, computed when asked for and kept.
 

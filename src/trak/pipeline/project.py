@@ -19,6 +19,7 @@ from trak.gradient_computers.memory import is_out_of_memory
 from trak.pipeline.lengths import Trimmer
 from trak.pipeline.losses import LossWatch
 from trak.pipeline.memory import MicroBatches
+from trak.precision import apart_from_autocast, without_autocast
 from trak.projectors import (
     AbstractProjector,
     BlockProjector,
@@ -235,7 +236,7 @@ class RowMaker:
                     if projector is not None:
                         made = self.projected(projector, piece, model_id, None, sink)
                         return found, made
-                    self.computer.run(piece, sink, self.layout)
+                    self.computer.run(piece, apart_from_autocast(sink), self.layout)
                     return found, torch.zeros(size, 0)
 
             found, rows = self.with_copies(attempt)
@@ -338,7 +339,8 @@ class RowMaker:
         grads = self.computer.compute_per_sample_grad(batch)
         if whitening is not None:
             grads = whitening.whole(grads, self.layout)
-        rows = projector.project(grads, model_id=model_id).detach()
+        with without_autocast():
+            rows = projector.project(grads, model_id=model_id).detach()
         expected = (batch_size(batch), projector.proj_dim or sum(self.layout.values()))
         if tuple(rows.shape) != expected:
             raise InputError(
@@ -371,6 +373,7 @@ class RowMaker:
         out = self.blank(batch_size(batch), projector.proj_dim)
         with self.gathering(projector, out, model_id, whitening) as sink:
 
+            @apart_from_autocast
             def both(block: Block) -> None:
                 if also is not None:
                     also(block)

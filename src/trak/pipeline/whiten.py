@@ -10,6 +10,7 @@ from trak.arguments import as_number
 from trak.batches import Batch
 from trak.errors import InputError, PhaseError
 from trak.pipeline.project import RowMaker
+from trak.precision import full_precision
 from trak.projectors import AbstractProjector, LeadingProjector
 from trak.savers import AbstractSaver
 from trak.score_computers.unwhitened import PREFIX, Chosen, Unwhitened
@@ -150,6 +151,7 @@ class Whitener:
         found = (Unwhitened.of_arrays(arrays, path) for path, arrays in parts)
         return [examples for examples in found if examples is not None]
 
+    @full_precision()
     def prepare(self, model_id: int) -> None:
         """Makes the checkpoint's whitening, before its rows are made.
 
@@ -185,6 +187,7 @@ class Whitener:
             basis = self.saver.settled_basis(model_id, lambda: projector.basis(whitening))
         self.maker.whiten(model_id, whitening, basis)
 
+    @full_precision()
     def made(self, sums: Moments, strength: float) -> Whitening:
         """The whitening by some sums.
 

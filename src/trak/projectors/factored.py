@@ -241,6 +241,8 @@ class FactoredProjector(BlockProjector):
         name = block.name
         if isinstance(block, DenseBlock):
             sides = self._sides_of(name, block.gradient.shape[1])
+            if len(self.shapes[name]) < 2:
+                return block.gradient.detach().to(self.device)
             matrices = block.gradient.detach().to(self.device).unflatten(1, sides.shape)
             left, right = (self._side(name, side, matrices.dtype) for side in (0, 1))
             if right is not None:

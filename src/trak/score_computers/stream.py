@@ -85,7 +85,7 @@ def stream(
             factor = _scales(sources[i], start, stop)
             if multiplier is not None:
                 more = multiplier(start, stop)
-                factor = more if factor is None else factor.to(more.dtype) * more
+                factor = more if factor is None else factor.to(more) * more
             # to the device first: half the bytes travel, and it converts faster
             rows = out[: stop - start].copy_(raw.to(device))
             if factor is not None:
