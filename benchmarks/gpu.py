@@ -10,7 +10,11 @@ for torch's usual settings, and, with `--tf32`, for float32 products in TF32.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,15 +22,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import models, step, streaming, whitening_cost
-from benchmarks.common import Row, paired_seconds, ratio, write
+from benchmarks.common import ROOT, Row, paired_seconds, ratio, write
 from trak.pipeline.scoring import ScorePass
 from trak.pipeline.solving import ScoreSet
 from trak.score_computers import RidgeScoreComputer
 
 GPU = "cuda"
+UPSTREAM = "TRAKER"  # variable with the folder where traker and fast_jl are installed
 CASES = [  # model, batch size, dtype, bar; small batches are bound by the host
     ("bert-mini", 64, "float32", 0.85),
     ("bert-base", 32, "float32", 0.85),
@@ -239,7 +245,63 @@ def store(small: bool, rounds: int) -> Iterator[tuple[Row, dict[str, Any]]]:
             yield row, {"config": config, "correctness": checked, "seconds": seconds}
 
 
-PARTS = {"step": steps, "whitening": whitening, "store": store}
+def upstream(small: bool, rounds: int) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """The reference implementation on the same batches, in processes of its own.
+
+    Args:
+        small: smaller batches.
+        rounds: not used.
+
+    Yields:
+        A line and its raw figures.
+    """
+    del rounds
+    places = {"traker": os.environ.get(UPSTREAM, ""), "library": str(ROOT / "src")}
+    if not places["traker"]:
+        return
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in places}
+    grams = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(3):
+            for name, path in places.items():
+                out = Path(folder) / f"{name}.npy"
+                command = [sys.executable, "-m", "benchmarks.peers.worker_gpu", str(out)]
+                command += ["--batch", "64" if small else "256"]
+                path = os.pathsep.join((path, str(ROOT), os.environ["PYTHONPATH"]))
+                run = subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    env={**os.environ, "PYTHONPATH": path},
+                )
+                if run.returncode:
+                    raise RuntimeError(f"{name} failed:\n{run.stderr[-2000:]}")
+                found[name].append(json.loads(run.stdout.splitlines()[-1]))
+                grams[name] = np.load(out)
+    agreement = float(
+        np.corrcoef(*(g[np.triu_indices_from(g, 1)] for g in grams.values()))[0, 1]
+    )
+    if agreement < 0.9:
+        raise AssertionError(f"inner products of rows correlate by {agreement:.2f} only")
+    medians = {
+        name: statistics.median(s for one in each for s in one["seconds"])
+        for name, each in found.items()
+    }
+    times = medians["traker"] / medians["library"]
+    row = Row(
+        "traker 0.3.2 / library, featurize, ResNet-9 x 256, k = 2048",
+        "",
+        f"{times:.1f}",
+        None,
+        f"{medians['traker']:.3f} s against {medians['library']:.3f} s a batch; traker's "
+        f"{found['traker'][0]['projector']} with its compiled kernel; inner products of "
+        f"rows correlate by {agreement:.3f}",
+    )
+    yield row, {"runs": found, "agreement": agreement}
+
+
+PARTS = {"step": steps, "whitening": whitening, "store": store, "upstream": upstream}
 
 
 def main() -> None:

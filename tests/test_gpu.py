@@ -285,7 +285,7 @@ class Large(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.first = torch.nn.Linear(6, 4096)
-        self.scale = torch.nn.Parameter(torch.ones(4096, 512))
+        self.scale = torch.nn.Parameter(0.01 * torch.randn(4096, 512))
         self.head = torch.nn.Linear(512, 3)
 
     def forward(self, x):

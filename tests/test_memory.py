@@ -114,3 +114,19 @@ def test_the_hook_computer_takes_more_samples_at_once_than_all_gradients_allow(
     traker = runs.make_traker(model, 40, tmp_path, gradient_computer=computer)
     runs.featurize(traker, train, model.state_dict(), size=40)
     assert computer.sizes[:2] == [8, 8 * width // largest]
+
+
+def test_whitened_coordinates_take_whole_batches(monkeypatch, tmp_path):
+    model, train, _ = runs.data("mlp", 40, 1)
+    width = sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr("trak.pipeline.project.GRADIENT_BYTES", 4 * 8 * width)
+    computer = hungry(HookGradientComputer, None, 1000, "never")
+    traker = runs.make_traker(
+        model, 40, tmp_path, gradient_computer=computer, whitening=0.5
+    )
+    traker.load_checkpoint(model.state_dict(), model_id=0)
+    traker.fit_whitening(train)
+    fitted = len(computer.sizes)
+    traker.featurize(train, num_samples=40)
+    assert traker.projector.kind == "leading"
+    assert computer.sizes[fitted:] == [40]

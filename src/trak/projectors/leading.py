@@ -67,6 +67,7 @@ class LeadingProjector(BlockProjector):
     """
 
     kind = "leading"
+    forms_gradients = False  # coordinates of layers are picked from products of factors
 
     def __init__(
         self,
