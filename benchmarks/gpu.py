@@ -267,13 +267,13 @@ def upstream(small: bool, rounds: int) -> Iterator[tuple[Row, dict[str, Any]]]:
                 out = Path(folder) / f"{name}.npy"
                 command = [sys.executable, "-m", "benchmarks.peers.worker_gpu", str(out)]
                 command += ["--batch", "64" if small else "256"]
-                path = os.pathsep.join((path, str(ROOT), os.environ["PYTHONPATH"]))
+                paths = path, str(ROOT), os.environ["PYTHONPATH"]
                 run = subprocess.run(
                     command,
                     capture_output=True,
                     text=True,
                     check=False,
-                    env={**os.environ, "PYTHONPATH": path},
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 )
                 if run.returncode:
                     raise RuntimeError(f"{name} failed:\n{run.stderr[-2000:]}")

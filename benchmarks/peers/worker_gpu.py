@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+
 from trak import TRAKer
 
 BATCHES = 5
