@@ -121,7 +121,14 @@ def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def write(name: str, rows: list[Row], details: Any, out: Path | None = None) -> None:
+def write(
+    name: str,
+    rows: list[Row],
+    details: Any,
+    out: Path | None = None,
+    *,
+    say: bool = True,
+) -> None:
     """Writes a benchmark's results, which `benchmarks.render` makes a page of.
 
     Args:
@@ -129,6 +136,7 @@ def write(name: str, rows: list[Row], details: Any, out: Path | None = None) -> 
         rows: lines of the page.
         details: configuration and raw figures.
         out: another file.
+        say: print the lines, too.
     """
     path = out or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +148,7 @@ def write(name: str, rows: list[Row], details: Any, out: Path | None = None) -> 
         "details": details,
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for row in rows:
+    for row in rows if say else ():
         mark = {True: "ok ", False: "NO ", None: "   "}[row.passed]
         print(f"{mark} {row.what}: {row.measured} (bar: {row.bar})", flush=True)
 

@@ -320,8 +320,9 @@ def main() -> None:
         for row, found in PARTS[name](given.small, given.rounds):
             rows.append(row)
             details.append(found)
+            # after each, since the time on such a machine may end
+            write("gpu_tf32" if given.tf32 else "gpu", rows, details, given.out, say=False)
             print(row.what, row.measured, row.how, flush=True)
-    write("gpu_tf32" if given.tf32 else "gpu", rows, details, given.out)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ ORDER = (
     "calibration",
     "row_dtypes",
     "kernel",
+    "gpu",
+    "gpu_tf32",
 )
 TITLES = {
     "step": "Featurizing against a training step",
@@ -42,6 +44,8 @@ TITLES = {
     "calibration": "Errors of scores",
     "row_dtypes": "Precision of stored rows",
     "kernel": "The exact kernel",
+    "gpu": "On a GPU",
+    "gpu_tf32": "On a GPU, float32 products in TF32",
 }
 MARKS = {True: "met", False: "**not met**", None: ""}
 COMMON = {"name", "rows", "environment"}
