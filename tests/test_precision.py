@@ -140,3 +140,64 @@ def test_the_newer_switches_are_as_before():
         assert switch.fp32_precision == "bf16"
     finally:
         switch.fp32_precision = before
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DEFAULTS = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "device": lambda: torch.device("meta"),  # stands in for a GPU: nothing is made there
+}
+
+
+@pytest.mark.parametrize("defaults", DEFAULTS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"whitening": 0.5, "proj_dim": 40},
+        {"proj_dim": 40, "projector": "masked", "row_dtype": "int8"},
+        {"proj_dim": "exact"},
+    ],
+    ids=str,
+)
+def test_torchs_defaults_make_no_difference(options, defaults, world, tmp_path):
+    expected = one_call(world, tmp_path / "a", nullcontext, **options)
+    found = one_call(world, tmp_path / "b", DEFAULTS[defaults], **options)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * abs(expected).max())
+
+
+@pytest.mark.parametrize("defaults", DEFAULTS)
+def test_results_are_read_whatever_torchs_defaults_are(defaults, world, tmp_path):
+    model, train, targets, states = world
+    traker = runs.make_traker(model, N, tmp_path, proj_dim=24, lambda_reg="auto")
+    runs.whole_run(traker, train, targets, states)
+
+    def read():
+        errors = traker.scores("exp", with_error=True)
+        ranked = traker.top_scores("exp", 3, with_error=True)
+        groups = traker.scores("exp", "relatif", groups=[[0, 1], [2]])
+        sweep = traker.sweep(["exp"], ["1x"])["exp", "1x"]
+        own = traker.self_influence()
+        return (
+            errors.errors,
+            ranked.rank_low,
+            groups,
+            sweep,
+            own,
+            traker.top_k("exp").scores,
+        )
+
+    with DEFAULTS[defaults]():
+        found = read()
+    for one, other in zip(found, read(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)

@@ -93,7 +93,7 @@ def select(batch: Batch, index: Any) -> Batch:
         A batch of the same form.
     """
     if not isinstance(index, slice):
-        index = torch.as_tensor(index)
+        index = torch.as_tensor(index, device="cpu")
     if isinstance(batch, dict):
         return {name: _rows(part, index) for name, part in batch.items()}
     return tuple(_rows(part, index) for part in batch)
@@ -106,7 +106,7 @@ def _rows(part: Tensor, index: slice | Tensor) -> Tensor:
 def _tensor(value: Any, where: str, device: torch.device | None) -> Tensor:
     if not isinstance(value, Tensor):
         try:
-            value = torch.as_tensor(np.asarray(value))
+            value = torch.as_tensor(np.asarray(value), device="cpu")
         except (TypeError, ValueError) as error:
             raise InputTypeError(
                 f"{where} is a {type(value).__name__} and not a tensor. Drop what the "

@@ -81,7 +81,7 @@ def checksum(tensors: Sequence[Tensor]) -> Tensor:
         One row a tensor, `[tensors, 256]`, on the CPU.
     """
     if not tensors:
-        return torch.zeros(0, _COLUMNS, dtype=torch.int64)
+        return torch.zeros(0, _COLUMNS, dtype=torch.int64, device="cpu")
     groups: dict[object, list[int]] = {}
     for number, tensor in enumerate(tensors):
         size = tensor.numel() * tensor.element_size()
@@ -90,7 +90,7 @@ def checksum(tensors: Sequence[Tensor]) -> Tensor:
     sums = [_sums([_bytes(tensors[j]) for j in group]) for group in groups.values()]
     if len({part.device for part in sums}) > 1:
         sums = [part.cpu() for part in sums]
-    order = torch.tensor([j for group in groups.values() for j in group])
+    order = torch.tensor([j for group in groups.values() for j in group], device="cpu")
     return torch.cat(sums).cpu()[order.argsort()]
 
 

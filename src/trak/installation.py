@@ -27,7 +27,7 @@ def test_install(use_fast_jl: bool = True) -> None:
         )
     device = "cuda" if use_fast_jl else "cpu"
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(25, 256, generator=generator).to(device)
+    images = torch.randn(25, 256, generator=generator, device="cpu").to(device)
     labels = torch.randint(2, (25,), generator=generator).to(device)
     model = torch.nn.Linear(256, 2, bias=False).to(device)
     with tempfile.TemporaryDirectory() as folder:

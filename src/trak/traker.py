@@ -166,7 +166,9 @@ class TRAKer(Results):
         self.grad_wrt = None if grad_wrt is None else list(chosen)
         self.num_params = get_num_params(self.model)
         self.num_params_for_grad = sum(p.numel() for p in chosen.values())
-        self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
+        self.normalize_factor = torch.tensor(
+            math.sqrt(self.num_params_for_grad), device="cpu"
+        )
         self._shapes = {name: tuple(p.shape) for name, p in chosen.items()}
         return dict(chosen)
 

@@ -145,7 +145,7 @@ def get_matrix_mult_blockwise(
     device = target_grads.device if target_grads.is_cuda else features.device
     targets = target_grads.to(device)
     shape = (features.shape[0], target_grads.shape[0])
-    result = torch.empty(shape, dtype=target_dtype)
+    result = torch.empty(shape, dtype=target_dtype, device="cpu")
     for start in range(0, shape[0], bs):
         block = features[start : start + bs].to(device)
         result[start : start + bs] = block @ targets.t()

@@ -80,5 +80,5 @@ def _tensor(entry: dict[str, Any], body: NDArray[np.uint8]) -> Tensor:
     if not 0 <= first <= end <= len(body) or end - first != expected:
         raise ValueError(f"{end - first} bytes from {first}, expected {expected}")
     if first == end:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.from_numpy(body[first:end].copy()).view(dtype).reshape(shape)

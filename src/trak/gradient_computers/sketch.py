@@ -48,6 +48,9 @@ class Sketcher:
         key = (size, like.dtype, like.device)
         if key not in self._matrices:
             generator = torch.Generator().manual_seed(size)
-            entries = torch.randn(size, _COLUMNS, generator=generator) / _COLUMNS**0.5
+            entries = (
+                torch.randn(size, _COLUMNS, generator=generator, device="cpu")
+                / _COLUMNS**0.5
+            )
             self._matrices[key] = entries.to(like.device, like.dtype)
         return self._matrices[key]

@@ -121,7 +121,7 @@ class CLIPModelOutput(AbstractModelOutput):
     def _draw(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         # not in get_output: under vmap every sample would draw a batch of its own
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(images), generator=generator)
+        order = torch.randperm(len(images), generator=generator, device="cpu")
         chosen = order[: self.sim_batch_size].to(images.device)
         return images[chosen], texts[chosen]
 

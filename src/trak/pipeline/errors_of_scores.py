@@ -177,7 +177,9 @@ class ErrorPass(VariancePass):
         takes, some = self._peer_takes, self._some()
         found = [self.stretch(takes, *each) for each in some]
         scores, squares = (torch.cat(each) for each in zip(*found, strict=True))
-        numbers = torch.cat([torch.arange(*each) for each in some]).to(scores.device)
+        numbers = torch.cat([torch.arange(*each, device="cpu") for each in some]).to(
+            scores.device
+        )
         peers = self._peers.to(scores.device)
         return learned(numbers, scores, squares, peers, self.own_degrees)
 
@@ -187,7 +189,7 @@ class ErrorPass(VariancePass):
         found: list[Tensor] = []
         moderation = self._moderation
         if moderation is None:
-            return torch.empty(0)
+            return torch.empty(0, device="cpu")
         for start, stop in self.stretches():
             scores, squares = self.stretch(self._peer_takes, start, stop)
             numbers = torch.arange(start, stop, device=scores.device)

@@ -150,7 +150,7 @@ class KernelMaker(RowMaker):
             if row_of[piece.rows[0]] >= 0
         ]
         place_of = {int(row): at for at, row in enumerate(_rows_of(parts))}
-        places = torch.tensor([place_of[number] for number in numbers])
+        places = torch.tensor([place_of[number] for number in numbers], device="cpu")
         return _Gathered(parts, places.to(self.device), weights)
 
     def _most(self) -> int:

@@ -59,7 +59,7 @@ class Trimmer:
         if shortened is batch and len(groups) == 1:
             return [(everything, batch)]
         found = [
-            (rows, trim(select(batch, rows), mask[torch.as_tensor(rows)]))
+            (rows, trim(select(batch, rows), mask[torch.as_tensor(rows, device="cpu")]))
             for rows in groups
         ]
         if model_id not in self.ignored:
@@ -148,7 +148,7 @@ def _split(order: list[int], lengths: list[int]) -> list[list[int]]:
 
 def _lengths(mask: Tensor) -> list[int]:
     # up to the last token, or from the first one where padding is on the left
-    columns = torch.arange(mask.shape[1])
+    columns = torch.arange(mask.shape[1], device="cpu")
     last = torch.where(mask, columns, -1).amax(1) + 1
     first = torch.where(mask, columns, mask.shape[1]).amin(1)
     left = bool((first > 0).any())

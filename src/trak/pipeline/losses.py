@@ -66,7 +66,11 @@ class LossWatch:
             return
         # processes with few examples each add theirs up
         every = [*record.get("seen", []), *pairs.tolist()][:_MOST]
-        found = None if len(every) < _ENOUGH else self._told(torch.tensor(every).double())
+        found = (
+            None
+            if len(every) < _ENOUGH
+            else self._told(torch.tensor(every, device="cpu").double())
+        )
         told = {"seen": every} if found is None else {"logistic": found}
         self.saver.record_loss(model_id, told)
 

@@ -99,7 +99,7 @@ def group_matrix(groups: Any, num_targets: int) -> Tensor | None:
             "groups must list, for each group, the numbers of its targets, such as "
             f"[[0, 1], [2]]; got {groups!r}."
         )
-    matrix = torch.zeros(num_targets, len(groups), dtype=torch.float64)
+    matrix = torch.zeros(num_targets, len(groups), dtype=torch.float64, device="cpu")
     if not len(groups):
         raise InputError("groups is empty; leave it out for a score of every target.")
     for column, group in enumerate(groups):
@@ -111,7 +111,7 @@ def group_matrix(groups: Any, num_targets: int) -> Tensor | None:
                 f"Group {column} must list numbers of targets, each once, from 0 to "
                 f"{num_targets - 1}; got {group!r}."
             )
-        matrix[torch.as_tensor(members), column] = 1 / len(members)
+        matrix[torch.as_tensor(members, device="cpu"), column] = 1 / len(members)
     return matrix
 
 

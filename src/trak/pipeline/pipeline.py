@@ -401,7 +401,9 @@ class Pipeline:
                 features = self.scorer.features((matrix, info), rows, **loss)
             else:
                 phi = decoded(rows, torch.float32).to(self.maker.device)
-                features = self.scorer.get_x_xtx_inv(phi, torch.as_tensor(matrix).to(phi))
+                features = self.scorer.get_x_xtx_inv(
+                    phi, torch.as_tensor(matrix, device="cpu").to(phi)
+                )
             dtype = torch.promote_types(self.dtype, torch.float32)
             self._features = (model_id, features.to(dtype).cpu().numpy())
         return self._features[1]

@@ -224,7 +224,7 @@ class RowMaker:
         """
         total = Moments()
         if not batch_size(batch):
-            return total, torch.zeros(0, 0)
+            return total, torch.zeros(0, 0, device="cpu")
 
         def work(piece: Batch, start: int) -> Tensor:
             size = batch_size(piece)
@@ -237,7 +237,7 @@ class RowMaker:
                         made = self.projected(projector, piece, model_id, None, sink)
                         return found, made
                     self.computer.run(piece, apart_from_autocast(sink), self.layout)
-                    return found, torch.zeros(size, 0)
+                    return found, torch.zeros(size, 0, device="cpu")
 
             found, rows = self.with_copies(attempt)
             if projector is not None:
@@ -263,7 +263,7 @@ class RowMaker:
         made = [make(bucket, [numbers[j] for j in own]) for own, bucket in buckets]
         if len(made) == 1:
             return made[0]
-        order = torch.as_tensor([j for own, _ in buckets for j in own])
+        order = torch.as_tensor([j for own, _ in buckets for j in own], device="cpu")
         rows = torch.cat(made)
         return rows[order.argsort().to(rows.device)]
 

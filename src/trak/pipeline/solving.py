@@ -212,7 +212,7 @@ def _bare(
 ) -> BlockScorer:
     # upstream's three methods, with all features in memory
     phi = decoded(rows, torch.float32).to(scorer.device)
-    features = scorer.get_x_xtx_inv(phi, torch.as_tensor(kept[0]).to(phi))
-    scores = torch.zeros(len(phi), len(targets))
+    features = scorer.get_x_xtx_inv(phi, torch.as_tensor(kept[0], device="cpu").to(phi))
+    scores = torch.zeros(len(phi), len(targets), device="cpu")
     scorer.get_scores(features, targets.to(features), accumulator=scores)
     return lambda start, stop: scores[start:stop].to(torch.float64)

@@ -176,7 +176,9 @@ def _normal_levels() -> Tensor:
     quantile = statistics.NormalDist().inv_cdf
     half = _NORMAL_LEVELS // 2
     upper = [quantile((half + i + 0.5) / _NORMAL_LEVELS) for i in range(half)]
-    levels = torch.tensor([-x for x in reversed(upper)] + upper, dtype=torch.float64)
+    levels = torch.tensor(
+        [-x for x in reversed(upper)] + upper, dtype=torch.float64, device="cpu"
+    )
     return (levels / levels.square().mean().sqrt()).to(torch.float32)
 
 

@@ -111,7 +111,7 @@ class Collector:
             `[b]`, float64.
         """
         if self._largest is None:
-            return torch.zeros(num_samples, dtype=torch.float64)
+            return torch.zeros(num_samples, dtype=torch.float64, device="cpu")
         return self._largest
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -201,7 +201,9 @@ def _copied(block: KeptBlock) -> KeptBlock:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(
+        tensor.detach()
+    )
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

@@ -305,7 +305,7 @@ def drawn(count: int, most: int = SAMPLE) -> NDArray[np.int64]:
     Returns:
         Row numbers, ascending.
     """
-    lots = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    lots = torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")
     return lots[:most].sort().values.numpy()
 
 
@@ -320,9 +320,13 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
         The sample; None if there is nothing to tell from: rows or loss weights are 0.
     """
     count, width = rows.shape
-    loss = torch.as_tensor(np.asarray(situation.loss)).double().flatten().clone()
+    loss = (
+        torch.as_tensor(np.asarray(situation.loss), device="cpu").double().flatten().clone()
+    )
     weights = roots_of(loss) if situation.curvature else None
-    factors = torch.ones(count).double() if weights is None else weights.flatten()
+    factors = (
+        torch.ones(count, device="cpu").double() if weights is None else weights.flatten()
+    )
     if situation.wide is None:
         most = max(_FEWEST, _SAMPLE_BYTES // (4 * width))
         numbers = torch.from_numpy(drawn(count, min(SAMPLE, most)))

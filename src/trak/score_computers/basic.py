@@ -96,7 +96,7 @@ class BasicScoreComputer(LinearScoreComputer):
         Returns:
             `[k, m]`, float64.
         """
-        inverse = torch.as_tensor(kept[0]).to(self.where(rows))
+        inverse = torch.as_tensor(kept[0], device="cpu").to(self.where(rows))
         return inverse @ targets.to(inverse).T
 
     def matches(self, info: dict[str, Any]) -> bool:
@@ -121,7 +121,7 @@ class BasicScoreComputer(LinearScoreComputer):
         Returns:
             `[n, k]`, float64.
         """
-        inverse = torch.as_tensor(kept[0]).to(self.where(rows))
+        inverse = torch.as_tensor(kept[0], device="cpu").to(self.where(rows))
         return decoded(rows, torch.float64).to(inverse.device) @ inverse
 
     def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:

@@ -35,7 +35,9 @@ def roots(loss: Any) -> Tensor | None:
         `sqrt(max(q (1 - q / 2), 1e-4))`, `[n, 1]`, float64 (numbers that float32 holds);
         None if Q is no probability, so that nothing is to be weighted.
     """
-    weights = torch.as_tensor(np.asarray(loss)).to(torch.float64).reshape(-1, 1)
+    weights = (
+        torch.as_tensor(np.asarray(loss), device="cpu").to(torch.float64).reshape(-1, 1)
+    )
     if not bool(((weights >= 0) & (weights <= 1)).all()):
         return None
     return (weights * (1 - weights / 2)).clamp(min=FLOOR).sqrt().float().double()

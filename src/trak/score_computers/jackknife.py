@@ -48,7 +48,7 @@ def without_groups(
             f"proj_dim={width} is too small. Use at least {2 * GROUPS}, or several "
             "checkpoints."
         )
-    groups = torch.arange(width).chunk(GROUPS)
+    groups = torch.arange(width, device="cpu").chunk(GROUPS)
     primal = computer.factor(kept, computer.where(rows)).form == "primal"
     make = _primal if primal else _dual
     return make(computer, kept, rows, targets, groups, loss)
@@ -68,13 +68,13 @@ def _primal(
     targets = targets.to(gram)
     found: list[BlockScorer] = []
     for group in groups:
-        left = torch.ones(width, dtype=torch.bool)
+        left = torch.ones(width, dtype=torch.bool, device="cpu")
         left[group] = False
         left = left.to(gram.device)
         part = gram[left][:, left]
         ridge = factor.ridge * float(part.trace() / gram.trace())
         solver = factorize(part, form="primal", ridge=ridge, num_rows=rows.shape[0])
-        weights = torch.zeros(width, len(targets)).to(gram)
+        weights = torch.zeros(width, len(targets), device="cpu").to(gram)
         weights[left] = solver.solve(targets[:, left].T)
         found.append(
             lambda start, stop, w=weights: decoded(rows[start:stop], w.dtype).to(w) @ w

@@ -11,7 +11,7 @@ the role of targets, so that the error of a score depends on no other target.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,7 +93,8 @@ class Moderation:
         """
         levels: Tensor | None = None
         for _ in range(_ROUNDS):  # the trend depends on the level, and it on the trend
-            total, count = 0.0, 0.0
+            total: Any = 0.0
+            count: Any = 0.0
             for effects, scores, squares in stretches():
                 logs, alive = _logs(scores, squares, self.own)
                 alive = alive & ~effects[:, None].isnan()
@@ -102,7 +103,7 @@ class Moderation:
                     rest = rest - self._trend(scores, logs - rest + levels)
                 total = total + (rest * alive).nan_to_num().sum(dim=0)
                 count = count + alive.sum(dim=0)
-            levels = torch.as_tensor(total) / count
+            levels = total / count
         assert levels is not None  # noqa: S101 - there is at least one round
         return levels
 
@@ -180,13 +181,13 @@ def _varies(scores: Tensor, squares: Tensor) -> Tensor:
 
 def _bias(degrees: float) -> float:
     # how far a chi-square's logarithm lies below that of its expectation
-    half = torch.tensor(degrees / 2, dtype=torch.float64)
+    half = torch.tensor(degrees / 2, dtype=torch.float64, device="cpu")
     return float(half.log() - torch.digamma(half))
 
 
 def _trigamma(degrees: float) -> Tensor:
     # the variance of a chi-square's logarithm
-    return torch.polygamma(1, torch.tensor(degrees / 2, dtype=torch.float64))
+    return torch.polygamma(1, torch.tensor(degrees / 2, dtype=torch.float64, device="cpu"))
 
 
 def _degrees_of(variance: float) -> float:

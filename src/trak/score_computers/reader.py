@@ -126,4 +126,4 @@ def _num_bytes(stretch: Stretch) -> int:
 
 
 def _buffer(size: int, pin: bool) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    return torch.empty(size, dtype=torch.uint8, pin_memory=pin, device="cpu")

@@ -72,13 +72,16 @@ def retrained(
     """
     size = len(kernel)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(size, generator=generator)
+    order = torch.randperm(size, generator=generator, device="cpu")
     held, train = order[: size // 4], order[size // 4 :]
     half = max(1, len(train) // 2)
     chosen = torch.stack([
-        torch.randperm(len(train), generator=generator)[:half] for _ in range(subsets)
+        torch.randperm(len(train), generator=generator, device="cpu")[:half]
+        for _ in range(subsets)
     ])
-    masks = torch.zeros(subsets, len(train), dtype=kernel.dtype).scatter_(1, chosen, 1.0)
+    masks = torch.zeros(subsets, len(train), dtype=kernel.dtype, device="cpu").scatter_(
+        1, chosen, 1.0
+    )
     own = train[chosen].to(kernel.device)  # [subsets, half]
     inside = kernel[own[:, :, None], own[:, None, :]]
     if answers is None:

@@ -336,6 +336,6 @@ class RidgeScoreComputer(LinearScoreComputer):
             The factor.
         """
         matrix, info = kept
-        lower = torch.as_tensor(matrix).to(device)
+        lower = torch.as_tensor(matrix, device="cpu").to(device)
         form, ridge = info["form"], info["ridge"]
         return RidgeFactor(lower, form, ridge, info["mean_squared_norm"])

@@ -85,11 +85,11 @@ class Chosen:
 
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._lots = torch.empty(0)
-        self._loss = torch.empty(0, dtype=torch.float64)
-        self._rows = torch.empty(0, 0)
-        self._total = torch.empty(0, dtype=torch.float64)
-        self._arrivals = torch.empty(0, dtype=torch.int64)
+        self._lots = torch.empty(0, device="cpu")
+        self._loss = torch.empty(0, dtype=torch.float64, device="cpu")
+        self._rows = torch.empty(0, 0, device="cpu")
+        self._total = torch.empty(0, dtype=torch.float64, device="cpu")
+        self._arrivals = torch.empty(0, dtype=torch.int64, device="cpu")
         self._seen = 0
 
     def add(self, rows: Tensor, loss: Tensor) -> None:
@@ -104,9 +104,11 @@ class Chosen:
         self._total += (rows.T @ loss.to(rows)).flatten()
         every = torch.cat([
             self._lots,
-            torch.rand(len(rows), generator=self._generator, dtype=torch.float64),
+            torch.rand(
+                len(rows), generator=self._generator, dtype=torch.float64, device="cpu"
+            ),
         ])
-        kept = torch.zeros(len(every), dtype=torch.bool)
+        kept = torch.zeros(len(every), dtype=torch.bool, device="cpu")
         kept[every.argsort()[: len(self._lots)]] = True
         places = (~kept[: len(self._lots)]).nonzero().flatten()
         winners = kept[len(self._lots) :].nonzero().flatten()
@@ -119,9 +121,9 @@ class Chosen:
     def _start(self, rows: Tensor) -> None:
         # empty places lose against any example, the first ones first
         most = max(1, min(SAMPLE, _SAMPLE_BYTES // (4 * rows.shape[1])))
-        self._lots = torch.linspace(2, 1, most, dtype=torch.float64)
-        self._loss = torch.zeros(most, dtype=torch.float64)
-        self._arrivals = torch.zeros(most, dtype=torch.int64)
+        self._lots = torch.linspace(2, 1, most, dtype=torch.float64, device="cpu")
+        self._loss = torch.zeros(most, dtype=torch.float64, device="cpu")
+        self._arrivals = torch.zeros(most, dtype=torch.int64, device="cpu")
         self._rows = rows.new_zeros(most, rows.shape[1])
         self._total = rows.new_zeros(rows.shape[1], dtype=torch.float64)
 
@@ -136,7 +138,7 @@ class Chosen:
         if not len(taken):
             return None
         taken = taken[self._arrivals[taken].argsort()]
-        if not torch.equal(taken, torch.arange(len(rows))):
+        if not torch.equal(taken, torch.arange(len(rows), device="cpu")):
             rows = rows[taken.to(rows.device)]
         kernel = _products(rows).float().cpu()
         pull = (rows @ (self._total / self._seen).to(rows)).cpu().double()

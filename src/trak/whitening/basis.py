@@ -61,8 +61,10 @@ class Basis:
         if self.vectors is not None:
             powers = self.powers[numbers].to(self.vectors)
             return (self.vectors[:, numbers] * powers).cpu()
-        found = torch.zeros(self.size, len(numbers), dtype=self.powers.dtype)
-        found[numbers.cpu(), torch.arange(len(numbers))] = self.powers[numbers].cpu()
+        found = torch.zeros(self.size, len(numbers), dtype=self.powers.dtype, device="cpu")
+        found[numbers.cpu(), torch.arange(len(numbers), device="cpu")] = self.powers[
+            numbers
+        ].cpu()
         return found
 
     def variances(self) -> Tensor:

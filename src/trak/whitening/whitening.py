@@ -266,7 +266,7 @@ def _basis(side: Tensor, damping: float, strength: float | None) -> Basis:
     mean = _trace(side) / len(side)
     if mean <= 0 or strength is None:
         values = side.new_zeros(len(side))
-        vectors = None if side.ndim == 1 else torch.eye(len(side)).to(side)
+        vectors = None if side.ndim == 1 else torch.eye(len(side), device="cpu").to(side)
         return Basis(vectors, values, torch.ones_like(values))
     vectors, values = None, side
     if side.ndim > 1:
