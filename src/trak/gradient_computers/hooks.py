@@ -22,6 +22,7 @@ from trak.gradient_computers.sweep import Sweep
 from trak.gradient_computers.trial import Rows
 from trak.gradient_computers.ways import Ways, different_samples
 from trak.modelout_functions import batch_output_function
+from trak.modelout_functions.margin import OwnTensors
 
 logger = logging.getLogger(__name__)
 
@@ -337,9 +338,9 @@ class HookGradientComputer(SelectingGradientComputer):
 
     def _functional(self, names: tuple[str, ...]) -> FunctionalGradientComputer:
         if names not in self._exact:
-            self._exact[names] = FunctionalGradientComputer(
-                self.model, self.modelout_fn, grad_wrt=names
-            )
+            made = FunctionalGradientComputer(self.model, self.modelout_fn, grad_wrt=names)
+            made.func_weights = OwnTensors(made.func_weights)  # swapping them takes time
+            self._exact[names] = made
         return self._exact[names]
 
     def _tell(self, plan: Plan) -> None:

@@ -132,18 +132,22 @@ def split_labels(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor
     return inputs, batch[found[0]]
 
 
+class OwnTensors(dict[str, Tensor]):
+    """A module's own parameters by name, where a task is to run it as it is."""
+
+
 def call(model: Any, state: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Runs the model, functionally where weights are given.
 
     Args:
         model: the module.
-        state: (weights, buffers), or (None, None) for the module's own.
+        state: (weights, buffers), or (None, None) or `OwnTensors` for the module's own.
         args: positional inputs.
         kwargs: named inputs.
 
     Returns:
         What the model returns.
     """
-    if state[0] is None:
+    if state[0] is None or isinstance(state[0], OwnTensors):
         return model(*args, **kwargs)
     return torch.func.functional_call(model, state, args, dict(kwargs))
