@@ -53,7 +53,7 @@ def environment() -> dict[str, Any]:
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run(
         [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip() or os.environ.get("COMMIT", "")  # a copy without a repository
+    ).stdout.strip()
     changed = subprocess.run(
         [*git, "status", "--porcelain", "--", "src"],
         capture_output=True,
@@ -67,7 +67,8 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "commit": commit + ("+changes" if changed else ""),
+        # a copy on another machine may have an older repository, or none
+        "commit": os.environ.get("COMMIT") or commit + ("+changes" if changed else ""),
         "python": platform.python_version(),
         "versions": versions,
         "cpu": _cpu_name(),

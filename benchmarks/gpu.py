@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks import models, step, streaming, whitening_cost
-from benchmarks.common import ROOT, Row, paired_seconds, ratio, write
+from benchmarks.common import RESULTS, ROOT, Row, paired_seconds, ratio, write
 from trak.pipeline.scoring import ScorePass
 from trak.pipeline.solving import ScoreSet
 from trak.score_computers import RidgeScoreComputer
@@ -304,6 +304,16 @@ def upstream(small: bool, rounds: int) -> Iterator[tuple[Row, dict[str, Any]]]:
 PARTS = {"step": steps, "whitening": whitening, "store": store, "upstream": upstream}
 
 
+def _others(path: Path, parts: list[str]) -> tuple[list[Row], list[dict[str, Any]]]:
+    # what other parts measured before
+    if not path.exists():
+        return [], []
+    known = json.loads(path.read_text(encoding="utf-8"))
+    pairs = zip(known["rows"], known["details"], strict=True)
+    kept = [(Row(**row), found) for row, found in pairs if found["part"] not in parts]
+    return [row for row, _ in kept], [found for _, found in kept]
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -315,13 +325,15 @@ def main() -> None:
     given = parser.parse_args()
     if given.tf32:
         torch.set_float32_matmul_precision("high")
-    rows, details = [], []
-    for name in given.only or PARTS:
-        for row, found in PARTS[name](given.small, given.rounds):
+    name = "gpu_tf32" if given.tf32 else "gpu"
+    parts = given.only or list(PARTS)
+    rows, details = _others(given.out or RESULTS / f"{name}.json", parts)
+    for part in parts:
+        for row, found in PARTS[part](given.small, given.rounds):
             rows.append(row)
-            details.append(found)
+            details.append({"part": part, **found})
             # after each, since the time on such a machine may end
-            write("gpu_tf32" if given.tf32 else "gpu", rows, details, given.out, say=False)
+            write(name, rows, details, given.out, say=False)
             print(row.what, row.measured, row.how, flush=True)
 
 

@@ -75,9 +75,9 @@ def section(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"`{found.get('command', found['name'])}`: {where['date']}, commit "
-        f"`{where['commit'][:12]}`, {where['cpu']}, {where['cores']} cores, load average "
-        f"{where['load_average']:.1f} at the end; Python {where['python']}, {versions}. "
-        f"Raw figures: `benchmarks/results/{found['name']}.json`.",
+        f"`{where['commit'][:12]}`, {_hardware(where)}, {where['cores']} cores, load "
+        f"average {where['load_average']:.1f} at the end; Python {where['python']}, "
+        f"{versions}. Raw figures: `benchmarks/results/{found['name']}.json`.",
         "",
     ]
     return "\n".join(lines)
@@ -98,6 +98,10 @@ def page(folder: Path = RESULTS) -> str:
     found.sort(key=lambda one: (place.get(one["name"], len(ORDER)), one["name"]))
     parts = [NOTES.read_text(encoding="utf-8"), *(section(one) for one in found)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _hardware(where: dict[str, Any]) -> str:
+    return " and ".join(str(where[kind]) for kind in ("gpu", "cpu") if where.get(kind))
 
 
 def _cell(value: Any) -> str:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from tests import cases, reference, runs
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     IterableDataset,
     RandomSampler,
+    SequentialSampler,
     TensorDataset,
 )
 
@@ -165,6 +167,41 @@ def test_progress_is_shown_and_can_be_turned_off(world, tmp_path, capsys):
     assert "60/60" in shown
 
 
+class Backwards(SequentialSampler):
+    def __iter__(self):
+        return reversed(range(len(self.data_source)))
+
+
+class Mixed(BatchSampler):
+    """Batches of a bucket sampler."""
+
+    def __iter__(self):
+        return iter(list(super().__iter__())[::-1])
+
+
+def test_samplers_of_other_kinds_that_go_through_in_order_will_do(world, tmp_path):
+    _, train, *_ = world
+    dataset = TensorDataset(*train)
+    sampler = [list(range(start, start + 20)) for start in (0, 20, 40)]
+    found = call(world, tmp_path / "a", train=DataLoader(dataset, batch_sampler=sampler))
+    np.testing.assert_allclose(found, call(world, tmp_path / "b"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("live", ["function", "parts", "dict", "itself"])
+def test_a_checkpoint_may_share_the_models_memory(live, world, tmp_path):
+    model, _, _, states = world
+    expected = call(world, tmp_path / "a", checkpoints=[*states[1:], states[0]])
+    model.load_state_dict(states[0])
+    shared = {
+        "function": model.state_dict,
+        "parts": nn.Sequential(*model),
+        "dict": model.state_dict(),
+        "itself": model,
+    }
+    found = call(world, tmp_path / "b", checkpoints=[*states[1:], shared[live]])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_what_has_no_fixed_order_is_refused(world, tmp_path):
     _, train, targets, _ = world
     dataset = TensorDataset(*train)
@@ -174,6 +211,8 @@ def test_what_has_no_fixed_order_is_refused(world, tmp_path):
         DataLoader(dataset, batch_size=None),
         DataLoader(dataset, batch_sampler=BatchSampler(RandomSampler(dataset), 9, False)),
         DataLoader(dataset, batch_sampler=[[1, 0], [2, 3]]),
+        DataLoader(dataset, batch_size=9, sampler=Backwards(dataset)),
+        DataLoader(dataset, batch_sampler=Mixed(SequentialSampler(dataset), 9, False)),
     ):
         with pytest.raises(InputError, match="same order"):
             call(world, tmp_path, train=loader)

@@ -138,16 +138,25 @@ def _apart(checkpoint: Any, model: nn.Module, before: Mapping[str, Any]) -> Any:
     # a state dict of the model itself changes as soon as other weights are loaded
     if checkpoint is model:
         return before
-    if not isinstance(checkpoint, Mapping):
-        return checkpoint
-    own = {value.data_ptr() for value in model.state_dict().values() if value.numel()}
-    tensors = [value for value in checkpoint.values() if isinstance(value, Tensor)]
-    if not any(value.data_ptr() in own for value in tensors):
-        return checkpoint
-    return {
-        name: value.detach().clone() if isinstance(value, Tensor) else value
-        for name, value in checkpoint.items()
+    own = {
+        value.data_ptr(): name
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor) and value.numel()
     }
+
+    def kept(value: Any) -> Any:
+        name = own.get(value.data_ptr()) if isinstance(value, Tensor) else None
+        if name is None:
+            return value
+        same = before[name].shape == value.shape
+        return before[name] if same else value.detach().clone()
+
+    def apart(state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: kept(value) for name, value in state.items()}
+
+    if isinstance(checkpoint, Mapping):
+        return apart(checkpoint)
+    return lambda: apart(state_of(checkpoint))
 
 
 class _Run:

@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from trak.batches import batch_size, normalize
 from trak.errors import InputError, InputTypeError
@@ -34,9 +40,7 @@ def ordered(name: str, batches: Any) -> Any:
                 "IterableDataset promises neither. Give a DataLoader over a map-style "
                 f"dataset, or a list of batches (list({name}), if it fits into memory)."
             )
-        inner = getattr(batches.batch_sampler, "sampler", None)
-        ordered = all(isinstance(s, SequentialSampler) for s in (batches.sampler, inner))
-        if not ordered or getattr(batches.batch_sampler, "drop_last", True):
+        if not _in_order(batches):
             raise InputError(
                 f"{name} must give every example in the same order each time, so that row "
                 "i is example i: make its DataLoader with a batch size, shuffle=False and "
@@ -60,6 +64,20 @@ def ordered(name: str, batches: Any) -> Any:
             f"put it into a list, {name}=[batch]."
         )
     return batches
+
+
+def _in_order(loader: DataLoader[Any]) -> bool:
+    # every example once, in the data set's order; samplers of other kinds are asked
+    batches: Any = loader.batch_sampler
+    if type(batches) is BatchSampler and type(batches.sampler) is SequentialSampler:
+        return not batches.drop_last
+    if batches is None or isinstance(getattr(batches, "sampler", None), RandomSampler):
+        return False
+    try:
+        places = [int(place) for batch in batches for place in batch]
+    except (TypeError, ValueError):  # keys that are no numbers
+        return False
+    return places == list(range(len(loader.dataset)))  # pyright: ignore[reportArgumentType]
 
 
 def size_of(batch: Any) -> int:

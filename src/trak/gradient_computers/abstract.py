@@ -104,6 +104,11 @@ class AbstractGradientComputer(ABC):
         del formed
         return sum(layout.values())
 
+    @property
+    def disproved(self) -> frozenset[str]:
+        """Parameters whose earlier gradients may be wrong, as was found since."""
+        return frozenset()
+
     def coverage(self) -> Coverage | None:
         """Tells how the selected parameters' gradients are computed.
 

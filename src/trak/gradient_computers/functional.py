@@ -178,4 +178,4 @@ def _samples(batch: Batch) -> Iterator[tuple[Any, ...]]:
 
 
 def _or_zeros(gradient: Tensor | None, weight: Tensor) -> Tensor:
-    return weight.new_zeros(weight.shape) if gradient is None else gradient
+    return weight.new_zeros(weight.shape) if gradient is None else gradient.to_dense()

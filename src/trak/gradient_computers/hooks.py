@@ -166,6 +166,11 @@ class HookGradientComputer(SelectingGradientComputer):
         with undisturbed(self.model), torch.no_grad(), self._echo.answering(self.model):
             return function(self.model, normalize(batch))
 
+    @property
+    def disproved(self) -> frozenset[str]:
+        """Parameters whose gradients turned out not to come from their layers' rows."""
+        return frozenset(self._ways.disproved)
+
     def coverage(self) -> Coverage:
         """Tells how the selected parameters' gradients are computed.
 

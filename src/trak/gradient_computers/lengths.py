@@ -97,7 +97,7 @@ class Lengths:
         size = batch_size(batch)
         if size == 1:
             return None
-        key = tuple(tuple(part.shape[1:]) for part in leaves(batch))
+        key = _shape_of(batch)
         most = _PROBED
         if self._alone and key not in self._alone:
             known = next(iter(self._alone.values()))
@@ -111,9 +111,24 @@ class Lengths:
             self._probed[key] += 1
         return self._alone[key]
 
+    def known(self, batch: Batch) -> Shapes | None:
+        """What is known already of samples of this shape.
+
+        Args:
+            batch: a batch.
+
+        Returns:
+            As `alone`; None if nothing is known.
+        """
+        return self._alone.get(_shape_of(batch))
+
     def _compare(self, key: tuple[object, ...], seen: Shapes) -> None:
         if key not in self._alone:
             self._alone[key] = {place: list(shapes) for place, shapes in seen.items()}
             return
         known = self._alone[key]
         self._alone[key] = {p: s for p, s in known.items() if seen.get(p) == s}
+
+
+def _shape_of(batch: Batch) -> tuple[object, ...]:
+    return tuple(tuple(part.shape[1:]) for part in leaves(batch))

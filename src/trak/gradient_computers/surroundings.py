@@ -12,11 +12,9 @@ from torch.utils import checkpoint
 
 from trak.errors import UnsupportedModuleError
 
+_OF_BATCHES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORMALISING = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
+    *_OF_BATCHES,
     nn.InstanceNorm1d,
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
@@ -54,6 +52,13 @@ def refuse_batch_statistics(model: nn.Module) -> None:
         UnsupportedModuleError: names the layer.
     """
     for path, module in model.named_modules():
+        if isinstance(module, _OF_BATCHES) and module.running_mean is None:
+            raise UnsupportedModuleError(
+                f"Layer {path!r} ({type(module).__name__}) keeps no running statistics: it "
+                "normalises by those of the batch also in evaluation mode, so a sample has "
+                "no gradient of its own. Use a layer with running statistics, or one that "
+                "normalises each sample, such as GroupNorm."
+            )
         if (
             isinstance(module, _NORMALISING)
             and module.training

@@ -9,10 +9,12 @@ from torch import Tensor
 from trak.batches import Batch, batch_size, leaves, select
 from trak.gradient_computers.capture import InputChangedError
 from trak.gradient_computers.lengths import Lengths, Shapes
+from trak.gradient_computers.memory import is_out_of_memory
 from trak.gradient_computers.plan import EXACT, UNSEEN, Anatomy, Plan, Way
 from trak.gradient_computers.sketch import Sketcher
 from trak.gradient_computers.sweep import Sweep
 from trak.gradient_computers.trial import Rows, Trial
+from trak.gradient_computers.whole import disagreeing, spread
 from trak.precision import exact_float32
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ class Ways:
         plans: the plans, by whether the batch has more than one sample.
         keep_copies: whether layer inputs must be copied.
         to_prove: parameters that got their first gradient since.
+        disproved: parameters whose way was wrong for some samples.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class Ways:
         self._lengths = Lengths(self._look)
         self._unconfirmed = False
         self._proofs = _PROOFS
+        self._met, self._next = 0, 1
+        self.disproved: set[str] = set()
 
     def begin(self, batch: Batch) -> None:
         """Starts with the rules, and looks whether the model changes inputs in place.
@@ -80,6 +85,9 @@ class Ways:
         Returns:
             Place to lengths; None if it need not be known.
         """
+        return self._lengths.alone(batch, self._places(plan))
+
+    def _places(self, plan: Plan) -> list[tuple[str, int]]:
         axes = {"first": 0, "second": 1}
         places: set[tuple[str, int]] = set()
         for path, layer in self._anatomy.layers.items():
@@ -92,7 +100,7 @@ class Ways:
         for name, way in plan.items():
             if way.kind == "function":
                 places.add((f"function of {name}", axes.get(way.samples, 0)))
-        return self._lengths.alone(batch, sorted(places))
+        return sorted(places)
 
     def _look(self, one: Batch) -> Shapes:
         found: Shapes = {}
@@ -137,6 +145,8 @@ class Ways:
         if self.to_prove and self._proofs:
             self._proofs -= 1
             self._prove(select(batch, different_samples(batch)[:2]), self.plans[many])
+        if many:
+            self._compare(spread(batch), self.plans[many])
         return before != self.plans[many]
 
     def _confirm(self, samples: Batch) -> None:
@@ -154,6 +164,42 @@ class Ways:
                 if bool(exact[name].any()):
                     plan[name] = EXACT
         self._unconfirmed = False
+
+    def _compare(self, samples: Batch, plan: Plan) -> None:
+        # on the first batch, the fourth, the sixteenth ...
+        self._met += 1
+        if self._met != self._next:
+            return
+        self._next *= 4
+        lengths = self._lengths.known(samples)
+        if lengths is None:  # what is learned here is for these samples
+            lengths = Lengths(self._look).alone(samples, self._places(plan))
+        try:
+            wrong = disagreeing(
+                self._anatomy,
+                plan,
+                self._outputs,
+                samples,
+                self.sketch,
+                keep_copies=self.keep_copies,
+                alone=lengths,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.info("Too little memory to compare more samples with a backward pass.")
+            return
+        if not wrong:
+            return
+        logger.log(
+            logging.INFO if self._met == 1 else logging.WARNING,
+            "The model picks or reorders samples inside: gradients of %s are computed "
+            "exactly from now on.%s",
+            sorted(wrong)[:3],
+            "" if self._met == 1 else " Those of earlier batches may be wrong.",
+        )
+        self.disproved |= wrong
+        plan.update(dict.fromkeys(wrong, EXACT))
 
     def _prove(self, samples: Batch, plan: Plan) -> None:
         # parameters whose gradient was zero in the samples seen so far

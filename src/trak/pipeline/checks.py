@@ -25,6 +25,11 @@ def check_model(model: Any) -> None:
             f"model must be a torch.nn.Module, got {describe(model)}. Build the model "
             "and pass it; load_checkpoint loads weights into it."
         )
+    if isinstance(model, nn.DataParallel):
+        raise InputTypeError(
+            "model is an nn.DataParallel, which per-sample gradients cannot be taken "
+            "through. Pass model.module."
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         problem = _unusable(tensor)
         if problem:

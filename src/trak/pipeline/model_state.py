@@ -1,6 +1,6 @@
 """Loading weights without half-loading them, and noticing when they change."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,11 +85,33 @@ class WeightWatch:
             )
         )
         if not same or not torch.equal(checksum(found), self._checksum):
-            raise PhaseError(
-                "The model's weights changed after they were loaded (a training step, "
-                "or load_state_dict?), so their gradients do not belong to this "
-                "checkpoint. Call load_checkpoint or start_scoring_checkpoint again."
+            raise PhaseError(self._complaint(found))
+
+    def _complaint(self, found: list[Tensor]) -> str:
+        parameters = len(list(self._model.parameters()))
+        at = range(parameters, len(found))
+        if len(found) == len(self._tensors) and not self._differs(found, range(parameters)):
+            names = [name for name, _ in self._model.named_buffers()]
+            changed = [names[j - parameters] for j in at if self._differs(found, [j])]
+            return (
+                f"The model's buffers {changed[:3]} changed after its weights were loaded: "
+                "its forward pass writes to them, or somebody else does. Then an example "
+                "may have other gradients each time. Keep what a forward pass counts or "
+                "caches in plain attributes, or take such layers out."
             )
+        return (
+            "The model's weights changed after they were loaded (a training step, "
+            "or load_state_dict?), so their gradients do not belong to this "
+            "checkpoint. Call load_checkpoint or start_scoring_checkpoint again."
+        )
+
+    def _differs(self, found: list[Tensor], places: Iterable[int]) -> bool:
+        return any(
+            found[j] is not self._tensors[j]
+            or _version(found[j]) != self._versions[j]
+            or not torch.equal(checksum([found[j]])[0], self._checksum[j])
+            for j in places
+        )
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -20,6 +20,7 @@ from trak.pipeline.model_state import WeightWatch, evaluation_mode, validate_sta
 from trak.pipeline.order import refuse_shuffled_loader
 from trak.pipeline.phase import Phase
 from trak.pipeline.project import RowMaker
+from trak.pipeline.proofs import refuse_disproved
 from trak.pipeline.readiness import (
     chosen_ids,
     not_ready,
@@ -467,6 +468,8 @@ class Pipeline:
             evaluation_mode(self.model),
             making as (made, weights),
         ):
+            if phase.coverage is None or self.maker.computer.disproved:
+                refuse_disproved(self.saver, phase.model_id, self.maker.computer)
             values = {"examples": digests[:, None]}
             values["grads"] = to_store(made, self.dtype, numbers)
             if weights is not None:

@@ -107,6 +107,18 @@ class AbstractSaver(ABC):
             coverage: numbers of scalars by way, as `Coverage.describe` gives them.
         """
 
+    def coverage(self, model_id: int) -> Mapping[str, Any] | None:
+        """What `record_coverage` kept.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            None if there is nothing.
+        """
+        del model_id
+        return None
+
     def add_moments(self, model_id: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keeps one process's sums for whitening.
 

@@ -39,6 +39,18 @@ class SideFiles(AbstractSaver):
         if not path.exists() or read_json(path) != coverage:
             replace_json(path, dict(coverage))
 
+    def coverage(self, model_id: int) -> Mapping[str, Any] | None:
+        """Reads `coverage.json`.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            None if there is none.
+        """
+        path = self.checkpoint_folder(model_id) / "coverage.json"
+        return read_json(path) if path.exists() else None
+
     def record_loss(self, model_id: int, record: Mapping[str, Any]) -> None:
         """Writes `loss.json` beside a checkpoint's rows, once; `seen` to another file.
 

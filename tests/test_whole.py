@@ -1,0 +1,196 @@
+"""Models that pick or reorder samples inside, which two samples may not show."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tests import reference, runs
+from torch import nn
+
+from trak.errors import (
+    InputTypeError,
+    PhaseError,
+    StoreMismatchError,
+    UnsupportedModuleError,
+)
+from trak.gradient_computers import HookGradientComputer
+from trak.modelout_functions import ImageClassificationModelOutput
+
+N = 40
+
+
+class Sorted(nn.Module):
+    """Runs its samples in the order of their first feature, and puts them back."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(6, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        order = x[:, 0].argsort(stable=True)
+        y = self.head(torch.tanh(self.layer(x[order])))
+        return y[order.argsort()]
+
+
+class Distinct(nn.Module):
+    """Looks each value up once, in a table of those that are there."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(30, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        values, places = torch.unique(x, return_inverse=True)
+        return self.head(torch.tanh(self.table(values)))[places]
+
+
+def inputs(kind):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (N,), generator=generator)
+    if kind is Sorted:
+        x = torch.randn(N, 6, generator=generator, dtype=torch.float64)
+        x[:2, 0] = torch.tensor([-1.0, 1.0])  # the first two are in order
+        return x, labels
+    return torch.arange(N) % 30, labels
+
+
+@pytest.mark.parametrize("size", [2, 7, N])
+def test_samples_that_are_sorted_inside_get_their_own_gradients(size):
+    model, (x, labels) = Sorted().double(), inputs(Sorted)
+    if size == 2:  # of which nobody can tell anything before they are out of order
+        x[:2, 0] = torch.tensor([1.0, -1.0])
+    expected = reference.gradient_rows(model, (x, labels))
+    computer = HookGradientComputer(model, ImageClassificationModelOutput())
+    for start in range(0, N, size):
+        part = slice(start, start + size)
+        found = computer.compute_per_sample_grad((x[part], labels[part]))
+        for name, rows in found.items():
+            torch.testing.assert_close(rows.flatten(1), expected[name][part])
+
+
+def late():
+    """Values are in order until the fourth batch."""
+    x, labels = inputs(Distinct)
+    x[24:] = torch.tensor([3, 5, 7, 9, 4, 1, 0, 2] * 2)
+    return Distinct().double(), (x, labels)
+
+
+def test_what_is_found_later_voids_the_rows_before(tmp_path):
+    model, train = late()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    traker = runs.make_traker(model, N, tmp_path)
+    with pytest.raises(StoreMismatchError, match=r"may be wrong.*picks or reorders"):
+        runs.featurize(traker, train, state, size=8)
+    assert traker.saver.train_rows(0).done.sum() == 24
+    again = runs.make_traker(model, N, tmp_path)
+    with pytest.raises(StoreMismatchError, match=r"'table.weight'.*another save_dir"):
+        runs.featurize(again, train, state, size=8)
+    assert json.loads((tmp_path / "0" / "coverage.json").read_text())["disproved"]
+
+
+def test_a_process_that_finds_it_at_once_refuses_the_rows_of_another(tmp_path):
+    model, train = late()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    first = runs.make_traker(model, N, tmp_path)
+    first.load_checkpoint(state, model_id=0)
+    for start in (0, 8, 16):
+        part = tuple(p[start : start + 8] for p in train)
+        first.featurize(part, inds=range(start, start + 8))
+    second = runs.make_traker(model, N, tmp_path)
+    second.load_checkpoint(state, model_id=0)
+    with pytest.raises(StoreMismatchError, match="may be wrong"):
+        second.featurize(tuple(p[24:32] for p in train), inds=range(24, 32))
+
+
+def test_found_at_once_it_costs_time_only(tmp_path):
+    model, (x, labels) = late()
+    x, labels = x.flip(0), labels.flip(0)
+    expected = reference.gradient_rows(model, (x, labels))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    options = {"proj_dim": "exact", "use_half_precision": False}
+    for _ in range(2):  # and again, with other batches
+        traker = runs.make_traker(model, N, tmp_path, **options)
+        runs.featurize(traker, (x, labels), state, size=8)
+    rows = traker.saver.train_rows(0).array("grads")
+    wanted = reference.flat_rows(expected).numpy()
+    np.testing.assert_allclose(rows, wanted, rtol=1e-6, atol=1e-9)
+
+
+class Partly(nn.Module):
+    """Reads its table's first row directly where a token is dropped."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(9, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        found = self.table(x[:, 0])
+        dropped = x[:, 1:2] > 0
+        return self.head(torch.where(dropped, self.table.weight[0], found))
+
+
+def test_a_weight_that_some_samples_read_directly():
+    model = Partly().double()
+    x = torch.stack([torch.randint(1, 9, (N,)), torch.zeros(N, dtype=torch.long)], 1)
+    x[4::3, 1] = 1
+    batch = x, torch.randint(0, 3, (N,))
+    expected = reference.gradient_rows(model, batch)
+    computer = HookGradientComputer(model, ImageClassificationModelOutput())
+    found = computer.compute_per_sample_grad(batch)
+    for name, rows in found.items():
+        torch.testing.assert_close(rows.flatten(1), expected[name])
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (8, 4, 5, 5)])
+def test_batch_statistics_in_evaluation_mode_are_refused(shape, tmp_path):
+    norm = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
+    model = nn.Sequential(
+        norm(shape[1], track_running_stats=False), nn.Flatten(), nn.LazyLinear(3)
+    ).eval()
+    batch = torch.randn(shape), torch.randint(0, 3, shape[:1])
+    model(batch[0])
+    traker = runs.make_traker(model, 8, tmp_path)
+    with pytest.raises(UnsupportedModuleError, match="'0'.*no running statistics"):
+        runs.featurize(traker, batch, model.state_dict())
+
+
+def test_a_buffer_that_the_forward_pass_writes_is_named(tmp_path):
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model = Counting()
+    batch = torch.randn(9, 6), torch.randint(0, 3, (9,))
+    traker = runs.make_traker(model, 9, tmp_path)
+    with pytest.raises(PhaseError, match=r"buffers \['calls'\].*forward pass"):
+        runs.featurize(traker, batch, model.state_dict(), size=3)
+
+
+def test_a_table_with_sparse_gradients(tmp_path):
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+    batch = torch.randint(0, 9, (N, 2)), torch.randint(0, 3, (N,))
+    dense = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 3))
+    dense.load_state_dict(model.state_dict())
+    expected = reference.gradient_rows(dense, batch)
+    computer = HookGradientComputer(model, ImageClassificationModelOutput())
+    for name, rows in computer.compute_per_sample_grad(batch).items():
+        torch.testing.assert_close(
+            rows.flatten(1).double(), expected[name], rtol=1e-4, atol=1e-6
+        )
+
+
+def test_a_wrapper_says_what_to_pass(tmp_path):
+    with pytest.raises(InputTypeError, match=r"model\.module"):
+        runs.make_traker(nn.DataParallel(nn.Linear(6, 3)), 4, tmp_path)
