@@ -18,6 +18,7 @@ class Phase:
         watch: notices changes of the weights.
         cursor: the next row for `num_samples`.
         coverage: what the store knows of how gradients are computed.
+        began: whether a batch came.
     """
 
     kind: Literal["featurize", "score"]
@@ -26,3 +27,4 @@ class Phase:
     watch: WeightWatch
     cursor: int = 0
     coverage: Coverage | None = None
+    began: bool = False

@@ -29,6 +29,7 @@ from trak.pipeline.readiness import (
     warn_of_twins,
     what_counts,
 )
+from trak.pipeline.recheck import warn_of_other_code
 from trak.pipeline.rows import (
     check_examples,
     hash_examples,
@@ -430,6 +431,9 @@ class Pipeline:
         kind = "training example" if phase.kind == "featurize" else "target"
         check_examples(numbers, digests, others, kind)
         wanted = missing_rows(rows, numbers)
+        if phase.kind == "featurize" and not phase.began and len(wanted) < size:
+            warn_of_other_code(self.model, self.maker.computer, rows, normal, numbers)
+        phase.began = phase.began or size > 0
         if len(wanted):
             own = numbers[wanted]
             self._commit(phase, rows, narrow(normal, wanted), own, digests[wanted])
