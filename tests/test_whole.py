@@ -14,7 +14,7 @@ from trak.errors import (
     StoreMismatchError,
     UnsupportedModuleError,
 )
-from trak.gradient_computers import HookGradientComputer
+from trak.gradient_computers import FunctionalGradientComputer, HookGradientComputer
 from trak.modelout_functions import ImageClassificationModelOutput
 
 N = 40
@@ -194,3 +194,51 @@ def test_a_table_with_sparse_gradients(tmp_path):
 def test_a_wrapper_says_what_to_pass(tmp_path):
     with pytest.raises(InputTypeError, match=r"model\.module"):
         runs.make_traker(nn.DataParallel(nn.Linear(6, 3)), 4, tmp_path)
+
+
+class Siamese(nn.Module):
+    """Its encoder sees both halves of all samples in one call."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.encoder, self.head = nn.Linear(8, 8), nn.Linear(16, 3)
+        with torch.no_grad():
+            self.head.weight[:, :8] *= 0.1
+
+    def forward(self, x, features):
+        u, v = torch.tanh(self.encoder(torch.cat([x[:, 0], x[:, 1]]))).chunk(2)
+        return self.head(torch.cat([u * v, features], 1))
+
+
+def test_small_gradients_are_told_apart_under_autocast():
+    # a hundredth of the largest parameter's, which half precision would overlook
+    model = Siamese().eval()
+    batch = {
+        "x": torch.randn(9, 2, 8),
+        "features": 30 * torch.rand(9, 8),
+        "labels": torch.randint(0, 3, (9,)),
+    }
+    task = ImageClassificationModelOutput()
+    with torch.autocast("cpu", torch.bfloat16):
+        computer = HookGradientComputer(model, task)
+        found = computer.compute_per_sample_grad(batch)["encoder.weight"]
+        exact = FunctionalGradientComputer(model, task).compute_per_sample_grad(batch)
+    assert "encoder.weight" in computer.coverage().names_exactly
+    torch.testing.assert_close(found, exact["encoder.weight"])
+
+
+def test_a_model_that_runs_under_autocast_only():
+    class Mixed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.bfloat16())  # float32 weights
+
+    model, x = Mixed(6, 3), torch.randn(5, 6)
+    batch = x, torch.randint(0, 3, (5,))
+    with torch.autocast("cpu", torch.bfloat16):
+        computer = HookGradientComputer(model, ImageClassificationModelOutput())
+        found = computer.compute_per_sample_grad(batch)["weight"]
+    plain = nn.Linear(6, 3)
+    plain.load_state_dict(model.state_dict())
+    expected = reference.gradient_rows(plain, batch)["weight"].float()
+    torch.testing.assert_close(found.flatten(1), expected, rtol=0.05, atol=0.05)

@@ -18,6 +18,15 @@ _KINDS = ("matmul", "conv", "rnn")
 _EXACT = {"ieee", "none", "highest"}
 
 
+def autocast_is_on() -> bool:
+    """Whether the caller's code runs under `torch.autocast`.
+
+    Returns:
+        True on any device.
+    """
+    return any(torch.is_autocast_enabled(device) for device in _DEVICES)
+
+
 @contextmanager
 def without_autocast() -> Generator[None]:
     """Runs a block in its tensors' own dtypes.
@@ -43,7 +52,7 @@ def apart_from_autocast(function: Callable[[_T], None]) -> Callable[[_T], None]:
     """
 
     def run(value: _T) -> None:
-        if any(torch.is_autocast_enabled(device) for device in _DEVICES):
+        if autocast_is_on():
             with without_autocast():
                 function(value)
         else:

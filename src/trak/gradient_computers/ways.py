@@ -15,7 +15,7 @@ from trak.gradient_computers.sketch import Sketcher
 from trak.gradient_computers.sweep import Sweep
 from trak.gradient_computers.trial import Rows, Trial
 from trak.gradient_computers.whole import disagreeing, spread
-from trak.precision import exact_float32
+from trak.precision import autocast_is_on, exact_float32, without_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,15 @@ class Ways:
         Returns:
             False if gradients are not finite, so that nothing can be told.
         """
+        try:
+            with without_autocast():  # in which differences are told apart by less
+                return self._find(samples)
+        except Exception as error:
+            if is_out_of_memory(error) or not autocast_is_on():
+                raise
+        return self._find(samples)  # of a model that does not run without
+
+    def _find(self, samples: Batch) -> bool:
         many = batch_size(samples) > 1
         exact = self._exact(tuple(self._anatomy.parameters), samples)
         if not _finite(exact):
