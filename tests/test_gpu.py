@@ -4,12 +4,12 @@
 """
 
 import logging
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from tests import cases, reference, runs
+from tests.test_precision import rounded
 
 import trak
 from trak import TRAKer
@@ -182,14 +182,12 @@ def test_a_store_has_the_same_scores_on_both_devices(dtype, tmp_path):
         {"whitening": 1.0},
         {"proj_dim": 40},
         {"proj_dim": 40, "whitening": 0.5, "projector": "factored"},
-        {"proj_dim": "exact", "projector": "kernel"},
+        {"proj_dim": "exact"},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_the_one_call_on_both_devices(name, options, tmp_path):
-    if options.get("projector") == "kernel":
-        options = {"proj_dim": "exact"}
     found, expected = on_both(name, tmp_path, **options)
     close(found, expected, 1e-5)
 
@@ -235,16 +233,6 @@ def test_autocast_around_the_one_call(dtype, tmp_path):
     assert np.corrcoef(found.ravel(), exact.ravel())[0, 1] > 0.98
 
 
-@contextmanager
-def rounded_products():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("row_dtype", ["float16", "int8", "float32"])
 def test_scores_do_not_depend_on_tf32(row_dtype, tmp_path):
     model, train, targets, states = world("mlp", torch.float32)
@@ -256,7 +244,7 @@ def test_scores_do_not_depend_on_tf32(row_dtype, tmp_path):
     again = runs.make_traker(model, N, tmp_path, **(options | {"lambda_reg": "0.02x"}))
     again.finalize_features()
     again = runs.make_traker(model, N, tmp_path, **options)
-    with rounded_products():
+    with rounded("high"):
         again.finalize_features()
         np.testing.assert_array_equal(again.finalize_scores("exp"), expected)
         np.testing.assert_array_equal(again.scores("exp", "unit_norm"), best)

@@ -16,13 +16,17 @@ N, M = 60, 6
 
 
 @contextmanager
-def medium():
+def rounded(precision):
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def medium():
+    return rounded("medium")
 
 
 def autocast():
@@ -112,19 +116,15 @@ def test_scores_do_not_depend_on_it(setting, method, world, tmp_path):
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_the_setting_is_as_before(precision):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
     one, other = torch.randn(64, 512), torch.randn(512, 64)
     exact = (one.double() @ other.double()).float()
-    try:
+    with rounded(precision):
         with autocast(), full_precision():
             assert not torch.is_autocast_enabled("cpu")
             torch.testing.assert_close(one @ other, exact, rtol=1e-4, atol=1e-4)
         with pytest.raises(KeyError), full_precision():
             raise KeyError
         assert torch.get_float32_matmul_precision() == precision
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.skipif(
