@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+import trak
 from trak import TRAKer
+from trak.digests import state_digest
 from trak.errors import InputError, PhaseError
 from trak.modelout_functions import CLIPModelOutput
 from trak.projectors import NoOpProjector
@@ -39,6 +41,15 @@ def ready(model, images, texts, size=5, **options):
     loader = zip(images.split(4), texts.split(4), strict=True)
     task.get_embeddings(model, loader, batch_size=4, embedding_dim=4, size=12)
     return task
+
+
+def once(images, texts):
+    """A loader that cannot be gone through again."""
+    return iter([(images, texts)])
+
+
+def shifted(model, by):
+    return {name: value + by for name, value in model.state_dict().items()}
 
 
 def chosen(seed=0, size=5):
@@ -120,15 +131,80 @@ def test_embeddings_of_another_checkpoint_are_refused(world, tmp_path):
     traker.load_checkpoint(model.state_dict(), model_id=0)
     with pytest.raises(PhaseError, match=r"are missing.*get_embeddings"):
         traker.featurize(batch, num_samples=4)
-    pairs = [(images, texts)]
-    traker.task.get_embeddings(model, pairs, batch_size=16, embedding_dim=4)
+    traker.task.get_embeddings(model, once(images, texts), 16, 4)
     traker.featurize(batch, num_samples=4)
     other = {name: value + 0.5 for name, value in model.state_dict().items()}
     traker.load_checkpoint(other, model_id=1)
     with pytest.raises(PhaseError, match="of other weights"):
         traker.featurize(batch, num_samples=4)
-    traker.task.get_embeddings(model, pairs, batch_size=16, embedding_dim=4)
+    traker.task.get_embeddings(model, once(images, texts), 16, 4)
     traker.featurize(batch, num_samples=4)
+
+
+def test_embeddings_of_another_checkpoint_do_not_whiten_either(world, tmp_path):
+    model, images, texts = world
+    traker = TRAKer(
+        model=model, task=ready(model, images, texts), train_set_size=16,
+        save_dir=tmp_path, device="cpu", proj_dim=8, whitening=0.5,
+    )  # fmt: skip
+    traker.load_checkpoint(shifted(model, 0.5), model_id=0)
+    with pytest.raises(PhaseError, match="of other weights"):
+        traker.fit_whitening(batch=(images, texts))
+
+
+def test_the_one_call_embeds_anew_for_every_checkpoint(world, tmp_path):
+    model, images, texts = world
+    pairs, states = [(images, texts)], [shifted(model, by) for by in (0.0, 0.5)]
+    options = {"proj_dim": 8, "device": "cpu", "lambda_reg": 0.1, "projector_seed": 3}
+    task = CLIPModelOutput(simulated_batch_size=5)
+    task.get_embeddings(model, pairs, batch_size=16, embedding_dim=4)
+    found = trak.attribute(
+        model, task=task, train=pairs, targets=pairs, checkpoints=states,
+        save_dir=tmp_path / "one", whitening=0, curvature=False, progress=False, **options,
+    )  # fmt: skip
+    traker = TRAKer(
+        model=model, task=CLIPModelOutput(simulated_batch_size=5), train_set_size=16,
+        save_dir=tmp_path / "steps", **options,
+    )  # fmt: skip
+    for number, state in enumerate(states):
+        traker.load_checkpoint(state, model_id=number)
+        traker.task.get_embeddings(model, once(images, texts), 16, 4)
+        traker.featurize((images, texts), num_samples=16)
+    traker.finalize_features()
+    for number, state in enumerate(states):
+        traker.start_scoring_checkpoint("pairs", state, number, num_targets=16)
+        traker.task.get_embeddings(model, once(images, texts), 16, 4)
+        traker.score((images, texts), num_samples=16)
+    np.testing.assert_array_equal(found, traker.finalize_scores("pairs"))
+
+
+def test_the_strength_is_tried_with_each_checkpoints_embeddings(world, tmp_path):
+    model, images, texts = world
+    more = [(images.repeat(4, 1) + torch.randn(64, 6).double() / 9, texts.repeat(4, 1))]
+    states = [shifted(model, by) for by in (0.0, 0.5)]
+    seen = []
+
+    class Watching(CLIPModelOutput):
+        def get_batch_output(self, model, batch):
+            seen.append((state_digest(model.state_dict()), self._digest))
+            return super().get_batch_output(model, batch)
+
+    task = Watching(simulated_batch_size=5)
+    task.get_embeddings(model, [(images, texts)], batch_size=16, embedding_dim=4)
+    trak.attribute(
+        model, task=task, train=more, targets=more, checkpoints=states,
+        save_dir=tmp_path, progress=False,
+    )  # fmt: skip
+    assert len({weights for weights, _ in seen}) == 2
+    assert all(weights == embedded for weights, embedded in seen)
+
+
+def test_modules_keep_their_own_modes(world):
+    model, images, texts = world
+    model.image_tower.eval()
+    ready(model, images, texts)
+    assert model.training
+    assert not model.image_tower.training
 
 
 def test_preprocessing_modes_and_limits(world):

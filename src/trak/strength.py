@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trak.batches import Batch, batch_size, normalize
 from trak.errors import InputTypeError
 from trak.evaluation.ranks import correlations
-from trak.pipeline import Pipeline, validate_state
+from trak.pipeline import Pipeline, prepare_task, validate_state
 from trak.precision import full_precision
 from trak.projectors import LeadingProjector, NoOpProjector
 from trak.savers.filesystem import read_object
@@ -152,6 +152,7 @@ def _load(pipeline: Pipeline, checkpoint: Any) -> None:
     state = state_of(checkpoint)
     validate_state(pipeline.model, state)
     pipeline.load_weights(state)
+    prepare_task(pipeline.task, pipeline.model)
 
 
 class Trial:

@@ -155,7 +155,7 @@ class Ways:
             self._proofs -= 1
             self._prove(select(batch, different_samples(batch)[:2]), self.plans[many])
         if many:
-            self._compare(spread(batch), self.plans[many])
+            self._compare(batch, self.plans[many])
         return before != self.plans[many]
 
     def _confirm(self, samples: Batch) -> None:
@@ -174,12 +174,13 @@ class Ways:
                     plan[name] = EXACT
         self._unconfirmed = False
 
-    def _compare(self, samples: Batch, plan: Plan) -> None:
+    def _compare(self, batch: Batch, plan: Plan) -> None:
         # on the first batch, the fourth, the sixteenth ...
         self._met += 1
         if self._met != self._next:
             return
         self._next *= 4
+        samples = spread(batch)
         lengths = self._lengths.known(samples)
         if lengths is None:  # what is learned here is for these samples
             lengths = Lengths(self._look).alone(samples, self._places(plan))

@@ -1,16 +1,21 @@
 """Contrastive image-text models (CLIP)."""
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trak.arguments import as_integer, as_number
 from trak.digests import state_digest
 from trak.errors import InputError, PhaseError
 from trak.modelout_functions.abstract import AbstractModelOutput
 from trak.modelout_functions.margin import call
+
+logger = logging.getLogger(__name__)
 
 
 class CLIPModelOutput(AbstractModelOutput):
@@ -22,7 +27,8 @@ class CLIPModelOutput(AbstractModelOutput):
 
     The simulated batch is drawn once, uniformly and by `seed`, from the embeddings that
     `get_embeddings` computes; the pair itself is left out of its own batch. Embeddings
-    belong to one checkpoint: call `get_embeddings` again for each.
+    belong to one checkpoint. For the next one they are computed anew, from the same loader,
+    if it can be gone through again; call `get_embeddings` again if it cannot.
 
     The model takes `image=` and `text=` and returns (image embeddings, text embeddings,
     logit scale), as `open_clip` models do.
@@ -57,6 +63,7 @@ class CLIPModelOutput(AbstractModelOutput):
         self.text_embeddings: Tensor | None = None
         self._drawn: tuple[Tensor, Tensor] | None = None
         self._digest: str | None = None
+        self._again: Callable[[Any], None] | None = None
 
     def settings(self) -> dict[str, Any]:
         """What the gradients depend on, for the store's fingerprint.
@@ -84,20 +91,29 @@ class CLIPModelOutput(AbstractModelOutput):
 
         Args:
             model: the model, with the weights of the checkpoint to be attributed.
-            loader: yields (images, texts).
+            loader: yields (images, texts), and is kept for the next checkpoint unless it
+                is an iterator.
             batch_size: accepted as upstream's name; batches are taken as they come.
             embedding_dim: width of the embeddings.
             size: how many pairs to embed at most.
             preprocess_fn_img: applied to the images of a batch.
             preprocess_fn_txt: applied to the texts of a batch.
         """
-        del batch_size
+        self._again = None
+        if not isinstance(loader, Iterator):
+            self._again = partial(
+                self.get_embeddings,
+                loader=loader,
+                batch_size=batch_size,
+                embedding_dim=embedding_dim,
+                size=size,
+                preprocess_fn_img=preprocess_fn_img,
+                preprocess_fn_txt=preprocess_fn_txt,
+            )
         images: list[Tensor] = []
         texts: list[Tensor] = []
         done = 0
-        training = model.training
-        model.eval()
-        with torch.no_grad():
+        with _evaluating(model), torch.no_grad():
             for image, text in loader:
                 u, v, _ = model(
                     preprocess_fn_img(image) if preprocess_fn_img else image,
@@ -108,7 +124,6 @@ class CLIPModelOutput(AbstractModelOutput):
                 done += len(images[-1])
                 if done >= size:
                     break
-        model.train(training)
         self._check_embeddings(images, done, embedding_dim)
         self.image_embeddings, self.text_embeddings = (
             torch.cat(images),
@@ -136,6 +151,17 @@ class CLIPModelOutput(AbstractModelOutput):
                 f"embedding_dim is {width}, but embeddings are {parts[0].shape[1]} wide."
             )
 
+    def prepare_checkpoint(self, model: Any, digest: str) -> None:
+        """Computes embeddings anew where they are of other weights.
+
+        Args:
+            model: the model, with the checkpoint's weights.
+            digest: content hash of these.
+        """
+        if self._again is not None and self._digest not in {None, digest}:
+            logger.info("The embeddings for the simulated batch are computed anew.")
+            self._again(model)
+
     def check_ready(self, digest: str) -> None:
         """Refuses to go on with embeddings of other weights.
 
@@ -148,9 +174,10 @@ class CLIPModelOutput(AbstractModelOutput):
         if self._digest != digest:
             state = "are missing" if self._digest is None else "are of other weights"
             raise PhaseError(
-                f"The embeddings for the simulated batch {state}. Call "
-                "traker.task.get_embeddings(model, loader, ...) with the weights of the "
-                "checkpoint before you featurize or score it."
+                f"The embeddings for the simulated batch {state}. Call the task's "
+                "get_embeddings(model, loader, ...) with the weights of the checkpoint "
+                "first. A loader that can be gone through again, such as a DataLoader or "
+                "a list, serves later checkpoints, too."
             )
 
     def get_output(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -228,6 +255,17 @@ class CLIPModelOutput(AbstractModelOutput):
         if self._drawn is None:
             raise PhaseError("Run traker.task.get_embeddings before featurizing.")
         return self._drawn
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _equal(some: Tensor, others: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from trak.pipeline.model_state import validate_state
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker
 from trak.pipeline.ranks_of_scores import Ranked
+from trak.pipeline.task_state import prepare_task
 from trak.pipeline.whiten import Whitener, as_strength
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "make_scorer",
     "method_named",
     "method_pass",
+    "prepare_task",
     "storage_dtype",
     "store_metadata",
     "usual_projector",

@@ -15,6 +15,7 @@ class Phase:
         kind: whether training examples or targets are expected.
         model_id: the checkpoint.
         exp_name: the experiment, while scoring.
+        digest: content hash of the checkpoint.
         watch: notices changes of the weights.
         cursor: the next row for `num_samples`.
         coverage: what the store knows of how gradients are computed.
@@ -24,6 +25,7 @@ class Phase:
     kind: Literal["featurize", "score"]
     model_id: int
     exp_name: str
+    digest: str
     watch: WeightWatch
     cursor: int = 0
     coverage: Coverage | None = None

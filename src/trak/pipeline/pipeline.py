@@ -40,6 +40,7 @@ from trak.pipeline.rows import (
 )
 from trak.pipeline.scoring import ScorePass
 from trak.pipeline.solving import ScoreSet, ridge_name, row_source, score_sets
+from trak.pipeline.task_state import prepare_task
 from trak.pipeline.whiten import Whitener
 from trak.precision import full_precision
 from trak.savers import AbstractSaver, Rows
@@ -112,7 +113,7 @@ class Pipeline:
         warn_of_twins(self.saver, model_id, digest)
         self.load_weights(checkpoint)
         self.saver.load_current_store(model_id)
-        self.phase = Phase("featurize", model_id, "", WeightWatch(self.model))
+        self.phase = Phase("featurize", model_id, "", digest, WeightWatch(self.model))
 
     def start_scoring(
         self, exp_name: str, checkpoint: Any, model_id: int, num_targets: Any
@@ -140,7 +141,8 @@ class Pipeline:
         self.saver.register_model_id(model_id, digest)
         self.saver.init_experiment(exp_name, num_targets, model_id)
         self.load_weights(checkpoint)
-        self.phase = Phase("score", model_id, exp_name, WeightWatch(self.model))
+        watch = WeightWatch(self.model)
+        self.phase = Phase("score", model_id, exp_name, digest, watch)
 
     def fit_whitening(self, batch: Any) -> None:
         """Adds a batch of training examples to what whitening is made of.
@@ -151,6 +153,7 @@ class Pipeline:
         phase = self._expect("featurize", "load_checkpoint", "fit_whitening")
         phase.watch.check()
         normal = normalize(batch, next(self.model.parameters()).device)
+        prepare_task(self.task, self.model, phase.digest)
         with torch.inference_mode(False), evaluation_mode(self.model):
             self.whitener.fit(normal, phase.model_id)
 
@@ -460,9 +463,7 @@ class Pipeline:
         numbers: NDArray[np.int64],
         digests: NDArray[np.int64],
     ) -> None:
-        check_ready = getattr(self.task, "check_ready", None)
-        if check_ready is not None:
-            check_ready(self.saver.checkpoint_digest(phase.model_id))
+        prepare_task(self.task, self.model, phase.digest)
         self.whitener.prepare(phase.model_id)
         making = self.maker.making(
             batch, phase.model_id, numbers.tolist(), training=phase.kind == "featurize"
