@@ -77,6 +77,7 @@ def test_it_is_the_steps_of_traker(world, tmp_path):
         N,
         tmp_path / "b",
         projector=NoOpProjector(),
+        row_dtype="float32",
         whitening=0.5,
         curvature=True,
     )
@@ -235,7 +236,9 @@ def test_strength_follows_agreement(learned, tmp_path, caplog, monkeypatch):
     assert choose_strength(traker.pipeline, states[:1], batches) == 0.4
     with monkeypatch.context() as patch:  # residuals, and no probabilities
         patch.setattr(
-            traker.gradient_computer, "compute_loss_grad", lambda b: 3 * torch.randn(9)
+            traker.gradient_computer,
+            "compute_loss_grad",
+            lambda b: 3 * torch.randn(len(b[-1])),
         )
         assert choose_strength(traker.pipeline, states[:1], batches) == 0.0
         assert choose_strength(traker.pipeline, states, batches) == 0.0

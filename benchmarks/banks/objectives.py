@@ -93,6 +93,8 @@ class Regression(AbstractModelOutput):
 class NextTokens(AbstractModelOutput):
     """The mean over positions of the right token's margin, `log p / (1 - p)`."""
 
+    loss_is_of_words = True
+
     @staticmethod
     def get_output(model: Any, weights: Any, buffers: Any, x: Tensor, y: Tensor) -> Tensor:
         """The output of one text.

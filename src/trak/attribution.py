@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 FITTED = 1024
 """Examples that whitening is fitted to, spread over the training set."""
 EXACT_UP_TO = 256 << 20
-"""Bytes of unprojected rows of one checkpoint that nobody minds."""
+"""Bytes of unprojected rows of one checkpoint that nobody minds; of float32 ones, whose
+gradients may be tiny, or else of float16 ones."""
 
 
 def attribute(
@@ -65,7 +66,8 @@ def attribute(
         whitening: 0 to 1; `"auto"` chooses by how well checkpoints agree.
         curvature: weigh training examples by the curvature of their loss.
         lambda_reg: the ridge, as for `TRAKer`.
-        proj_dim: as for `TRAKer`; `"auto"` does not project up to 256 MiB of rows.
+        proj_dim: as for `TRAKer`; `"auto"` does not project up to 256 MiB of rows, in
+            float32 where these fit and in float16 where they do not.
         progress: show progress bars.
         options: further arguments of `TRAKer`.
 
@@ -218,13 +220,18 @@ def _selection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _projection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
-    # no projection where rows are few; as coarse as other rows, since nothing is lost by it
+    # no projection where rows are few
     if settings["proj_dim"] != "auto" or settings.get("projector") is not None:
         return {}
     chosen = select_parameters(model, settings["grad_wrt"])
     width = sum(p.numel() for p in chosen.values())
-    few = 2 * settings["train_set_size"] * width <= EXACT_UP_TO
-    return {"projector": NoOpProjector()} if few else {}
+    numbers = settings["train_set_size"] * width
+    if 2 * numbers > EXACT_UP_TO:
+        return {}
+    whole: dict[str, Any] = {"projector": NoOpProjector()}
+    said = {"row_dtype", "use_half_precision"} & set(settings)
+    fits = 4 * numbers <= EXACT_UP_TO
+    return whole | ({"row_dtype": "float32"} if fits and not said else {})
 
 
 def _strength(

@@ -25,6 +25,7 @@ from trak.projectors import LeadingProjector, NoOpProjector
 from trak.savers.filesystem import read_object
 from trak.score_computers.auto_ridge import BY_STRENGTH, Situation, relative_ridge
 from trak.score_computers.curvature import roots, weighted
+from trak.score_computers.logistic import sizes
 from trak.whitening import Moments
 from trak.whitening.whitening import STRENGTH
 
@@ -73,9 +74,11 @@ def choose_strength(
     sample = [normalize(batch, device) for batch in batches]
     count = sum(batch_size(batch) for batch in sample)
     _load(pipeline, states[0])
-    weights = [pipeline.maker.computer.compute_loss_grad(batch) for batch in sample]
+    weights = [pipeline.maker.loss_weights(batch) for batch in sample]
     logistic = pipeline.losses.tell(sample, weights)
-    useful = _is_useful(torch.cat([q.flatten() for q in weights]), logistic)
+    useful = _is_useful(
+        sizes(torch.cat([q.flatten() for q in weights]), logistic), logistic
+    )
     if len(states) < 2 or count < _FEWEST or not useful:
         strength = STRENGTH if useful else 0.0
         logger.info("whitening='auto' stands for %g.", strength)
@@ -212,7 +215,8 @@ class Trial:
                 # played for each strength, the largest ridge would win: it is most
                 # reproducible
                 ridge = self.plain * (1 + BY_STRENGTH * strength)
-                kept.append(_solved(rows, loss, ridge, curvature=self.curvature))
+                r = roots(sizes(loss, self.logistic).cpu()) if self.curvature else None
+                kept.append(_solved(rows, loss, ridge, r))
         self.pipeline.maker.whitenings.clear()
         return [_agreement(scores) for scores in found]
 
@@ -269,22 +273,22 @@ class Trial:
             columns=self.pipeline.maker.projector.random_dim or None,
             loss=loss,
             logistic=self.logistic,
+            words=self.pipeline.losses.words,
             curvature=self.curvature,
         )
-        factors = roots(loss) if self.curvature else None
+        factors = roots(situation.sizes) if self.curvature else None
         return relative_ridge(weighted(rows, factors), situation)
 
 
 @full_precision()
 def _solved(
-    rows: Tensor, loss: Tensor, ridge: float, *, curvature: bool
+    rows: Tensor, loss: Tensor, ridge: float, factors: Tensor | None
 ) -> NDArray[np.float64]:
     every = torch.arange(len(rows), device=rows.device)
     held = every % round(1 / _TARGETS) == 0
     q = loss[~held].double()
-    factors = roots(q.cpu()) if curvature else None
     kernel = (rows[~held] @ rows.T).double()
-    scales = torch.ones_like(q) if factors is None else factors.to(q)
+    scales = torch.ones_like(q) if factors is None else factors.to(q)[~held]
     gram = scales * kernel[:, ~held] * scales.T
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     solved = torch.cholesky_solve(scales * kernel[:, held], torch.linalg.cholesky(gram))

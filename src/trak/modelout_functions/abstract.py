@@ -25,14 +25,19 @@ class AbstractModelOutput(ABC):
 
     Attributes:
         loss_temperature: divides the logits inside Q.
-        loss_is_logistic: whether `Q = 1 / (1 + exp(f))`, as it is for classification, and
-            not for a mean over a text's words. The automatic ridge and the strength of
-            whitening depend on it. None: it is found out from the first examples.
+        loss_is_logistic: whether `Q = 1 / (1 + exp(f))`, as it is for classification, or
+            the same with the sign of the label where `f` is the logit of one of two
+            classes; it is not for a mean over a text's words. The automatic ridge, the
+            curvature and the strength of whitening depend on it. None: it is found out
+            from the first examples.
+        loss_is_of_words: whether Q is a mean over the words of a text, each of which is
+            an example of its own, so that the automatic ridge is smaller.
         softmax: over the last axis, for use in `get_out_to_loss_grad`.
     """
 
     loss_temperature: float = 1.0
     loss_is_logistic: bool | None = None
+    loss_is_of_words: bool = False
     softmax = torch.nn.Softmax(-1)
 
     def __init__(self) -> None:  # noqa: B027 - subclasses may have none of their own

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from trak.encodings import RowSource
 from trak.errors import ModelIDException
 from trak.pipeline.describe import describe_rows
-from trak.pipeline.losses import LossWatch
+from trak.pipeline.losses import LossWatch, loss_sizes, tell_of_strays
 from trak.pipeline.project import RowMaker
 from trak.pipeline.readiness import chosen_ids, is_current, together
 from trak.pipeline.solving import placed, row_source
@@ -69,12 +69,14 @@ def finalize_checkpoints(
             kept = saver.load_factor(model_id)[1]
             multiple = kept.get("auto")
             continue
+        tell_of_strays(loss_sizes(saver, model_id), model_id)
         wanted[model_id] = Situation(
             checkpoints=len(chosen),
             strength=whitener.strength,
             columns=maker.projector.random_dim or None,
             loss=rows.array("out_to_loss"),
             logistic=losses.known(model_id),
+            words=losses.words,
             unwhitened=whitener.unwhitened(model_id),
             wide=_wide(saver, model_id, len(rows.done)),
         )

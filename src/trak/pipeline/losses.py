@@ -7,17 +7,19 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trak.batches import Batch, select
 from trak.gradient_computers import AbstractGradientComputer
 from trak.savers import AbstractSaver
-from trak.score_computers.logistic import is_logistic
+from trak.score_computers.logistic import is_logistic, sizes
 
 logger = logging.getLogger(__name__)
 
 _ENOUGH, _MOST = 16, 64  # examples
+_MOSTLY = 0.75  # of the examples; residuals of regressions have either sign
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,11 @@ class LossWatch:
         """
         return (self.saver.loss_record(model_id) or {}).get("logistic")
 
+    @property
+    def words(self) -> bool:
+        """Whether the task says that Q is a mean over the words of a text."""
+        return bool(getattr(self.task, "loss_is_of_words", False))
+
     def _told(self, pairs: Tensor) -> bool | None:
         said = getattr(self.task, "loss_is_logistic", None)
         if said is not None:
@@ -113,6 +120,44 @@ class LossWatch:
         found = is_logistic(pairs[:, 0], pairs[:, 1])
         softened = getattr(self.task, "loss_temperature", 1.0) != 1
         return None if softened and not found else found
+
+
+def loss_sizes(saver: AbstractSaver, model_id: int) -> Tensor:
+    """What the curvature of a checkpoint's training examples is told from.
+
+    Args:
+        saver: the store.
+        model_id: the checkpoint.
+
+    Returns:
+        Q, `[n, 1]`, float64, without the signs that it may have if the loss is logistic.
+    """
+    loss = np.asarray(saver.train_rows(model_id).array("out_to_loss"), dtype=np.float64)
+    logistic = (saver.loss_record(model_id) or {}).get("logistic")
+    return sizes(torch.from_numpy(np.array(loss)), logistic)
+
+
+def tell_of_strays(loss: Tensor, model_id: int) -> None:
+    """Says so where a few loss weights are the reason for other settings.
+
+    Args:
+        loss: what `loss_sizes` gave.
+        model_id: the checkpoint.
+    """
+    inside = (loss >= 0) & (loss <= 1)
+    share = float(inside.double().mean())
+    if _MOSTLY <= share < 1:
+        strays = loss[~inside]
+        logger.info(
+            "Q of model_id=%d is between 0 and 1 but for %.2g %% of the examples (%.3g to "
+            "%.3g), so that the loss is treated as the squared one: no weights by curvature,"
+            " another automatic ridge. With a smoothed, weighted or focal cross entropy, "
+            "1 - p as Q makes better scores (docs/custom-tasks.md).",
+            model_id,
+            100 * (1 - share),
+            float(strays.min()),
+            float(strays.max()),
+        )
 
 
 def _pairs(outputs: Tensor, loss: Tensor) -> Tensor:

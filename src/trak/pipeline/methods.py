@@ -17,6 +17,7 @@ from torch import Tensor
 from trak.arguments import as_number
 from trak.encodings import RowSource
 from trak.errors import InputError, InputTypeError, NumericalError
+from trak.pipeline.losses import loss_sizes
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.readiness import finalized_ids
 from trak.pipeline.solving import ScoreSet, row_source
@@ -264,7 +265,8 @@ class MethodPass:
             source = source.to(self.device)
         scorer = self.scorer if isinstance(self.scorer, RidgeScoreComputer) else None
         kept = self.saver.load_factor(model_id) if solved else None
-        return System(model_id, source, rows.array("out_to_loss"), scorer, kept)
+        loss, sizes = rows.array("out_to_loss"), loss_sizes(self.saver, model_id)
+        return System(model_id, source, loss, sizes, scorer, kept)
 
     def _columns(
         self, system: System, exp_name: str, method: Method, groups: Tensor | None

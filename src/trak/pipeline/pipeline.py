@@ -15,7 +15,7 @@ from trak.batches import batch_size, normalize
 from trak.errors import ModelIDException, PhaseError
 from trak.pipeline.describe import as_model_id, store_metadata
 from trak.pipeline.finalizing import finalize_checkpoints
-from trak.pipeline.losses import LossWatch
+from trak.pipeline.losses import LossWatch, loss_sizes
 from trak.pipeline.model_state import WeightWatch, evaluation_mode, validate_state
 from trak.pipeline.order import refuse_shuffled_loader
 from trak.pipeline.phase import Phase
@@ -402,7 +402,7 @@ class Pipeline:
             if isinstance(self.scorer, LinearScoreComputer):
                 loss = {}
                 if getattr(self.scorer, "curvature", False):
-                    loss = {"loss": self.saver.train_rows(model_id).array("out_to_loss")}
+                    loss = {"loss": loss_sizes(self.saver, model_id)}
                 features = self.scorer.features((matrix, info), rows, **loss)
             else:
                 phi = decoded(rows, torch.float32).to(self.maker.device)

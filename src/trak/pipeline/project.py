@@ -161,7 +161,7 @@ class RowMaker:
                     return part
                 # right after the gradients, whose forward pass may answer for these
                 outputs = self.losses.outputs(piece, model_id) if self.losses else None
-                weights = self._loss_weights(piece, its)
+                weights = self._finite_weights(piece, its)
                 if self.losses and outputs is not None:
                     self.losses.look(outputs, weights, model_id)
                 return torch.cat([part, weights.to(part)], dim=1)
@@ -243,7 +243,7 @@ class RowMaker:
             if projector is not None:
                 numbers = [f"{start + j} of the batch" for j in range(size)]
                 self._check(rows, piece, model_id, numbers)
-                weights = self._loss_weights(piece, numbers)
+                weights = self._finite_weights(piece, numbers)
                 rows = torch.cat([rows, weights.to(rows)], dim=1)
             total.merge(found)
             return rows
@@ -292,7 +292,19 @@ class RowMaker:
                 "Look at the sample (NaN in its input?) and at the weights."
             )
 
-    def _loss_weights(self, batch: Batch, numbers: Sequence[int | str]) -> Tensor:
+    def loss_weights(self, batch: Batch) -> Tensor:
+        """Q of a batch.
+
+        Args:
+            batch: a normalized batch.
+
+        Returns:
+            `[b, 1]`.
+
+        Raises:
+            InputTypeError: if the task returns no tensor.
+            InputError: if it returns another number of values.
+        """
         weights: Any = self.computer.compute_loss_grad(batch)
         if not isinstance(weights, Tensor):
             raise InputTypeError(
@@ -304,7 +316,10 @@ class RowMaker:
                 "get_out_to_loss_grad must return one number a sample, "
                 f"[{batch_size(batch)}, 1]; got shape {tuple(weights.shape)}."
             )
-        weights = weights.detach().reshape(-1, 1)
+        return weights.detach().reshape(-1, 1)
+
+    def _finite_weights(self, batch: Batch, numbers: Sequence[int | str]) -> Tensor:
+        weights = self.loss_weights(batch)
         finite = torch.isfinite(weights).flatten()
         if not finite.all():
             bad = int((~finite).nonzero()[0])

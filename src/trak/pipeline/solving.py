@@ -9,6 +9,7 @@ from torch import Tensor
 from trak.arguments import Ridge, as_ridge
 from trak.encodings import EncodedRows, RowSource
 from trak.errors import InputError, InputTypeError
+from trak.pipeline.losses import loss_sizes
 from trak.savers import AbstractSaver, Rows
 from trak.score_computers import (
     AbstractScoreComputer,
@@ -190,7 +191,7 @@ def _loss_of(
     scorer: LinearScoreComputer, saver: AbstractSaver, model_id: int
 ) -> dict[str, Any]:
     if isinstance(scorer, RidgeScoreComputer) and scorer.curvature:
-        return {"loss": saver.train_rows(model_id).array("out_to_loss")}
+        return {"loss": loss_sizes(saver, model_id)}
     return {}
 
 

@@ -21,6 +21,7 @@ class System:
         model_id: the checkpoint.
         rows: Phi, `[n, k]`.
         loss: Q, `[n, 1]`.
+        sizes: what rows are weighted by if they are weighted by curvature, `[n, 1]`.
         scorer: solves; None if the method does not ask for it.
         kept: what the scorer made.
     """
@@ -28,6 +29,7 @@ class System:
     model_id: int
     rows: Tensor | EncodedRows
     loss: NDArray[Any]
+    sizes: Tensor
     scorer: RidgeScoreComputer | None
     kept: Kept | None
 
@@ -42,7 +44,7 @@ class System:
         """
         assert self.scorer is not None  # noqa: S101 - methods that solve have both
         assert self.kept is not None  # noqa: S101
-        return self.scorer.solved(self.kept, self.rows, vectors, self.loss)
+        return self.scorer.solved(self.kept, self.rows, vectors, self.sizes)
 
     def loss_weights(self, start: int, count: int) -> Tensor:
         """Q of a stretch of rows.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trak.encodings import RowSource
 from trak.errors import InputError, NumericalError
+from trak.pipeline.losses import loss_sizes
 from trak.pipeline.solving import block_scorer, row_source
 from trak.savers import AbstractSaver
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
@@ -84,7 +85,7 @@ class VariancePass:
                 "use a random projection with RidgeScoreComputer."
             )
         rows, targets = self.rows(model_id), self._targets(model_id)
-        loss = self.saver.train_rows(model_id).array("out_to_loss")
+        loss = loss_sizes(self.saver, model_id)
         kept = self.saver.load_factor(model_id)
         deleted = without_groups(self.scorer, kept, rows, targets, loss)
         return [self._scorer_of(model_id), *deleted]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trak.encodings import RowSource, row_encoding
 from trak.score_computers.curvature import roots as roots_of
+from trak.score_computers.logistic import sizes
 from trak.score_computers.retraining import SUBSETS, Halves, retrained
 from trak.score_computers.stationarity import Training, training_of
 from trak.score_computers.stream import rows_per_block, stream
@@ -70,6 +71,7 @@ class Situation:
         curvature: the rows are weighted by the loss's curvature.
         unwhitened: some of the examples without whitening, for rows that are whitened.
         wide: some of the examples in a wider projection, for rows that are not whitened.
+        words: Q is a mean over the words of a text.
         multiple: the ridge that was chosen already, in mean squared row norms.
     """
 
@@ -81,7 +83,16 @@ class Situation:
     curvature: bool = False
     unwhitened: Sequence[Unwhitened] = ()
     wide: Wide | None = None
+    words: bool = False
     multiple: float | None = None
+
+    @property
+    def sizes(self) -> Tensor | None:
+        """Q without the signs that a logistic loss may have, float64."""
+        if self.loss is None:
+            return None
+        found = torch.as_tensor(np.asarray(self.loss), device="cpu").to(torch.float64)
+        return sizes(found, self.logistic)
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,8 @@ class Sample:
         pull: their rows times `Phi^T q` of all examples, in the same units, `[s]`.
         loss: their loss weights, `[s]`.
         roots: what their rows are weighted by, `[s]`.
+        signs: what their rows were multiplied by, where Q of a logistic loss had signs,
+            `[s]`.
         share: of the training set.
     """
 
@@ -101,6 +114,7 @@ class Sample:
     pull: Tensor
     loss: Tensor
     roots: Tensor
+    signs: Tensor
     share: float
 
 
@@ -132,7 +146,14 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
         return USUAL * factor
     wider = _by_wide(samples[0], situation)
     trainings = [
-        training_of(s.kernel, s.pull, s.loss, logistic=situation.logistic) for s in samples
+        training_of(
+            s.kernel,
+            s.pull,
+            s.loss,
+            logistic=situation.logistic,
+            words=situation.words,
+        )
+        for s in samples
     ]
     pairs = zip(samples, trainings, strict=True)
     logs = [math.log(best_ridge(sample, training)) for sample, training in pairs]
@@ -151,11 +172,16 @@ def _by_wide(narrow: Sample, situation: Situation) -> float | None:
     # the noise of narrow rows is measured here: they score models that wide ones train
     if situation.wide is None or len(narrow.loss) < _FEWEST:
         return None
-    rows = torch.from_numpy(situation.wide.rows).to(narrow.kernel)
+    rows = torch.from_numpy(situation.wide.rows).to(narrow.kernel) * narrow.signs[:, None]
     kernel = rows @ rows.T
     sample = replace(narrow, kernel=kernel / kernel.diagonal().mean())
     training = training_of(
-        sample.kernel, sample.pull, sample.loss, logistic=situation.logistic, noisy=True
+        sample.kernel,
+        sample.pull,
+        sample.loss,
+        logistic=situation.logistic,
+        words=situation.words,
+        noisy=True,
     )
     whole = best_ridge(sample, training)
     seen = best_ridge(narrow, training)
@@ -268,7 +294,7 @@ def _samples(rows: RowSource, situation: Situation) -> list[Sample]:
     else:
         curved = _curved(situation)
         found = [
-            _sample_of(examples, rows.shape[0], curvature=curved)
+            _sample_of(examples, rows.shape[0], situation, curvature=curved)
             for examples in situation.unwhitened
             if len(examples.loss) >= _FEWEST
         ]
@@ -280,19 +306,31 @@ def _curved(situation: Situation) -> bool:
     return (
         situation.curvature
         and situation.loss is not None
-        and roots_of(situation.loss) is not None
+        and roots_of(situation.sizes) is not None
     )
 
 
-def _sample_of(examples: Unwhitened, count: int, *, curvature: bool) -> Sample | None:
-    kernel, loss = examples.kernel.double(), examples.loss
+def _sample_of(
+    examples: Unwhitened, count: int, situation: Situation, *, curvature: bool
+) -> Sample | None:
+    loss, signs = _canonical(examples.loss, situation)
+    kernel = examples.kernel.double() * torch.outer(signs, signs)
     unit = kernel.diagonal().mean()
     if not bool(unit > 0) or not bool(loss.any()):
         return None
     weights = roots_of(loss) if curvature else None
     factors = torch.ones_like(loss) if weights is None else weights.flatten()
-    pull = examples.pull * count / unit
-    return Sample(kernel / unit, pull, loss, factors, min(1.0, len(loss) / count))
+    pull = signs * examples.pull * count / unit
+    share = min(1.0, len(loss) / count)
+    return Sample(kernel / unit, pull, loss, factors, signs, share)
+
+
+def _canonical(loss: Tensor, situation: Situation) -> tuple[Tensor, Tensor]:
+    # Q of a logistic loss as if outputs were margins, and what rows are multiplied by then
+    found = sizes(loss, situation.logistic)
+    if found is loss:
+        return loss, torch.ones_like(loss)
+    return found, torch.where(loss < 0, -1.0, 1.0).to(loss)
 
 
 def drawn(count: int, most: int = SAMPLE) -> NDArray[np.int64]:
@@ -320,9 +358,10 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
         The sample; None if there is nothing to tell from: rows or loss weights are 0.
     """
     count, width = rows.shape
-    loss = (
+    signed = (
         torch.as_tensor(np.asarray(situation.loss), device="cpu").double().flatten().clone()
     )
+    loss, signs = _canonical(signed, situation)
     weights = roots_of(loss) if situation.curvature else None
     factors = (
         torch.ones(count, device="cpu").double() if weights is None else weights.flatten()
@@ -332,8 +371,8 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
         numbers = torch.from_numpy(drawn(count, min(SAMPLE, most)))
     else:
         numbers = torch.from_numpy(situation.wide.numbers)
-    kept, total = _gathered(rows, numbers, loss / factors)
-    kept = kept / factors[numbers].to(kept)[:, None]
+    kept, total = _gathered(rows, numbers, signed / factors)
+    kept = kept * (signs / factors)[numbers].to(kept)[:, None]
     kernel = (kept @ kept.T).double()
     unit = kernel.diagonal().mean()
     pull = kept.double() @ total / unit
@@ -345,6 +384,7 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
         pull,
         loss[numbers].to(device),
         factors[numbers].to(device),
+        signs[numbers].to(device),
         len(numbers) / count,
     )
 

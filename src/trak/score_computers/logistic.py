@@ -1,7 +1,10 @@
 """Is the loss weight Q that of a logistic loss of the model output?
 
 For `log(1 + exp(-f))` it is `q = 1 / (1 + exp(f))`. Image and text classification have it
-exactly; a mean over a text's words is another kind of number between 0 and 1.
+exactly; a mean over a text's words is another kind of number between 0 and 1. Where the
+output is the logit of one of two classes, Q has the sign of the label: with `s = +-1`, the
+loss is `log(1 + exp(-s f))` and Q is `s / (1 + exp(s f))`. That is the same training with
+rows `s phi`, so that nothing but the sizes of Q counts for curvature and ridge.
 """
 
 import torch
@@ -33,14 +36,35 @@ def is_logistic(outputs: Tensor, loss: Tensor) -> bool | None:
 
     Args:
         outputs: of the model, `[n]`.
-        loss: their Q, `[n]`.
+        loss: their Q, `[n]`; with signs where outputs are logits of one of two classes.
 
     Returns:
         None if too few examples are neither right nor wrong beyond rounding.
     """
     loss, outputs = loss.double().flatten(), outputs.double().flatten()
-    if not bool(((loss >= 0) & (loss <= 1)).all()):
+    if not bool((loss.abs() <= 1).all()):
         return False
+    if bool((loss < 0).any()):
+        signs = loss.sign()  # a task may have the other sign in Q, which flips all scores
+        found = [_fits(outputs * s, loss.abs()) for s in (signs, -signs)]
+        return True if True in found else found[0]
+    return _fits(outputs, loss)
+
+
+def sizes(loss: Tensor, logistic: bool | None) -> Tensor:
+    """Loss weights without their signs, where these only say which class is the right one.
+
+    Args:
+        loss: Q, `[n]` or `[n, 1]`.
+        logistic: whether it is that of a logistic loss; None if unknown.
+
+    Returns:
+        `|Q|` of a logistic loss, at most 1; Q of others.
+    """
+    return loss.abs().clamp(max=1) if logistic else loss
+
+
+def _fits(outputs: Tensor, loss: Tensor) -> bool | None:
     told = (loss > _TOLD[0]) & (loss < _TOLD[1]) & outputs.isfinite()
     if int(told.sum()) < FEWEST:
         return None

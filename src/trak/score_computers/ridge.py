@@ -73,7 +73,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         auto = situation.multiple
         if auto is None:
             auto = self.choose(rows, situation)
-        rows = self.weighted(rows, situation.loss)
+        rows = self.weighted(rows, situation.sizes)
         form = smaller_form(*rows.shape)
         gram = self._gram(rows, form)
         return self._factored(gram, form, rows, self.lambda_reg, auto)
@@ -89,7 +89,7 @@ class RidgeScoreComputer(LinearScoreComputer):
             In units of the mean squared row norm.
         """
         situation = replace(situation, curvature=self.curvature)
-        return relative_ridge(self.weighted(rows, situation.loss), situation)
+        return relative_ridge(self.weighted(rows, situation.sizes), situation)
 
     def at_ridges(
         self,

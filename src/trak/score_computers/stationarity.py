@@ -51,6 +51,7 @@ def training_of(
     loss: Tensor,
     *,
     logistic: bool | None = None,
+    words: bool = False,
     noisy: bool = False,
 ) -> Training:
     """The training whose result these examples are.
@@ -65,8 +66,8 @@ def training_of(
     and yet pulled away from their outputs, more strongly than any ridge would hold them,
     these are little else than what training began with, as after a few epochs; the ridge
     is then 20, so that models on halves are about a gradient step. For other losses the
-    ridge is a constant (0.4 for the squared one), and the answers are those that would
-    have led to the loss weights.
+    ridge is a constant, 0.4, or 0.03 for means over the words of texts, and the answers
+    are those that would have led to the loss weights.
 
     Args:
         kernel: `Phi Phi^T` of a sample, in units of the mean squared row norm, `[n, n]`,
@@ -74,6 +75,7 @@ def training_of(
         pull: `Phi Phi^T q`, with all training examples in the inner sum, `[n]`.
         loss: Q, `[n]`.
         logistic: whether Q is that of a logistic loss; None if unknown.
+        words: Q is a mean over the words of a text.
         noisy: `pull` comes from narrower rows than the kernel. Least squares, weighted by
             the noise of each eigenvector's part, then take the place of the median.
 
@@ -83,8 +85,7 @@ def training_of(
     steep = float((loss * (1 - loss)).mean())
     outputs = _outputs(kernel, loss, logistic)
     if outputs is None:
-        squared = bool(((loss < 0) | (loss > 1)).any())
-        ridge = _UNKNOWN if squared else _OF_WORDS
+        ridge = _OF_WORDS if words else _UNKNOWN
         return Training(ridge, kernel, pull / ridge + loss)
     found = _ridge_of(kernel, pull, outputs, noisy=noisy)
     ridge = found / steep / _DEPTH
