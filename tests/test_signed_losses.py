@@ -175,7 +175,7 @@ class Smoothed(Margin):
 
     def get_out_to_loss_grad(self, model, weights, buffers, batch):
         q = super().get_out_to_loss_grad(model, weights, buffers, batch)
-        return q - 0.02
+        return torch.where(torch.arange(len(q)) < 3, -0.04, q)
 
 
 def test_strays_are_named(tmp_path, caplog):

@@ -150,8 +150,8 @@ def tell_of_strays(loss: Tensor, model_id: int) -> None:
         strays = loss[~inside]
         logger.info(
             "Q of model_id=%d is between 0 and 1 but for %.2g %% of the examples (%.3g to "
-            "%.3g), so that the loss is treated as the squared one: no weights by curvature,"
-            " another automatic ridge. With a smoothed, weighted or focal cross entropy, "
+            "%.3g), so that the loss is treated as the squared one: no weights by curvature"
+            ", another automatic ridge. With a smoothed, weighted or focal cross entropy, "
             "1 - p as Q makes better scores (docs/custom-tasks.md).",
             model_id,
             100 * (1 - share),
