@@ -524,3 +524,16 @@ def test_a_ridge_that_is_given_asks_for_no_common_one(tmp_path, caplog):
     traker.finalize_features()
     autos = {traker.saver.load_factor(i)[1]["auto"] for i in range(2)}
     assert len(autos) == 1
+
+
+def test_the_order_of_few_examples_hardly_matters():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, 40, generator=generator) * torch.logspace(0.5, -1, 40)
+    outputs = (rows @ torch.randn(40, generator=generator)).double()
+    loss = torch.sigmoid(-outputs / outputs.std() - 0.5)[:, None]
+    found = []
+    for seed in range(6):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
+        situation = Situation(loss=loss[order], logistic=True)
+        found.append(relative_ridge(rows[order], situation))
+    assert max(found) < 2 * min(found)

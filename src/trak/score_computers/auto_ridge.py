@@ -33,6 +33,7 @@ SAMPLE = 600
 """Rows that are played with; of whitened ones `trak.score_computers.unwhitened.SAMPLE`."""
 _SAMPLE_BYTES = 1 << 29  # of them
 _FEWEST = 40  # rows that something can be told from
+_MOST_GAMES = 8  # of halves of few examples
 _RIDGES = np.logspace(-2, 3.5, 45)
 _AS_GOOD = 0.01  # of the correlation
 _MANY, _MORE, _LEAST = 0.22, 2.0, math.exp(-1)
@@ -232,22 +233,39 @@ def best_ridge(sample: Sample, training: Training) -> float:
         the ridges that are as good as the best, within 0.01 of its correlation; less where
         these leave many directions to be told apart (see `_smaller`).
     """
+    # a squared loss is equally curved everywhere, however rows are weighted
+    even = training.answers is not None
+    weights = torch.ones_like(sample.roots) if even else sample.roots
+    games = [
+        _played(sample, training, weights, seed) for seed in range(_games(len(sample.loss)))
+    ]
+    values = np.mean([agreements for agreements, _ in games], axis=0)
+    good = np.log(_RIDGES[values >= values.max() - _AS_GOOD])
+    found = float(np.exp(good.mean()))
+    if even or not bool((sample.roots == 1).all()):
+        return found
+    return found * _smaller(games[0][1], found * _share(sample))
+
+
+def _games(size: int) -> int:
+    # with few examples it matters which of them are held out
+    return min(_MOST_GAMES, max(1, round(SAMPLE / size)))
+
+
+def _played(
+    sample: Sample, training: Training, weights: Tensor, seed: int
+) -> tuple[NDArray[np.float64], Tensor]:
+    # correlations at every ridge, and the spectrum of the rows trained with
     halves = retrained(
         training.kernel,
         training.ridge * sample.share,
         answers=training.answers,
+        seed=seed,
         subsets=SUBSETS if len(sample.loss) <= SAMPLE else SUBSETS // 2,
     )
-    # a squared loss is equally curved everywhere, however rows are weighted
-    even = training.answers is not None
-    weights = torch.ones_like(sample.roots) if even else sample.roots
     sums, spectrum = _sums(sample, weights, halves)
     values = torch.stack([halves.agreement(each) for each in sums])
-    values = values.nan_to_num(-1.0).cpu().numpy()
-    good = np.log(_RIDGES[values >= values.max() - _AS_GOOD])
-    found = float(np.exp(good.mean()))
-    plain = not even and bool((sample.roots == 1).all())
-    return found * _smaller(spectrum, found * _share(sample, halves)) if plain else found
+    return values.nan_to_num(-1.0).cpu().numpy(), spectrum
 
 
 def _smaller(spectrum: Tensor, ridge: float) -> float:
@@ -268,8 +286,9 @@ def _smaller(spectrum: Tensor, ridge: float) -> float:
     return max(_LEAST, min(1.0, (_MANY / effective) ** _MORE)) if effective > 0 else 1.0
 
 
-def _share(sample: Sample, halves: Halves) -> float:
-    return sample.share * len(halves.train) / len(sample.kernel)
+def _share(sample: Sample) -> float:
+    size = len(sample.kernel)
+    return sample.share * (size - size // 4) / size  # a quarter is held out
 
 
 def _sums(sample: Sample, roots: Tensor, halves: Halves) -> tuple[list[Tensor], Tensor]:
@@ -281,7 +300,7 @@ def _sums(sample: Sample, roots: Tensor, halves: Halves) -> tuple[list[Tensor], 
     values, vectors = torch.linalg.eigh(gram / unit)
     across = vectors.T @ (weights * sample.kernel[train][:, held])
     after = halves.masks @ (vectors * (sample.loss[train][:, None] / weights))
-    share = _share(sample, halves)
+    share = _share(sample)
     values = values.clamp(min=0)
     sums = [after @ (across / (values + r * share)[:, None]) for r in _RIDGES]
     return sums, values
