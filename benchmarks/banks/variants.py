@@ -26,6 +26,7 @@ from sklearn.datasets import (
 )
 from torch import Tensor, nn
 
+from benchmarks.banks import losses  # noqa: F401 - adds objectives
 from benchmarks.banks.bank import Bank
 from benchmarks.banks.recipes import Recipe, train_together
 from benchmarks.banks.recipes import outputs as evaluate
@@ -45,6 +46,8 @@ class Variant:
         rate: learning rate.
         decay: weight decay.
         activation: between layers.
+        task: a name in `OBJECTIVES`; empty for cross entropy, or the squared loss where
+            labels are fractions.
     """
 
     widths: tuple[int, ...]
@@ -53,6 +56,7 @@ class Variant:
     rate: float
     decay: float
     activation: Callable[[], nn.Module] = nn.ReLU
+    task: str = ""
 
 
 def digits(
@@ -123,6 +127,34 @@ def cancer() -> tuple[Examples, Examples]:
         400 training examples, and 169 targets.
     """
     return table(lambda: load_breast_cancer(return_X_y=True), 400)
+
+
+def relabelled(
+    data: tuple[Examples, Examples], change: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Examples, Examples]:
+    """Examples with other labels.
+
+    Args:
+        data: training examples and targets.
+        change: of inputs and labels.
+
+    Returns:
+        Training examples and targets.
+    """
+    (x, y), (others, labels) = data
+    return (x, change(x, y)), (others, change(others, labels))
+
+
+def bits(_: Tensor, labels: Tensor) -> Tensor:
+    """The four binary digits of a digit.
+
+    Args:
+        labels: `[n]`.
+
+    Returns:
+        `[n, 4]`, 0 or 1.
+    """
+    return (labels[:, None] >> torch.arange(4) & 1).float()
 
 
 def blobs(count: int, features: int, classes: int, flip: float, **options: Any) -> Any:
@@ -218,6 +250,47 @@ UNSEEN = {
         (4, 16, 3), lambda: table(lambda: load_iris(return_X_y=True), 100), 100, 0.05, 1e-3
     ),
     "ten blobs": Variant((40, 128, 10), lambda: blobs(1500, 40, 10, 0.1), 30, 0.05, 1e-3),
+    "one logit": Variant(
+        (64, 64, 1),
+        lambda: relabelled(digits(500, binary=True), lambda _, y: y.float()),
+        25,
+        0.1,
+        1e-3,
+        task="one_logit",
+    ),
+    "one logit, rare": Variant(
+        (15, 48, 1),
+        lambda: relabelled(blobs(500, 15, 2, 0.02, weights=[0.93]), lambda _, y: y.float()),
+        40,
+        0.05,
+        2e-3,
+        task="one_logit",
+    ),
+    "several labels": Variant(
+        (64, 64, 4),
+        lambda: relabelled(digits(500), bits),
+        25,
+        0.05,
+        1e-3,
+        task="several_labels",
+    ),
+    "hinge": Variant(
+        (15, 48, 1),
+        lambda: relabelled(blobs(500, 15, 2, 0.1), lambda _, y: y.float()),
+        40,
+        0.05,
+        2e-3,
+        task="hinge",
+    ),
+    "reconstruction": Variant(
+        (64, 32, 64),
+        lambda: relabelled(digits(400), lambda x, _: x),
+        60,
+        0.5,
+        1e-4,
+        nn.Tanh,
+        task="reconstruction",
+    ),
     "30 features": Variant((30, 64, 64, 2), lambda: blobs(900, 30, 2, 0.0), 60, 0.1, 0.0),
 }
 VARIANTS |= UNSEEN
@@ -235,6 +308,7 @@ def make(name: str) -> tuple[Recipe, Bank]:
     variant = VARIANTS[name]
     train, targets = variant.data()
     count = len(train[1])
+    usual = "regression" if train[1].is_floating_point() else "image_classification"
     made = Recipe(
         train=train,
         targets=targets,
@@ -247,7 +321,7 @@ def make(name: str) -> tuple[Recipe, Bank]:
         seeds=SEEDS,
         checkpoints=CHECKPOINTS,
         together=TOGETHER,
-        task="regression" if train[1].is_floating_point() else "image_classification",
+        task=variant.task or usual,
     )
     rng = np.random.default_rng(5)
     masks = np.zeros((SUBSETS, count), dtype=bool)

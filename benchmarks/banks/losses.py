@@ -1,0 +1,162 @@
+"""Losses of small banks, beside cross entropy and the squared error of one number."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from benchmarks.banks.objectives import OBJECTIVES, Objective
+from trak.modelout_functions import AbstractModelOutput
+
+bce = nn.functional.binary_cross_entropy_with_logits
+
+
+class Task(AbstractModelOutput):
+    """A task that is told from predictions and labels."""
+
+    @staticmethod
+    @abstractmethod
+    def output(predictions: Tensor, labels: Tensor) -> Tensor:
+        """The model output.
+
+        Args:
+            predictions: `[b, outputs]`.
+            labels: `[b, ...]`.
+
+        Returns:
+            `[b]`.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def weight(predictions: Tensor, labels: Tensor) -> Tensor:
+        """Q.
+
+        Args:
+            predictions: `[b, outputs]`.
+            labels: `[b, ...]`.
+
+        Returns:
+            `[b]`.
+        """
+
+    def get_output(self, model: Any, *args: Any) -> Tensor:
+        """The output of one example.
+
+        Args:
+            model: the model.
+            args: its parameters and buffers, the input and the label.
+
+        Returns:
+            A scalar.
+        """
+        weights, buffers, x, y = args
+        predictions = functional_call(model, (weights, buffers), (x[None],))
+        return self.output(predictions, y[None]).sum()
+
+    def get_batch_output(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        """The outputs of a batch.
+
+        Args:
+            model: the model.
+            batch: inputs and labels.
+
+        Returns:
+            `[b]`.
+        """
+        return self.output(model(batch[0]), batch[1])
+
+    def get_out_to_loss_grad(
+        self, model: Any, weights: Any, buffers: Any, batch: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Q of a batch.
+
+        Args:
+            model: the model.
+            weights: its parameters.
+            buffers: its buffers.
+            batch: inputs and labels.
+
+        Returns:
+            `[b]`.
+        """
+        predictions = functional_call(model, (weights, buffers), (batch[0],))
+        return self.weight(predictions, batch[1])
+
+
+class OneLogit(Task):
+    """The logit of one of two classes, and `Q = y - p` with its sign."""
+
+    @staticmethod
+    def output(predictions: Tensor, labels: Tensor) -> Tensor:
+        """See `Task`."""
+        return predictions[:, 0] + 0 * labels
+
+    @staticmethod
+    def weight(predictions: Tensor, labels: Tensor) -> Tensor:
+        """See `Task`."""
+        return labels - predictions[:, 0].sigmoid()
+
+
+class SeveralLabels(Task):
+    """The mean of the labels' margins, and one minus the mean probability."""
+
+    @staticmethod
+    def output(predictions: Tensor, labels: Tensor) -> Tensor:
+        """See `Task`."""
+        return ((2 * labels - 1) * predictions).mean(1)
+
+    @staticmethod
+    def weight(predictions: Tensor, labels: Tensor) -> Tensor:
+        """See `Task`."""
+        return 1 - ((2 * labels - 1) * predictions).sigmoid().mean(1)
+
+
+class Hinge(Task):
+    """The margin of a support vector machine, whose loss has slope 1 or 0."""
+
+    @staticmethod
+    def output(predictions: Tensor, labels: Tensor) -> Tensor:
+        """See `Task`."""
+        return (2 * labels - 1) * predictions[:, 0]
+
+    @staticmethod
+    def weight(predictions: Tensor, labels: Tensor) -> Tensor:
+        """See `Task`."""
+        return (Hinge.output(predictions, labels) < 1).to(predictions)
+
+
+class Reconstruction(Task):
+    """Minus half the mean squared error of an autoencoder, and `Q = 1`."""
+
+    @staticmethod
+    def output(predictions: Tensor, labels: Tensor) -> Tensor:
+        """See `Task`."""
+        return -(predictions - labels).square().mean(1) / 2
+
+    @staticmethod
+    def weight(predictions: Tensor, labels: Tensor) -> Tensor:
+        """See `Task`."""
+        return torch.ones_like((predictions - labels)[:, 0])
+
+
+def _hinge(predictions: Tensor, labels: Tensor) -> Tensor:
+    return (1 - Hinge.output(predictions, labels)).clamp(min=0).mean()
+
+
+OBJECTIVES |= {
+    "one_logit": Objective(lambda f, y: bce(f[:, 0], y), OneLogit.output, OneLogit),
+    "several_labels": Objective(
+        lambda f, y: len(y[0]) * bce(f, y), SeveralLabels.output, SeveralLabels
+    ),
+    "hinge": Objective(_hinge, Hinge.output, Hinge),
+    "reconstruction": Objective(
+        lambda f, y: -Reconstruction.output(f, y).mean(),
+        Reconstruction.output,
+        Reconstruction,
+    ),
+}
