@@ -15,6 +15,7 @@ from trak.score_computers import (
     BasicScoreComputer,
     BasicSingleBlockScoreComputer,
     RidgeScoreComputer,
+    RunningTop,
     top_scores,
 )
 from trak.score_computers.factor import factorize
@@ -250,16 +251,44 @@ def test_upstreams_methods_of_the_default_computer():
 
 @pytest.mark.parametrize("helpful", [True, False])
 @pytest.mark.parametrize("block", [7, 1000])
-def test_top_scores_equal_a_full_sort(block, helpful, monkeypatch):
-    monkeypatch.setattr("trak.score_computers.topk._BLOCK_ROWS", block)
-    scores = np.random.default_rng(0).integers(0, 20, (100, 6)).astype(np.float32)
-    found = top_scores(scores, 9, helpful=helpful)
-    order = np.argsort(-scores if helpful else scores, axis=0, kind="stable")[:9].T
-    assert np.array_equal(found.indices, order)
-    assert np.array_equal(found.scores, np.take_along_axis(scores.T, order, axis=1))
-    assert top_scores(scores, 500).indices.shape == (6, 100)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4"])
+def test_top_scores_equal_a_full_sort(dtype, block, helpful, monkeypatch):
+    monkeypatch.setattr("trak.score_computers.topk._FEWEST_ROWS", block)
+    monkeypatch.setattr("trak.score_computers.topk._BLOCK_BYTES", 1)
+    scores = np.random.default_rng(0).integers(0, 20, (100, 6)).astype(dtype)
+    scores[40:60, 2] = np.nan
+    scores[::3, 3] = np.inf
+    scores[:, 4], scores[::20, 4] = -np.inf, [1, 2, 1, 3, np.nan]
+    scores[:, 5] = 0
+    scores.flags.writeable = False
+    for k in (1, 9, 100, 500):
+        found = top_scores(scores, k, helpful=helpful)
+        ordered = np.where(np.isnan(scores), np.inf, -scores if helpful else scores)
+        order = np.argsort(ordered, axis=0, kind="stable")[:k].T
+        assert np.array_equal(found.indices, order)
+        expected = np.take_along_axis(scores.T, order, axis=1)
+        assert np.array_equal(found.scores, expected, equal_nan=True)
+        assert found.scores.dtype == np.dtype(dtype).newbyteorder("=")
     with pytest.raises(InputError, match="k must be"):
         top_scores(scores, 0)
+    assert top_scores(scores[:0], 3).indices.shape == (6, 0)
+
+
+def test_top_scores_hold_no_more_of_many_targets(monkeypatch):
+    seen = []
+
+    class Watched(RunningTop):
+        def add(self, start, block):
+            seen.append(block.nbytes)
+            super().add(start, block)
+
+    monkeypatch.setattr("trak.score_computers.topk.RunningTop", Watched)
+    monkeypatch.setattr("trak.score_computers.topk._BLOCK_BYTES", 1 << 20)
+    for num_targets in (3, 300):
+        scores = np.zeros((3000, num_targets), dtype=np.float32)
+        assert top_scores(scores, 2).indices.tolist() == [[0, 1]] * num_targets
+    assert sum(seen) == 3000 * 303 * 4
+    assert max(seen) <= 1 << 20
 
 
 @pytest.mark.parametrize("row_dtype", ["float16", "bfloat16", "int8"])

@@ -1,14 +1,28 @@
 """The strongest training examples of every target, while scores stream by."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from trak.errors import InputError
-from trak.score_computers.topk import TopScores
 
 _PIECE = 256
 _MANY = 0.1  # of all pieces: where so many hold news, whole columns are looked through
+
+
+class TopScores(NamedTuple):
+    """The strongest training examples of every target, strongest first.
+
+    Attributes:
+        indices: rows of the training set, `[m, top]`.
+        scores: their scores, `[m, top]`.
+    """
+
+    indices: Int64[np.ndarray, "m top"]
+    scores: Float[np.ndarray, "m top"]
 
 
 class RunningTop:
@@ -35,30 +49,28 @@ class RunningTop:
         if k < 1:
             raise InputError(f"k must be at least 1, got {k}.")
         self.k = k
-        self._filled = 0
-        shape = (num_targets, k)
-        self._scores = torch.full(shape, -torch.inf, dtype=dtype, device=device)
-        self._rows = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._scores = torch.empty(num_targets, 0, dtype=dtype, device=device)
+        self._rows = torch.empty(num_targets, 0, dtype=torch.int64, device=device)
 
     def add(self, start: int, block: Tensor) -> None:
         """Looks at the scores of further rows.
 
         Args:
             start: number of the first row; larger than those of earlier blocks.
-            block: finite scores, `[b, m]`.
+            block: scores without NaN, `[b, m]`.
         """
-        whole = len(block) - len(block) % _PIECE
+        full = self._scores.shape[1] == self.k
+        whole = len(block) - len(block) % _PIECE if full else 0
         if whole:
             pieces = block[:whole].unflatten(0, (-1, _PIECE))
             news = pieces.amax(dim=1) > self._scores[:, -1]
             number, target = news.nonzero(as_tuple=True)
-            if self._filled < self.k or len(number) > _MANY * news.numel():
+            if len(number) > _MANY * news.numel():
                 self._add_columns(start, block[:whole])
             elif len(number):
                 self._add_pieces(start, pieces, number, target)
         if whole < len(block):
             self._add_columns(start + whole, block[whole:])
-        self._filled = min(self.k, self._filled + len(block))
 
     def result(self, *, negated: bool = False) -> TopScores:
         """What is left.
@@ -69,10 +81,8 @@ class RunningTop:
         Returns:
             Rows and scores, strongest first; equal scores in the order of their rows.
         """
-        scores = self._scores[:, : self._filled].cpu().numpy()
-        rows = self._rows[:, : self._filled].cpu().numpy()
-        signed = -scores if negated else scores
-        return TopScores(np.ascontiguousarray(rows), np.ascontiguousarray(signed))
+        scores, rows = self._scores.cpu().numpy(), self._rows.cpu().numpy()
+        return TopScores(rows, -scores if negated else scores)
 
     def _add_columns(self, start: int, block: Tensor) -> None:
         scores, rows = _largest(block.T.contiguous(), self.k)
