@@ -11,9 +11,11 @@ from tests import cases, reference, runs
 from trak.errors import InputError, NumericalError
 from trak.pipeline import error_pass
 from trak.pipeline.ranks_of_scores import Ranked, critical, noise_limit
+from trak.pipeline.variances import VariancePass, cut
 from trak.projectors import NoOpProjector
 from trak.score_computers import AbstractScoreComputer
 from trak.score_computers.auto_ridge import drawn
+from trak.score_computers.linear import Weighted
 from trak.score_computers.moderation import PEERS
 
 N, M, C = 40, 5, 4
@@ -135,8 +137,8 @@ def test_errors_of_one_sketch_leave_out_groups_of_columns(finished):
 
 def test_ranks_are_what_comparing_all_pairs_gives(finished, monkeypatch):
     traker, scores, _ = finished
-    monkeypatch.setattr("trak.pipeline.variances._BLOCK_BYTES", 1)
-    monkeypatch.setattr("trak.pipeline.errors_of_scores._COMPARISONS", 300)
+    monkeypatch.setattr(VariancePass, "stretches", lambda self: cut(self.num_rows, 7))
+    monkeypatch.setattr("trak.pipeline.ranks_of_scores._COMPARISONS", 300)
     full = traker.scores("exp", with_error=True)
     for helpful in (True, False):
         found = traker.top_scores("exp", k=6, helpful=helpful, with_error=True)
@@ -154,6 +156,40 @@ def test_ranks_are_what_comparing_all_pairs_gives(finished, monkeypatch):
                 assert (found.rank_low[j, place], found.rank_high[j, place]) == (low, high)
                 assert low <= place + 1 <= high
                 np.testing.assert_allclose(found.errors[j, place], e[i], rtol=1e-5)
+
+
+def test_lists_with_errors_take_one_pass_of_every_replicate(tmp_path, monkeypatch):
+    model, train, targets = runs.data("mlp", N, M)
+    options = {"proj_dim": 24, "lambda_reg": "2x", "row_dtype": "float16"}
+    traker = runs.make_traker(model, N, tmp_path, **options)
+    runs.whole_run(traker, train, targets, cases.checkpoints("mlp", 1))
+    multiplied = []
+    whole = Weighted.__call__
+
+    def counted(self, start, stop):
+        multiplied.append((stop - start, self.weights.dtype))
+        return whole(self, start, stop)
+
+    monkeypatch.setattr(Weighted, "__call__", counted)
+    traker.top_scores("exp", k=2, with_error=True)
+    assert sum(rows for rows, _ in multiplied) == 8 * N
+    # 11 bits a number: only the scores themselves are multiplied in float64
+    assert sum(rows for rows, dtype in multiplied if dtype is torch.float64) == N
+
+
+@pytest.mark.parametrize("model_ids", [[2], [0, 1, 3]])
+def test_single_scores_are_those_of_all(model_ids, finished, monkeypatch):
+    traker, *_ = finished
+    monkeypatch.setattr(VariancePass, "stretches", lambda self: cut(self.num_rows, 7))
+    every = traker.scores("exp", model_ids=model_ids, with_error=True)
+    places = torch.tensor([[3, 39, 3], [0, 1, 2], [38, 7, 20], [5, 5, 4], [9, 8, 7]])
+    for many, pairs in ((0, 1 << 22), (0, 1), (1 << 40, 1)):
+        monkeypatch.setattr("trak.pipeline.variances._MANY", many)
+        monkeypatch.setattr("trak.score_computers.linear._PAIRS", pairs)
+        found = error_pass(traker.pipeline, "exp", model_ids).single(places)
+        for one, other in zip(found, (every.scores, every.errors**2), strict=True):
+            expected = np.take_along_axis(other.T, places.numpy(), axis=1)
+            np.testing.assert_allclose(one.numpy(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

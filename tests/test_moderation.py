@@ -40,11 +40,9 @@ class World:
             torch.from_numpy(self.squares[:, : self.m]),
         )
         half = len(self.scores) // 2
-        levels = found.target_levels(
-            lambda: (
-                Stretch(*(p[s] for p in stretch)) for s in (slice(half), slice(half, None))
-            )
-        )
+        levels = found.target_levels([
+            Stretch(*(p[s] for p in stretch)) for s in (slice(half), slice(half, None))
+        ])
         return found.moderated(levels, stretch).numpy(), found.degrees
 
 
@@ -129,7 +127,7 @@ def test_a_target_of_which_nothing_was_learned_is_left_alone():
     silent = squares.clone()
     silent[:, 2] = 0.0  # in the rows that levels are told from
 
-    levels = found.target_levels(lambda: [Stretch(effects, scores, silent)])
+    levels = found.target_levels([Stretch(effects, scores, silent)])
     assert levels.isnan().tolist() == [False, False, True, False, False, False]
     after = found.moderated(levels, Stretch(effects, scores, squares))
     torch.testing.assert_close(after[:, 2], squares[:, 2])

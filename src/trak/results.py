@@ -150,7 +150,7 @@ class Results:
             model_ids: the checkpoints; all of the store if None.
             checkpoint_weights: as for `scores`; not for `"trak"`.
             with_error: for `"trak"`: standard errors and the ranks that each example could
-                have, in three passes; a warning is logged where the lists are mostly noise.
+                have, in two passes; a warning is logged where the lists are mostly noise.
 
         Returns:
             `TopScores`: `indices` and `scores`, each `[m, k]`, strongest first; `Ranked` if

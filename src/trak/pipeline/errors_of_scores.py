@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak.pipeline.pipeline import Pipeline
-from trak.pipeline.ranks_of_scores import Ranked, critical, noise_limit
+from trak.pipeline.ranks_of_scores import Aims, Ranked, critical, noise_limit
+from trak.pipeline.scoring import ScorePass
 from trak.pipeline.solving import ScoreSet, block_scorer
-from trak.pipeline.variances import Takes, VariancePass, cut
-from trak.score_computers import LinearScoreComputer, RunningTop
+from trak.pipeline.variances import Pairs, Takes, VariancePass, cut
+from trak.score_computers import LinearScoreComputer
 from trak.score_computers.auto_ridge import drawn
 from trak.score_computers.linear import BlockScorer
 from trak.score_computers.moderation import (
@@ -25,7 +26,6 @@ from trak.score_computers.moderation import (
 from trak.score_computers.stream import decoded
 from trak.score_computers.topk import how_many
 
-_COMPARISONS = 1 << 24
 _LEARNED_ROWS, _TOGETHER = 2048, 16  # from which is learned how errors differ
 
 Stretches = Generator[tuple[int, Tensor, Tensor]]
@@ -81,17 +81,19 @@ class ErrorPass(VariancePass):
         Returns:
             Scores and errors.
         """
-        found = [
-            (scores.float().cpu().numpy(), errors.float().cpu().numpy())
-            for _, scores, errors in self.blocks()
-        ]
-        scores, errors = (np.concatenate(part) for part in zip(*found, strict=True))
-        return ScoresWithError(scores, errors, self.degrees, self.source)
+        shape = (self.num_rows, self.num_targets)
+        found, errors = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        for start, scores, squares in self.blocks():
+            part = slice(start, start + len(scores))
+            found[part] = scores.float().cpu().numpy()
+            errors[part] = squares.sqrt().float().cpu().numpy()
+        return ScoresWithError(found, errors, self.degrees, self.source)
 
     def top(self, k: int, *, helpful: bool, level: float = 0.9) -> Ranked:
         """The strongest training examples, and the ranks that they could have.
 
-        Two passes: the second compares every example with the strongest ones.
+        Two passes: the first is that of scores without errors, the second compares every
+        example with the strongest ones.
 
         Args:
             k: how many a target.
@@ -103,50 +105,74 @@ class ErrorPass(VariancePass):
         """
         sign = 1 if helpful else -1
         k = how_many(k, self.num_rows)
-        top: RunningTop | None = None
-        for start, scores, _ in self.blocks():
-            if top is None:
-                top = RunningTop(scores.shape[1], k, scores.dtype, self.device)
-            top.add(start, sign * scores)
-        assert top is not None  # noqa: S101 - there is at least one training example
-        rows, best = top.result()
-        places = torch.from_numpy(rows).to(self.device)  # [m, k]
-        values = torch.from_numpy(best).to(self.device, torch.float64)
-        errors = torch.zeros_like(values)
-        for start, _, spread in self.blocks():
-            own = (places >= start) & (places < start + len(spread))
-            inside = (places - start).clamp(0, len(spread) - 1)
-            errors = torch.where(own, spread.T.gather(1, inside), errors)
+        _ = self.takes  # refuses before the first pass
+        strongest = ScorePass(
+            scorer=self.scorer,
+            saver=self.saver,
+            sets=[ScoreSet(self.exp_name)],
+            model_ids=self.model_ids,
+            device=self.device,
+        )
+        rows = strongest.top(k, helpful=helpful)[0].indices
+        values, own = self.single(torch.from_numpy(rows).to(self.device))
         reach = critical(level, self.degrees)
-        above, below, count = torch.zeros_like(places), torch.zeros_like(places), 0
-        for _, scores, spread in self.blocks():
-            count += len(scores)
-            more, less = _compare(sign * scores.T, spread.T, values, errors, reach)
+        aims = Aims(sign * values, own, reach)
+        above, below = torch.zeros((2, *rows.shape), dtype=torch.int64, device=self.device)
+        for _, scores, squares in self.blocks():
+            more, less = aims.compared(sign * scores, squares)
             above, below = above + more, below + less
         return Ranked(
             indices=rows,
-            scores=(sign * values).float().cpu().numpy(),
-            errors=errors.float().cpu().numpy(),
+            scores=values.float().cpu().numpy(),
+            errors=own.sqrt().float().cpu().numpy(),
             rank_low=(1 + above).cpu().numpy(),
-            rank_high=(count - below).cpu().numpy(),
+            rank_high=(self.num_rows - below).cpu().numpy(),
             level=level,
             source=self.source,
             projected=self.projected,
-            limit=noise_limit(k, count),
+            limit=noise_limit(k, self.num_rows),
         )
 
     def blocks(self) -> Stretches:
-        """Scores and errors in stretches of rows.
+        """Scores and their variances in stretches of rows.
 
         Yields:
-            First row, scores and errors, `[rows, m]`, float64.
+            First row, scores and variances, `[rows, m]`, float64.
         """
         for start, stop in self.stretches():
             scores, squares = self.stretch(self.takes, start, stop)
             if self._levels is not None and self._moderation is not None:
                 stretch = Stretch(self._effects[start:stop], scores, squares)
                 squares = self._moderation.moderated(self._levels, stretch)
-            yield start, scores, squares.sqrt()
+            yield start, scores, squares
+
+    def single(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Some scores of every target and their variances, without computing the others.
+
+        Args:
+            rows: numbers of training examples, `[m, k]`.
+
+        Returns:
+            `[m, k]` each, float64.
+        """
+        order = rows.flatten().argsort()
+        pairs = Pairs(rows.flatten()[order], order // rows.shape[1])
+        found: list[tuple[Tensor, Tensor]] = []
+        for start, stop in self.stretches():
+            some = pairs.between(start, stop)
+            if not len(some.rows):
+                continue
+            scores, squares = self.stretch(self.takes, start, stop, some)
+            if self._levels is not None and self._moderation is not None:
+                stretch = Stretch(self._effects[some.rows], scores, squares)
+                levels = self._levels[some.targets, None]
+                squares = self._moderation.moderated(levels, stretch)
+            found.append((scores.flatten(), squares.flatten()))
+        parts = (torch.cat(each) for each in zip(*found, strict=True))
+        scores, squares = (
+            torch.empty_like(part).scatter_(0, order, part).view_as(rows) for part in parts
+        )
+        return scores, squares
 
     @cached_property
     def _peers(self) -> Tensor:
@@ -206,7 +232,7 @@ class ErrorPass(VariancePass):
                 found = self.stretch(self.takes, start, stop)
                 yield Stretch(self._effects[start:stop], *found)
 
-        return self._moderation.target_levels(stretches)
+        return self._moderation.target_levels(list(stretches()))
 
 
 def error_pass(
@@ -231,18 +257,3 @@ def error_pass(
         device=pipeline.maker.device,
         projected=bool(pipeline.maker.projector.random_dim),
     )
-
-
-def _compare(
-    scores: Tensor, spread: Tensor, values: Tensor, errors: Tensor, reach: float
-) -> tuple[Tensor, Tensor]:
-    # how many of [m, b] are clearly above and below each of [m, k]
-    above, below = [], []
-    size = max(1, _COMPARISONS // max(1, scores.shape[1] * values.shape[1]))
-    for start in range(0, len(scores), size):
-        part = slice(start, start + size)
-        apart = scores[part, :, None] - values[part, None, :]
-        unsure = reach * torch.hypot(spread[part, :, None], errors[part, None, :])
-        above.append((apart > unsure).sum(dim=1))
-        below.append((apart < -unsure).sum(dim=1))
-    return torch.cat(above), torch.cat(below)

@@ -5,7 +5,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trak.errors import InputError
 
@@ -13,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 _NOISE = 2  # times the list's length
 _STEPS = 20_001
+_COMPARISONS = 1 << 20  # at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,53 @@ class Ranked:
             self.limit,
             more,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Aims:
+    """Scores that all others of their target are compared with.
+
+    Attributes:
+        values: the scores, `[m, k]`, float64.
+        squares: their variances, `[m, k]`.
+        reach: two scores differ clearly if by more than this times the standard error of
+            their difference.
+    """
+
+    values: Tensor
+    squares: Tensor
+    reach: float
+
+    def compared(self, scores: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """How many of some scores are clearly above and below each of these.
+
+        Args:
+            scores: `[b, m]`, float64.
+            squares: their variances, `[b, m]`.
+
+        Returns:
+            `[m, k]` each.
+        """
+        # most are clearly below all of them
+        unsure = self.reach**2 * (squares + self.squares.amax(dim=1))
+        apart = (self.values.amin(dim=1) - scores).clamp(min=0)
+        others = apart.square() <= unsure
+        count, k = len(scores), self.values.shape[1]
+        above = torch.zeros_like(self.values, dtype=torch.int64).flatten()
+        below = (count - others.sum(dim=0)).repeat_interleave(k)
+        targets = others.nonzero()[:, 1]
+        found = (targets, scores[others], squares[others])
+        size = max(1, _COMPARISONS // k)
+        for target, score, square in zip(
+            *(each.split(size) for each in found), strict=True
+        ):
+            apart = score[:, None] - self.values[target]
+            unsure = self.reach**2 * (square[:, None] + self.squares[target])
+            clear = apart.square() > unsure
+            place = target[:, None] * k + torch.arange(k, device=target.device)
+            above += torch.bincount(place[clear & (apart > 0)], minlength=len(above))
+            below += torch.bincount(place[clear & (apart < 0)], minlength=len(below))
+        return above.view_as(self.values), below.view_as(self.values)
 
 
 def noise_limit(length: int, count: int) -> int:

@@ -19,10 +19,9 @@ from trak.score_computers import (
     RunningTop,
     TopScores,
 )
-from trak.score_computers.linear import BlockScorer
+from trak.score_computers.linear import BlockScorer, safe_products
 from trak.score_computers.stream import (
     Multiplier,
-    products_dtype,
     refuse_nonfinite,
     rows_per_block,
     stream,
@@ -32,7 +31,6 @@ from trak.score_computers.topk import how_many
 _SOLVED_ROWS = 4096
 _SCORE_BYTES = 32 << 20
 _BUFFERS = 3  # one is made, one waits, one is being written
-_SAFE = (1e-24, 1e24)  # weights whose products with rows and Q float32 can hold
 
 Scored = Generator[tuple[int, Tensor]]
 
@@ -132,7 +130,7 @@ class ScorePass:
             yield start, block
 
     def _multiplied(self, sources: list[RowSource], weights: list[Tensor]) -> Scored:
-        dtype = _products(sources, weights)
+        dtype = safe_products(sources, weights)
         weights = [w.to(dtype) for w in weights]
         width, columns = weights[0].shape
         fitting = max(64, _SCORE_BYTES // (columns * dtype.itemsize))
@@ -187,15 +185,3 @@ class ScorePass:
                     f"{column - part.start} of {name!r} is not finite (checkpoints "
                     f"{self.model_ids}). Use a larger ridge (lambda_reg), or leave it out."
                 )
-
-
-def _products(sources: list[RowSource], weights: list[Tensor]) -> torch.dtype:
-    # float32 where the rows are no better than that, unless it could lose the weights
-    if any(products_dtype(rows) is not torch.float32 for rows in sources):
-        return torch.float64
-    low, high = _SAFE
-    for each in weights:
-        largest = each.abs().amax(dim=0)
-        if not ((largest == 0) | ((largest > low) & (largest < high))).all():
-            return torch.float64
-    return torch.float32

@@ -16,7 +16,7 @@ from trak.score_computers import (
     LinearScoreComputer,
     RidgeScoreComputer,
 )
-from trak.score_computers.linear import BlockScorer, Kept
+from trak.score_computers.linear import BlockScorer, Kept, Weighted, blocks_of
 from trak.score_computers.stream import decoded
 
 
@@ -182,9 +182,7 @@ def block_scorer(
     if weights is None:
         loss = _loss_of(scorer, saver, model_id)
         return scorer.scorer(kept, rows, targets, **loss)
-    return lambda start, stop: (
-        decoded(rows[start:stop], torch.float64).to(weights) @ weights
-    )
+    return Weighted(blocks_of(rows, weights.dtype, weights.device), weights)
 
 
 def _loss_of(

@@ -1,11 +1,13 @@
 """Scores and their variances by the jackknife, in stretches of rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trak.encodings import RowSource
@@ -14,15 +16,42 @@ from trak.pipeline.losses import loss_sizes
 from trak.pipeline.solving import block_scorer, row_source
 from trak.savers import AbstractSaver
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
-from trak.score_computers.jackknife import GROUPS, without_groups
-from trak.score_computers.linear import BlockScorer
+from trak.score_computers.jackknife import GROUPS, group_contrasts
+from trak.score_computers.linear import BlockScorer, Weighted
 from trak.score_computers.stream import decoded
 
 _BLOCK_BYTES = 32 << 20
 _FEWEST_COLUMNS = 32
+_MANY = 16  # if so large a part of a stretch's scores is asked for, all are computed
 
 Takes = Sequence[Callable[[int, int], Tensor]]
 """Functions of first and end row that give scores before Q, `[rows, m]`, float64."""
+
+
+class Pairs(NamedTuple):
+    """Single scores.
+
+    Attributes:
+        rows: row numbers, ascending, `[p]`.
+        targets: numbers of targets, `[p]`.
+    """
+
+    rows: Tensor
+    targets: Tensor
+
+    def between(self, start: int, stop: int) -> "Pairs":
+        """Those of some rows.
+
+        Args:
+            start: first row.
+            stop: end row.
+
+        Returns:
+            Some of the pairs.
+        """
+        ends = torch.tensor([start, stop], device=self.rows.device)
+        first, end = torch.searchsorted(self.rows, ends).tolist()
+        return Pairs(self.rows[first:end], self.targets[first:end])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +96,14 @@ class VariancePass:
         """Training examples that there are, `n`."""
         return len(self.saver.train_rows(self.model_ids[0]).done)
 
+    @property
+    def num_targets(self) -> int:
+        """Targets of the experiment, `m`."""
+        return int(self.saver.experiment(self.exp_name)["num_targets"])
+
     @cached_property
     def takes(self) -> Takes:
-        """Of every checkpoint; or of all columns, and without each group of them.
+        """Of every checkpoint; or of all columns, and contrasts between groups of them.
 
         Raises:
             InputError: if there is neither a second checkpoint nor a random projection.
@@ -87,8 +121,8 @@ class VariancePass:
         rows, targets = self.rows(model_id), self._targets(model_id)
         loss = loss_sizes(self.saver, model_id)
         kept = self.saver.load_factor(model_id)
-        deleted = without_groups(self.scorer, kept, rows, targets, loss)
-        return [self._scorer_of(model_id), *deleted]
+        contrasts = group_contrasts(self.scorer, kept, rows, targets, loss)
+        return [self._scorer_of(model_id), *contrasts]
 
     def stretches(self) -> list[tuple[int, int]]:
         """First and end rows that fit into memory with all targets.
@@ -96,29 +130,35 @@ class VariancePass:
         Returns:
             All rows.
         """
-        num_targets = int(self.saver.experiment(self.exp_name)["num_targets"])
-        columns = max(num_targets, _FEWEST_COLUMNS)
+        columns = max(self.num_targets, _FEWEST_COLUMNS)
         size = max(64, _BLOCK_BYTES // (8 * columns * max(len(self.takes), GROUPS)))
         return cut(self.num_rows, size)
 
-    def stretch(self, takes: Takes, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def stretch(
+        self, takes: Takes, start: int, stop: int, pairs: Pairs | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Scores of some rows, and their variances.
 
         Args:
             takes: as `takes` are, of these or of other targets.
             start: first row.
             stop: end row.
+            pairs: which scores of these rows; all if None.
 
         Returns:
-            `[rows, m]` each, float64.
+            `[rows, m]` each, float64; of pairs `[p, 1]`.
 
         Raises:
             NumericalError: if one is not finite.
         """
-        parts = torch.stack([take(start, stop) for take in takes])
-        loss = [self.saver.train_rows(i).array("out_to_loss") for i in self.model_ids]
-        weights = [np.asarray(one[start:stop], np.float64) for one in loss]
-        q = torch.from_numpy(np.stack(weights)).to(parts)
+        if pairs is None:
+            parts = (take(start, stop) for take in takes)
+        else:
+            parts = (_single(take, start, stop, pairs) for take in takes)
+        weights = [np.asarray(one[start:stop], np.float64) for one in self._loss]
+        q = torch.from_numpy(np.stack(weights))
+        if pairs is not None:
+            q = q[:, (pairs.rows - start).cpu()]
         jackknife = _of_groups if self.source == "sketch" else _of_checkpoints
         scores, squares = jackknife(parts, q)
         if not torch.isfinite(scores).all() or not torch.isfinite(squares).all():
@@ -140,6 +180,10 @@ class VariancePass:
         """
         rows = row_source(self.saver.train_rows(model_id))
         return rows.to(self.device) if isinstance(rows, Tensor) else rows
+
+    @cached_property
+    def _loss(self) -> list[NDArray[Any]]:
+        return [self.saver.train_rows(i).array("out_to_loss") for i in self.model_ids]
 
     def _targets(self, model_id: int) -> Tensor:
         targets = self.saver.target_rows(self.exp_name, model_id)
@@ -163,22 +207,40 @@ def cut(count: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _of_groups(parts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    deleted = parts[1:] * q[0]
-    count = len(deleted)
-    return parts[0] * q[0], _variance(deleted) * ((count - 1) ** 2 / count)
+def _single(
+    take: Callable[[int, int], Tensor], start: int, stop: int, pairs: Pairs
+) -> Tensor:
+    places, targets = pairs.rows - start, pairs.targets
+    if isinstance(take, Weighted):
+        few = _MANY * len(places) < (stop - start) * take.weights.shape[1]
+        if few:
+            return take.pairs(start, stop, places, targets)[:, None]
+    return take(start, stop)[places, targets][:, None]
 
 
-def _of_checkpoints(parts: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    count = len(parts)
-    left = (parts.sum(dim=0) - parts) * (q.sum(dim=0) - q) / (count - 1) ** 2
+def _of_groups(parts: Iterable[Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+    whole, *contrasts = parts
+    q = q.to(whole)
+    squares = torch.zeros_like(whole)
+    for contrast in contrasts:
+        squares.addcmul_(contrast, contrast)
+    count = len(contrasts) + 1
+    return whole * q[0], squares * (q[0].square() * ((count - 1) / count))
+
+
+def _of_checkpoints(parts: Iterable[Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+    taus = torch.stack(list(parts))
+    q = q.to(taus)
+    count = len(taus)
+    left = taus.sum(dim=0) - taus
+    left *= (q.sum(dim=0) - q) / (count - 1) ** 2
     squares = _variance(left) * ((count - 1) ** 2 / count)
     # for a product it is too large by the product of both means' variances
-    both = _variance(parts) * _variance(q) / count**2
-    whole = parts.mean(dim=0) * q.mean(dim=0)
+    both = _variance(taus) * (_variance(q) / count**2)
+    whole = taus.mean(dim=0) * q.mean(dim=0)
     return whole, torch.maximum(squares - both, squares / 2)
 
 
 def _variance(values: Tensor) -> Tensor:
     # Tensor.var takes several times as long over the first axis
-    return (values - values.mean(dim=0)).square().sum(dim=0) / (len(values) - 1)
+    return (values - values.mean(dim=0)).square_().sum(dim=0) / (len(values) - 1)

@@ -1,6 +1,7 @@
-"""What scores would be with some of the projection's columns left out."""
+"""How scores would differ with some of the projection's columns left out."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,24 +10,33 @@ from torch import Tensor
 from trak.encodings import RowSource
 from trak.errors import InputError
 from trak.score_computers.factor import factorize
-from trak.score_computers.linear import BlockScorer, Kept, product
+from trak.score_computers.linear import (
+    BlockScorer,
+    Kept,
+    Weighted,
+    blocks_of,
+    product,
+    safe_products,
+)
 from trak.score_computers.ridge import RidgeScoreComputer
 from trak.score_computers.stream import decoded
 
 GROUPS = 8
 
 
-def without_groups(
+def group_contrasts(
     computer: RidgeScoreComputer,
     kept: Kept,
     rows: RowSource,
     targets: Tensor,
     loss: Any,
 ) -> list[BlockScorer]:
-    """Scores with one of eight groups of columns left out, for each group.
+    """Differences of scores with one of eight groups of columns left out.
 
     Columns of a random projection are independent sketches of the gradient, or, where
     entries are hashed, as good as that. The ridge keeps its size relative to the rows.
+    There are seven contrasts of the eight replicates: the sum of their squares is that of
+    the replicates' squared distances from their mean.
 
     Args:
         computer: made the factor.
@@ -36,7 +46,7 @@ def without_groups(
         loss: Q, `[n, 1]`.
 
     Returns:
-        Functions of first and end row that give scores before Q, `[rows, m]`, float64.
+        Functions of first and end row that give contrasts before Q, `[rows, m]`, float64.
 
     Raises:
         InputError: if there are fewer than two columns a group.
@@ -49,9 +59,25 @@ def without_groups(
             "checkpoints."
         )
     groups = torch.arange(width, device="cpu").chunk(GROUPS)
-    primal = computer.factor(kept, computer.where(rows)).form == "primal"
-    make = _primal if primal else _dual
-    return make(computer, kept, rows, targets, groups, loss)
+    if computer.factor(kept, computer.where(rows)).form == "primal":
+        weights = list(_contrasts(_primal(computer, kept, rows, targets, groups)))
+        dtype = safe_products([rows], weights)
+        block = blocks_of(rows, dtype, weights[0].device)
+        return [Weighted(block, each.to(dtype)) for each in weights]
+    scores = _dual(computer, kept, rows, targets, groups, loss)
+    return [lambda start, stop, s=each: s[start:stop] for each in _contrasts(scores)]
+
+
+def _contrasts(replicates: Iterable[Tensor]) -> Generator[Tensor]:
+    # Helmert's, as Welford's updates of the mean
+    mean: Tensor | None = None
+    for count, each in enumerate(replicates):
+        if mean is None:
+            mean = each
+            continue
+        apart = each - mean
+        mean = mean + apart / (count + 1)
+        yield apart * math.sqrt(count / (count + 1))
 
 
 def _primal(
@@ -60,13 +86,11 @@ def _primal(
     rows: RowSource,
     targets: Tensor,
     groups: Sequence[Tensor],
-    loss: Any,
-) -> list[BlockScorer]:
-    del loss  # it is in the Gram matrix
+) -> Generator[Tensor]:
+    # weights without each group, [k, m]
     factor = computer.factor(kept, computer.where(rows))
     gram, width = factor.gram(), rows.shape[1]
     targets = targets.to(gram)
-    found: list[BlockScorer] = []
     for group in groups:
         left = torch.ones(width, dtype=torch.bool, device="cpu")
         left[group] = False
@@ -76,10 +100,7 @@ def _primal(
         solver = factorize(part, form="primal", ridge=ridge, num_rows=rows.shape[0])
         weights = torch.zeros(width, len(targets), device="cpu").to(gram)
         weights[left] = solver.solve(targets[:, left].T)
-        found.append(
-            lambda start, stop, w=weights: decoded(rows[start:stop], w.dtype).to(w) @ w
-        )
-    return found
+        yield weights
 
 
 def _dual(
@@ -89,13 +110,13 @@ def _dual(
     targets: Tensor,
     groups: Sequence[Tensor],
     loss: Any,
-) -> list[BlockScorer]:
+) -> Generator[Tensor]:
+    # scores without each group, [n, m]
     factor = computer.factor(kept, computer.where(rows))
     gram = factor.gram()
     targets = targets.to(gram)
     weighted = computer.weighted(rows, loss)
     whole = product(weighted, targets.T)
-    found: list[BlockScorer] = []
     for group in groups:
         columns = slice(int(group[0]), int(group[-1]) + 1)
         phi = decoded(weighted, torch.float64, columns).to(gram)
@@ -103,6 +124,4 @@ def _dual(
         ridge = factor.ridge * float(part.trace() / gram.trace())
         solver = factorize(part, form="dual", ridge=ridge, num_rows=rows.shape[0])
         scores = solver.solve(whole - phi @ targets[:, columns].T)
-        scores = computer.unweighted(scores, loss)
-        found.append(lambda start, stop, s=scores: s[start:stop])
-    return found
+        yield computer.unweighted(scores, loss)

@@ -2,6 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,61 @@ from trak.encodings import RowSource
 from trak.errors import InputError
 from trak.score_computers.abstract import AbstractScoreComputer
 from trak.score_computers.gram import primal_gram
-from trak.score_computers.stream import rows_per_block, stream
+from trak.score_computers.stream import (
+    decoded,
+    products_dtype,
+    rows_per_block,
+    stream,
+)
 from trak.utils import get_matrix_mult
+
+_SAFE = (1e-24, 1e24)  # weights whose products with rows and Q float32 can hold
+_PAIRS = 1 << 22  # numbers that single scores are summed from at once
 
 BlockScorer = Callable[[int, int], Tensor]
 Kept = tuple[NDArray[np.float64], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """Scores of rows as their products with weights: a `BlockScorer`.
+
+    Attributes:
+        block: gives decoded rows from a first to an end row, as `blocks_of` does.
+        weights: `[k, m]`, in the dtype of the products.
+    """
+
+    block: Callable[[int, int], Tensor]
+    weights: Tensor
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """All scores of some rows.
+
+        Args:
+            start: first row.
+            stop: end row.
+
+        Returns:
+            `[rows, m]`, float64.
+        """
+        return (self.block(start, stop) @ self.weights).double()
+
+    def pairs(self, start: int, stop: int, places: Tensor, targets: Tensor) -> Tensor:
+        """Some of these scores, without computing the others.
+
+        Args:
+            start: first row.
+            stop: end row.
+            places: how far behind the first row the scores' rows are, `[p]`.
+            targets: the scores' targets, `[p]`.
+
+        Returns:
+            `[p]`, float64.
+        """
+        rows, columns = self.block(start, stop).double(), self.weights.T
+        size = max(1, _PAIRS // len(self.weights))
+        parts = zip(places.split(size), targets.split(size), strict=True)
+        return torch.cat([(rows[i] * columns[j].double()).sum(dim=1) for i, j in parts])
 
 
 class LinearScoreComputer(AbstractScoreComputer):
@@ -175,3 +227,44 @@ def product(rows: RowSource, weights: Tensor) -> Tensor:
     block_rows = rows_per_block(rows.shape[1], weights.dtype)
     blocks = stream([rows], weights.dtype, weights.device, block_rows)
     return torch.cat([block @ weights for _, _, block in blocks])
+
+
+def blocks_of(
+    rows: RowSource, dtype: torch.dtype, device: torch.device
+) -> Callable[[int, int], Tensor]:
+    """Decodes stretches of rows, the last one once for all that ask for it.
+
+    Args:
+        rows: Phi, `[n, k]`.
+        dtype: of the decoded rows.
+        device: of the decoded rows.
+
+    Returns:
+        A function of first and end row.
+    """
+
+    @lru_cache(maxsize=1)
+    def block(start: int, stop: int) -> Tensor:
+        return decoded(rows[start:stop], dtype).to(device)
+
+    return block
+
+
+def safe_products(sources: Sequence[RowSource], weights: Sequence[Tensor]) -> torch.dtype:
+    """The dtype in which rows are multiplied by weights.
+
+    Args:
+        sources: rows, `[n, k]` each.
+        weights: `[k, m]` each, float64.
+
+    Returns:
+        float32 where no rows are better than that, unless it could lose the weights.
+    """
+    if any(products_dtype(rows) is not torch.float32 for rows in sources):
+        return torch.float64
+    low, high = _SAFE
+    for each in weights:
+        largest = each.abs().amax(dim=0)
+        if not ((largest == 0) | ((largest > low) & (largest < high))).all():
+            return torch.float64
+    return torch.float32

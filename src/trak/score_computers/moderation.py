@@ -9,7 +9,7 @@ one predicts the other. What it needs to know is learned from a few training exa
 the role of targets, so that the error of a score depends on no other target.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,11 +82,11 @@ class Moderation:
         found = self.share * _means(logs - self.levels, alive, dim=1)
         return torch.where(alive.any(dim=1), found, torch.nan)
 
-    def target_levels(self, stretches: Callable[[], Iterable[Stretch]]) -> Tensor:
-        """The targets' levels, in a few passes over some rows.
+    def target_levels(self, stretches: Sequence[Stretch]) -> Tensor:
+        """The targets' levels.
 
         Args:
-            stretches: gives these rows, again at each call.
+            stretches: some rows.
 
         Returns:
             `[m]`; NaN for targets whose scores do not vary in any of them.
@@ -95,7 +95,7 @@ class Moderation:
         for _ in range(_ROUNDS):  # the trend depends on the level, and it on the trend
             total: Any = 0.0
             count: Any = 0.0
-            for effects, scores, squares in stretches():
+            for effects, scores, squares in stretches:
                 logs, alive = _logs(scores, squares, self.own)
                 alive = alive & ~effects[:, None].isnan()
                 rest = logs - effects[:, None].nan_to_num()
@@ -244,7 +244,8 @@ def _at(points: Tensor, centres: Tensor, values: Tensor) -> Tensor:
     # linear between the centres, constant beyond
     if len(centres) == 1:
         return values.expand_as(points)
-    right = torch.bucketize(points, centres).clamp(1, len(centres) - 1)
-    left = right - 1
-    way = (points - centres[left]) / (centres[right] - centres[left])
-    return values[left] + way.clamp(0, 1) * (values[right] - values[left])
+    slopes = values.diff() / centres.diff()
+    bases = values[:-1] - slopes * centres[:-1]
+    points = points.clamp(centres[0], centres[-1])
+    part = torch.bucketize(points, centres[1:-1])
+    return bases[part] + slopes[part] * points
