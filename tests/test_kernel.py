@@ -428,6 +428,67 @@ def test_the_formula_of_the_cost():
     assert kernel_cost(shapes, 10, 8, positions=9).gradients == 10 * (8 * 17 + 8)
 
 
+class Words(nn.Module):
+    """A table, and a layer that is smaller multiplied out."""
+
+    def __init__(self, *, tied=False):
+        super().__init__()
+        self.table = nn.Embedding(400, 8)
+        self.layer = nn.Linear(8, 400 if tied else 3)
+        if tied:
+            self.layer.weight = self.table.weight
+
+    def forward(self, tokens):
+        return self.layer(torch.tanh(self.table(tokens))).mean(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_table_costs_what_the_store_writes(dtype, tmp_path):
+    model = Words().to(dtype)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    traker = kernel_traker(model, tmp_path)
+    train = torch.randint(0, 400, (N, 6)), torch.randint(0, 3, (N,))
+    runs.featurize(traker, train, model.state_dict())
+    there = 0
+    for path in (tmp_path / "0/kernel").glob("*.npz"):
+        with GradientFiles(tmp_path / "0/kernel").read(int(path.stem)) as arrays:
+            there += sum(arrays[name].nbytes for name in arrays if arrays[name].ndim)
+    size = dtype.itemsize
+    expected = kernel_cost(shapes, N, size, positions=6, tables={"table.weight"})
+    assert there == expected.gradients == N * (6 * (8 + 8 * size) + 27 * size + 8)
+    few = kernel_cost(shapes, N, size, positions=6).gradients
+    assert there < few / 10
+
+
+def test_exact_knows_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(dimension, "FEW", 1000)
+    options = {"task": "image_classification", "proj_dim": "exact", "device": "cpu"}
+
+    def chosen(model, **more):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return type(TRAKer(model, save_dir=folder, **options, **more).projector)
+
+    assert chosen(Words(), train_set_size=500) is KernelProjector
+    assert chosen(Words(), train_set_size=4000) is NoOpProjector
+    # a head's gradient has entries everywhere
+    assert chosen(Words(tied=True), train_set_size=500) is NoOpProjector
+    whole = FunctionalGradientComputer
+    assert chosen(Words(), train_set_size=500, gradient_computer=whole) is NoOpProjector
+
+
+def test_a_refusal_of_gradients_names_what_may_fit(tmp_path, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    options = {"task": "image_classification", "proj_dim": "exact", "device": "cpu"}
+    layer = nn.Linear(100, 100)  # at 64 positions smaller multiplied out
+    told = []
+    for free in (10**6, 10**5):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(0, 0, free))
+        with pytest.raises(InputError, match="Unprojected gradients do not fit") as caught:
+            TRAKer(layer, save_dir=tmp_path / "a", train_set_size=100, **options)
+        told.append("KernelProjector(100), as exact" in str(caught.value))
+    assert told == [True, False]
+
+
 def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     model, train, _, states = world("reader")

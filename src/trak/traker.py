@@ -25,6 +25,7 @@ from trak.pipeline import (
     make_saver,
     make_scorer,
     storage_dtype,
+    tables_of,
     usual_projector,
 )
 from trak.projectors import (
@@ -193,7 +194,8 @@ class TRAKer(Results):
         )
         if projector is None or isinstance(projector, str):
             made = self._shapes, proj_dim, self.proj_seed, self.device, projector
-            projector = projector_of_width(*made, *size, usual=usual)
+            tables = tables_of(self.model, self.gradient_computer)
+            projector = projector_of_width(*made, *size, usual=usual, tables=tables)
         self.projector: AbstractProjector = projector
         self.proj_dim: int = width_of_rows(projector, self._shapes, self.dtype, *size)
 

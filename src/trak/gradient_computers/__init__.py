@@ -10,6 +10,7 @@ from trak.gradient_computers.coverage import Coverage
 from trak.gradient_computers.functional import FunctionalGradientComputer
 from trak.gradient_computers.hooks import HookGradientComputer
 from trak.gradient_computers.iterative import IterativeGradientComputer
+from trak.gradient_computers.rules.embedding import embedding_tables
 
 __all__ = [
     "AbstractGradientComputer",
@@ -19,5 +20,6 @@ __all__ = [
     "IterativeGradientComputer",
     "SelectingGradientComputer",
     "choose_computer",
+    "embedding_tables",
     "select_parameters",
 ]

@@ -2,7 +2,7 @@
 
 from trak.pipeline.assembly import make_computer, make_pipeline, make_saver
 from trak.pipeline.checks import as_folder, as_names, check_model, check_parts
-from trak.pipeline.choices import make_scorer, storage_dtype, usual_projector
+from trak.pipeline.choices import make_scorer, storage_dtype, tables_of, usual_projector
 from trak.pipeline.describe import describe_run, store_metadata
 from trak.pipeline.errors_of_scores import ScoresWithError, error_pass
 from trak.pipeline.inventory import (
@@ -46,6 +46,7 @@ __all__ = [
     "prepare_task",
     "storage_dtype",
     "store_metadata",
+    "tables_of",
     "usual_projector",
     "validate_state",
 ]

@@ -4,12 +4,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trak.arguments import Ridge
 from trak.encodings import encoding_of
 from trak.errors import InputError, InputTypeError
-from trak.gradient_computers import AbstractGradientComputer, HookGradientComputer
+from trak.gradient_computers import (
+    AbstractGradientComputer,
+    HookGradientComputer,
+    embedding_tables,
+)
 from trak.pipeline.checks import describe
 from trak.projectors import LeadingProjector
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
@@ -79,6 +83,21 @@ def usual_projector(
             )
         return None
     return "leading" if isinstance(gradient_computer, HookGradientComputer) else None
+
+
+def tables_of(model: nn.Module, gradient_computer: AbstractGradientComputer) -> set[str]:
+    """Which gradients come as entries of a few rows of a table.
+
+    Args:
+        model: the model.
+        gradient_computer: the run's.
+
+    Returns:
+        Names of embedding tables; none where gradients are computed as a whole.
+    """
+    if not isinstance(gradient_computer, HookGradientComputer):
+        return set()
+    return embedding_tables(model)
 
 
 def make_scorer(

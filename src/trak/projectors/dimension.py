@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,13 @@ from trak.arguments import as_integer
 from trak.errors import InputError
 from trak.projectors.abstract import AbstractProjector
 from trak.projectors.choice import POSITIONS, make_projector
-from trak.projectors.kernel import KernelProjector, kernel_cost, predict, room_at
+from trak.projectors.kernel import (
+    KernelProjector,
+    in_words,
+    kernel_cost,
+    predict,
+    room_at,
+)
 from trak.projectors.noop import NoOpProjector
 
 logger = logging.getLogger(__name__)
@@ -41,6 +47,7 @@ def projector_of_width(
     folder: Path,
     *,
     usual: str | None = None,
+    tables: Collection[str] = (),
 ) -> AbstractProjector:
     """The projector that the facade's arguments stand for.
 
@@ -55,6 +62,7 @@ def projector_of_width(
         folder: where the rows will be.
         usual: the name that None stands for where something is projected; chosen by cost
             if None.
+        tables: names of embedding tables.
 
     Returns:
         The projector.
@@ -74,14 +82,18 @@ def projector_of_width(
     if found is not None:
         return make_projector(shapes, found, seed, device, kind or usual)
     if proj_dim == EXACT:
-        if kernel_is_smaller(shapes, num_rows, row_bytes):
+        if kernel_is_smaller(shapes, num_rows, row_bytes, tables):
             return KernelProjector(num_rows, device)
-        refuse_too_much(num_rows, width, row_bytes, folder)
+        kernel = kernel_cost(shapes, num_rows, row_bytes, 1, tables).disk
+        refuse_too_much(num_rows, width, row_bytes, folder, kernel)
     return NoOpProjector(device=device)
 
 
 def kernel_is_smaller(
-    shapes: Mapping[str, Sequence[int]], num_rows: int, row_bytes: int
+    shapes: Mapping[str, Sequence[int]],
+    num_rows: int,
+    row_bytes: int,
+    tables: Collection[str] = (),
 ) -> bool:
     """Whether the exact kernel needs less of the disk than rows of gradients.
 
@@ -92,12 +104,13 @@ def kernel_is_smaller(
         shapes: name to shape of every selected parameter.
         num_rows: training examples, `n`.
         row_bytes: bytes of a stored number.
+        tables: names of embedding tables.
 
     Returns:
         The answer.
     """
     width = sum(math.prod(shape) for shape in shapes.values())
-    expected = kernel_cost(shapes, num_rows, row_bytes, positions=POSITIONS)
+    expected = kernel_cost(shapes, num_rows, row_bytes, POSITIONS, tables)
     few = num_rows * width <= FEW
     return not few and expected.disk < num_rows * width * row_bytes
 
@@ -219,7 +232,9 @@ def exact_cost(num_rows: int, num_params: int, row_bytes: int) -> tuple[int, flo
     return num_rows * num_params * row_bytes, float(size) * size * inner
 
 
-def refuse_too_much(num_rows: int, num_params: int, row_bytes: int, folder: Path) -> None:
+def refuse_too_much(
+    num_rows: int, num_params: int, row_bytes: int, folder: Path, kernel: int
+) -> None:
     """Says what unprojected rows will cost, before the first is made.
 
     Args:
@@ -227,6 +242,7 @@ def refuse_too_much(num_rows: int, num_params: int, row_bytes: int, folder: Path
         num_params: selected parameters, `p`.
         row_bytes: bytes of a stored number.
         folder: where they will be, or a folder that does not exist yet.
+        kernel: bytes of the exact kernel where layers are used once a sample.
 
     Raises:
         InputError: if there is no room for one checkpoint.
@@ -239,8 +255,12 @@ def refuse_too_much(num_rows: int, num_params: int, row_bytes: int, folder: Path
     )
     logger.info("Not projected: %s.", cost)
     if size > room:
+        other = (
+            f"projector=KernelProjector({num_rows}), as exact and from {in_words(kernel)} "
+            "on if a sample uses layers at few positions (docs/numerics.md), "
+        )
         raise InputError(
             f"Unprojected gradients do not fit: {cost}, with {room / 2**30:.3g} GiB free "
-            f"at {there}. Use proj_dim='auto' or a number, select parameters with "
-            "grad_wrt, or another save_dir."
+            f"at {there}. Use {other if kernel <= room else ''}proj_dim='auto' or a "
+            "number, select parameters with grad_wrt, or another save_dir."
         )

@@ -3,7 +3,7 @@
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,8 +92,8 @@ class KernelCost(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{_size(self.gradients)} of gradients and {_size(self.rows)} of rows on disk "
-            f"for each checkpoint; about {self.products:.2g} multiplications for the "
+            f"{in_words(self.gradients)} of gradients and {in_words(self.rows)} of rows on "
+            f"disk for each checkpoint; about {self.products:.2g} multiplications for the "
             f"kernel and {self.factor:.2g} for its factor"
         )
 
@@ -103,26 +103,33 @@ def kernel_cost(
     num_rows: int,
     row_bytes: int,
     positions: int | None = None,
+    tables: Collection[str] = (),
 ) -> KernelCost:
     """What the exact kernel costs, before a gradient was seen.
 
     A layer `[o, i]` whose weight is used at `s` positions is kept as `s (o + i)` numbers
-    if these are fewer than `o i`.
+    if these are fewer than `o i`; a table `[v, e]` as `s` indices of 8 bytes and `s e`
+    numbers.
 
     Args:
         shapes: name to shape of every selected parameter.
         num_rows: training examples, `n`.
         row_bytes: bytes of a stored number of a row.
         positions: `s`; as many as make gradients largest if None.
+        tables: names of embedding tables.
 
     Returns:
         Bytes, and multiplications `n^2 p / 2` of the kernel as if gradients were at hand,
         and `n^3 / 6` of its factor.
     """
     width = sum(math.prod(shape) for shape in shapes.values())
-    kept = sum(_kept(shape, positions) for shape in shapes.values())
+    number = max(4, row_bytes)
+    kept = 0
+    for name, shape in shapes.items():
+        rows = 8 // number if name in tables else shape[0] if shape else 1
+        kept += _kept(shape, rows, positions)
     return KernelCost(
-        num_rows * kept * max(4, row_bytes) + 8 * num_rows,
+        num_rows * kept * number + 8 * num_rows,
         num_rows * (num_rows + 1) * row_bytes,
         num_rows * (num_rows + 1) / 2 * width,
         num_rows**3 / 6,
@@ -151,9 +158,9 @@ def predict(
     there, room = room_at(folder)
     if least.disk > room:
         raise InputError(
-            f"The exact kernel does not fit: at least {least}, with {_size(room)} free at "
-            f"{there}. Use proj_dim='auto' or a number, select parameters with grad_wrt, "
-            "or another save_dir."
+            f"The exact kernel does not fit: at least {least}, with {in_words(room)} free "
+            f"at {there}. Use proj_dim='auto' or a number, select parameters with "
+            "grad_wrt, or another save_dir."
         )
 
 
@@ -170,12 +177,21 @@ def room_at(folder: Path) -> tuple[Path, int]:
     return there, shutil.disk_usage(there).free
 
 
-def _kept(shape: Sequence[int], positions: int | None) -> int:
+def in_words(size: int) -> str:
+    """A number of bytes for people.
+
+    Args:
+        size: bytes.
+
+    Returns:
+        In GiB or MiB.
+    """
+    return f"{size / 2**30:.3g} GiB" if size >= 1 << 30 else f"{size / 2**20:.3g} MiB"
+
+
+def _kept(shape: Sequence[int], rows: int, positions: int | None) -> int:
+    # numbers of one sample, if those that tell a position's rows count as `rows`
     size = math.prod(shape)
     if positions is None or len(shape) < 2:
         return size
-    return min(size, positions * (shape[0] + size // max(1, shape[0])))
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB" if size >= 1 << 30 else f"{size / 2**20:.3g} MiB"
+    return min(size, positions * (rows + size // max(1, shape[0])))

@@ -10,6 +10,24 @@ from trak.blocks import Block, IndexedBlock
 from trak.gradient_computers.rules.registry import LayerCall, positions, register
 
 
+def embedding_tables(model: nn.Module) -> set[str]:
+    """The parameters of which a sample uses a few rows.
+
+    Args:
+        model: the model.
+
+    Returns:
+        Names of the weights of embeddings that no layer of another kind shares.
+    """
+    elsewhere = {
+        id(parameter)
+        for layer in model.modules()
+        if not isinstance(layer, nn.Embedding | nn.EmbeddingBag)
+        for parameter in layer.parameters(recurse=False)
+    }
+    return {name for name, p in model.named_parameters() if id(p) not in elsewhere}
+
+
 @register(nn.Embedding)
 def embedding(call: LayerCall) -> Iterator[Block]:
     """Each token's output gradient is added to its row; padding rows get none.
