@@ -1,24 +1,28 @@
 """The one call: scores of targets from a model, its training data and its checkpoints."""
 
+import inspect
 import logging
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from trak.errors import InputError, InputTypeError
 from trak.gradient_computers import select_parameters
 from trak.loaders import count_of, ordered, size_of, some_of
-from trak.pipeline import as_names
+from trak.pipeline import as_names, try_first_batches
 from trak.projectors import KernelProjector, NoOpProjector
 from trak.projectors.dimension import EXACT
 from trak.savers.filesystem import made_folder
+from trak.savers.layout import check_experiment_name
 from trak.strength import SAMPLE, choose_strength, known_strength, state_of
 from trak.traker import TRAKer
 
@@ -72,9 +76,9 @@ def attribute(
         options: further arguments of `TRAKer`.
 
     Returns:
-        Scores, `[n, m]`, positive where adding the training example raises the target's
-        model output.
+        Scores `[n, m]`, positive where adding the example raises the target's model output.
     """
+    _check_names(exp_name, options)
     folder = _folder(model, save_dir)
     examples, aims = ordered("train", train), ordered("targets", targets)
     settings: dict[str, Any] = {
@@ -88,8 +92,8 @@ def attribute(
     settings |= _selection(model, settings)
     with _restored(model) as before:
         states = [_apart(c, model, before) for c in _listed(checkpoints, model)]
-        if isinstance(whitening, str) and whitening == "auto":
-            whitening = _strength(model, states, examples, folder, settings)
+        _try_batches(model, states[0], examples, aims, settings)
+        whitening = _strength(whitening, model, states, examples, folder, settings)
         traker = TRAKer(model, save_dir=folder, whitening=whitening, **settings)
         return _Run(traker, states, progress).scores(examples, aims, exp_name)
 
@@ -100,6 +104,30 @@ def _folder(model: Any, save_dir: Any) -> Path:
             f"model must be a torch.nn.Module, got {type(model).__name__}."
         )
     return made_folder(save_dir)
+
+
+def _check_names(exp_name: Any, options: Mapping[str, Any]) -> None:
+    check_experiment_name(exp_name)
+    own = {*inspect.signature(attribute).parameters} - {"options"}
+    known = {*inspect.signature(TRAKer).parameters, *own}
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, sorted(known), n=2)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise InputTypeError(
+                f"attribute has no argument {name!r}, nor has TRAKer, which further ones "
+                f"are handed to.{hint}"
+            )
+
+
+def _try_batches(
+    model: nn.Module, checkpoint: Any, train: Any, targets: Any, settings: dict[str, Any]
+) -> None:
+    count_of("targets", targets)  # raises if there are none
+    found = {"targets": targets}
+    if not isinstance(train, DataLoader):  # else a store for a wrong number might stay
+        found["train"] = train
+    try_first_batches(model, state_of(checkpoint), found, settings)
 
 
 def _listed(checkpoints: Any, model: nn.Module) -> list[Any]:
@@ -235,12 +263,15 @@ def _projection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _strength(
+    asked: float | str | None,
     model: nn.Module,
     states: list[Any],
     train: Any,
     folder: Path,
     settings: Mapping[str, Any],
-) -> float:
+) -> float | str | None:
+    if not isinstance(asked, str) or asked != "auto":
+        return asked
     known = known_strength(folder)
     if known is not None:  # a call that goes on must not choose anew
         return known

@@ -21,7 +21,7 @@ def normalize(batch: Any, device: torch.device | None = None) -> Batch:
 
     Args:
         batch: a tensor, an iterable of tensors, or a mapping of names to tensors;
-            NumPy arrays and lists of numbers are converted.
+            NumPy arrays, and lists of numbers among its parts, are converted.
         device: where the tensors should be; unchanged if None.
 
     Returns:
@@ -33,7 +33,7 @@ def normalize(batch: Any, device: torch.device | None = None) -> Batch:
     normal: Batch
     if isinstance(batch, Mapping):
         normal = {str(k): _tensor(v, f"batch[{k!r}]", device) for k, v in batch.items()}
-    elif isinstance(batch, Tensor):
+    elif isinstance(batch, Tensor | np.ndarray):
         normal = (_tensor(batch, "batch", device),)
     elif isinstance(batch, Iterable) and not isinstance(batch, str | bytes):
         parts = enumerate(batch)

@@ -58,7 +58,7 @@ def ordered(name: str, batches: Any) -> Any:
             f"{type(batches).__name__}."
         )
     parts = batches if isinstance(batches, tuple) else ()
-    if isinstance(batches, Tensor) or any(isinstance(p, Tensor) for p in parts):
+    if any(isinstance(part, Tensor | np.ndarray) for part in (batches, *parts)):
         raise InputTypeError(
             f"{name} must list batches, and this {type(batches).__name__} is one batch: "
             f"put it into a list, {name}=[batch]."

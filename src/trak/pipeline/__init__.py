@@ -5,6 +5,7 @@ from trak.pipeline.checks import as_folder, as_names, check_model, check_parts
 from trak.pipeline.choices import make_scorer, storage_dtype, tables_of, usual_projector
 from trak.pipeline.describe import describe_run, store_metadata
 from trak.pipeline.errors_of_scores import ScoresWithError, error_pass
+from trak.pipeline.first_batch import try_first_batches
 from trak.pipeline.inventory import (
     CheckpointInfo,
     ExperimentInfo,
@@ -47,6 +48,7 @@ __all__ = [
     "storage_dtype",
     "store_metadata",
     "tables_of",
+    "try_first_batches",
     "usual_projector",
     "validate_state",
 ]

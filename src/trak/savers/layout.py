@@ -11,6 +11,9 @@ from trak.encodings import RowEncoding
 from trak.errors import InputError, StoreMismatchError
 from trak.savers.rows import RowGroup
 
+LONGEST_NAME = 255 - len("..") - len(".mmap") - 2 * len(".0123456789abcdef")
+"""Bytes of an experiment's name: file systems take 255, of temporary names, too."""
+
 
 class StoreLayout:
     """Paths, dtypes and row groups of a store.
@@ -51,18 +54,9 @@ class StoreLayout:
             exp_name: the experiment.
 
         Returns:
-            Its path.
-
-        Raises:
-            InputError: if the name cannot be a file name.
+            Its path, if the name can be a file name.
         """
-        if not isinstance(exp_name, str) or not re.fullmatch(
-            r"[\w\-+=@,()\[\] ][\w\-+=@,.()\[\] ]*", exp_name
-        ):
-            raise InputError(
-                "exp_name becomes a file name: use a string of letters, digits, '_', '-' "
-                f"and '.', without leading '.'; got {exp_name!r}."
-            )
+        check_experiment_name(exp_name)
         return self.save_dir / "experiments" / f"{exp_name}.json"
 
     def train_rows(self, model_id: int) -> RowGroup:
@@ -96,6 +90,20 @@ class StoreLayout:
             Its path.
         """
         return self.checkpoint(model_id) / f"{exp_name}_grads.journal"
+
+    def target_files(self, exp_name: str, model_id: int) -> list[Path]:
+        """The row files of an experiment, whether or not they exist.
+
+        Args:
+            exp_name: the experiment.
+            model_id: the checkpoint.
+
+        Returns:
+            Their paths.
+        """
+        folder = self.checkpoint(model_id)
+        names = ("grads", "scales", "examples")
+        return [folder / f"{exp_name}_{name}.mmap" for name in names]
 
     def target_rows(self, exp_name: str, model_id: int, num_targets: int) -> RowGroup:
         """Creates or opens an experiment's rows.
@@ -137,6 +145,29 @@ class StoreLayout:
                 f"{folder} holds rows of further writers ({others[0]}), which this "
                 "version cannot read; the rows it would see are not all there are."
             )
+
+
+def check_experiment_name(exp_name: Any) -> None:
+    """Refuses what cannot be part of a file's name.
+
+    Args:
+        exp_name: the experiment.
+
+    Raises:
+        InputError: if the name cannot be a file name.
+    """
+    if not isinstance(exp_name, str) or not re.fullmatch(
+        r"[\w\-+=@,()\[\] ][\w\-+=@,.()\[\] ]*", exp_name
+    ):
+        raise InputError(
+            "exp_name becomes a file name: use a string of letters, digits, '_', '-' "
+            f"and '.', without leading '.'; got {exp_name!r}."
+        )
+    if (size := len(exp_name.encode())) > LONGEST_NAME:
+        raise InputError(
+            f"exp_name becomes part of file names and may have {LONGEST_NAME} bytes; this "
+            f"one has {size} ({exp_name[:40]!r}...). Use a shorter one."
+        )
 
 
 def lowest_format(metadata: Mapping[str, Any], encoding: RowEncoding) -> int:

@@ -1,0 +1,129 @@
+"""Mistakes in a call of `attribute` are told before its work, and do not stay."""
+
+import numpy as np
+import pytest
+import torch
+from tests import cases, runs
+from torch.utils.data import DataLoader, TensorDataset
+
+import trak
+from trak.errors import InputError, InputTypeError, PhaseError
+from trak.modelout_functions import ImageClassificationModelOutput
+from trak.pipeline.project import RowMaker
+
+N, M = 60, 6
+TASK = "image_classification"
+
+
+@pytest.fixture
+def world():
+    model, train, targets = runs.data("mlp", N, M)
+    return model, train, targets, cases.checkpoints("mlp", 2)
+
+
+def call(world, folder, **options):
+    model, train, targets, states = world
+    defaults = {
+        "task": TASK,
+        "checkpoints": states,
+        "train": runs.split(train, 9),
+        "targets": runs.split(targets, 4),
+        "progress": False,
+        "whitening": 0.5,
+    }
+    return trak.attribute(model, save_dir=folder, **(defaults | options))
+
+
+@pytest.fixture
+def no_rows(monkeypatch):
+    def refuse(*_args, **_options):
+        raise AssertionError("training examples were worked on")
+
+    for name in ("fitted", "making"):
+        monkeypatch.setattr(RowMaker, name, refuse)
+
+
+WRONG_TARGETS = {
+    "one batch": lambda x, y: [x, y],
+    "one batch of arrays": lambda x, y: [x.numpy(), y.numpy()],
+    "wrong width": lambda x, y: [(x[:, :-1], y)],
+    "labels of no class": lambda x, y: [(x, y + 50)],
+    "a part too many": lambda x, y: [(x[:0], y[:0]), (x, y, y)],
+}
+
+
+@pytest.mark.parametrize("whitening", [0.5, "auto"])
+@pytest.mark.parametrize("wrong", WRONG_TARGETS)
+def test_wrong_targets_are_told_first_and_do_not_stay(
+    wrong, whitening, world, tmp_path, monkeypatch, request
+):
+    targets = WRONG_TARGETS[wrong](*world[2])
+    with monkeypatch.context():
+        request.getfixturevalue("no_rows")
+        with pytest.raises(InputError, match=r"targets.*targets=\[batch\]"):
+            call(world, tmp_path / "a", targets=targets, whitening=whitening)
+    monkeypatch.undo()
+    found = call(world, tmp_path / "a")
+    np.testing.assert_array_equal(found, call(world, tmp_path / "b"))
+
+
+def test_one_batch_of_training_examples_leaves_no_store_for_twice_as_many(world, tmp_path):
+    with pytest.raises(InputError, match=r"train=\[batch\]"):
+        call(world, tmp_path / "a", train=list(world[1]))
+    assert call(world, tmp_path / "a").shape == (N, M)
+
+
+@pytest.mark.parametrize("name", ["a/b", "x" * 300, "ä" * 120])
+@pytest.mark.usefixtures("no_rows")
+def test_names_that_files_cannot_have_are_told_first(name, world, tmp_path):
+    with pytest.raises(InputError, match="exp_name"):
+        call(world, tmp_path, exp_name=name)
+
+
+def test_the_longest_name_will_do(world, tmp_path):
+    assert call(world, tmp_path, exp_name="x" * 214).shape == (N, M)
+
+
+@pytest.mark.parametrize("parts", [tuple, lambda found: found[0]])
+def test_arrays_that_are_one_batch(parts, world, tmp_path):
+    targets = parts([part.numpy() for part in world[2]])
+    with pytest.raises(InputTypeError, match=r"targets=\[batch\]"):
+        call(world, tmp_path, targets=targets)
+
+
+def test_errors_of_another_kind_keep_it(world, tmp_path):
+    class Unready(ImageClassificationModelOutput):
+        def get_batch_output(self, model, batch):
+            raise PhaseError("Embeddings are missing.")
+
+    with pytest.raises(PhaseError, match=r"^Embeddings are missing"):
+        call(world, tmp_path, task=Unready)
+
+
+def test_memory_that_runs_out_in_the_first_look_is_no_mistake(world, tmp_path):
+    class Large(ImageClassificationModelOutput):
+        refused = 0
+
+        def get_batch_output(self, model, batch):
+            if not torch.is_grad_enabled() and not Large.refused:
+                Large.refused += 1
+                raise RuntimeError("CUDA error: out of memory")
+            return super().get_batch_output(model, batch)
+
+    found = call(world, tmp_path / "a", task=Large)
+    assert Large.refused
+    np.testing.assert_array_equal(found, call(world, tmp_path / "b"))
+
+
+def test_a_misspelt_option_is_named_with_what_was_meant(world, tmp_path):
+    with pytest.raises(InputTypeError, match=r"attribute.*'lamda_reg'.*lambda_reg"):
+        call(world, tmp_path, lamda_reg=1.0)
+    with pytest.raises(InputTypeError, match=r"'zzz', nor has TRAKer[^?]*$"):
+        call(world, tmp_path, zzz=1.0)
+
+
+def test_loaders_of_targets_are_looked_at_too(world, tmp_path):
+    x, y = world[2]
+    loader = DataLoader(TensorDataset(x[:, :-1], y), batch_size=4)
+    with pytest.raises(InputError, match="outputs for the first batch of targets"):
+        call(world, tmp_path, targets=loader)
