@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from trak.errors import InputError, InputTypeError
+from trak.errors import InputError, InputTypeError, PhaseError
 from trak.gradient_computers import select_parameters
 from trak.loaders import count_of, ordered, size_of, some_of
 from trak.pipeline import as_names, try_first_batches
@@ -207,13 +207,22 @@ class _Run:
         count = self.traker.train_set_size
         for number, state in enumerate(self.states):
             self.traker.load_checkpoint(state_of(state), model_id=number)
-            if not self.traker.whitening_is_fitted:
-                chosen = some_of(train, count, FITTED)
-                for batch in self._bar(chosen, number, "whitening", None):
-                    self.traker.fit_whitening(batch=batch)
+            self._fit_whitening(train, number, count)
             # rows that are there are not made again: their examples are compared
             for batch, rows in self._numbered(train, number, "training examples", count):
                 self.traker.featurize(batch=batch, inds=rows)
+
+    def _fit_whitening(self, train: Any, number: int, count: int) -> None:
+        if self.traker.whitening_is_fitted:
+            return
+        chosen = some_of(train, count, FITTED)
+        try:
+            for batch in self._bar(chosen, number, "whitening", None):
+                self.traker.fit_whitening(batch=batch)
+        except PhaseError:  # the same call elsewhere was first, with the same sample?
+            if not self.traker.whitening_is_fitted:
+                raise
+        self.traker.pipeline.whitener.settle(number)
 
     def score(self, targets: Any, exp_name: str, count: int) -> None:
         for number, state in enumerate(self.states):
@@ -229,6 +238,12 @@ class _Run:
             stop = start + size_of(batch)
             yield batch, range(start, stop)
             start = stop
+        if start < count:
+            raise InputError(
+                f"The loader of {what} gave {start} of the {count} that its data set has: "
+                "its collate_fn drops some, or its sampler leaves them out. Rows are known "
+                "by their place, so take such examples out of the data set instead."
+            )
 
     def _bar(
         self, batches: Iterable[Any], number: int, what: str, count: int | None

@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from trak.arguments import as_number
 from trak.batches import Batch
@@ -116,9 +118,17 @@ class Whitener:
                     "late and is dropped. Call save_whitening() in all of them before the "
                     "first featurizes; go on without these, or use another save_dir."
                 )
-            examples = chosen.found() if chosen is not None else None
-            more = examples.arrays() if examples is not None else {}
-            self.saver.add_moments(model_id, found.arrays() | more)
+            self.saver.add_moments(model_id, _arrays(found, chosen))
+
+    def settle(self, model_id: int) -> None:
+        """Settles on what this process added up, unless another was first.
+
+        Args:
+            model_id: the checkpoint, of which each process added up the same examples.
+        """
+        found, chosen = self.sums.pop(model_id, None), self.chosen.pop(model_id, None)
+        if found is not None and found.count and not self.fitted(model_id):
+            self.saver.settle_moments(model_id, _arrays(found, chosen))
 
     def fitted(self, model_id: int) -> bool:
         """Whether the checkpoint's sums are settled.
@@ -200,3 +210,8 @@ class Whitener:
         """
         leading = isinstance(self.maker.projector, LeadingProjector)
         return Whitening(sums, self.shapes, strength, DAMPING, self.dtype, in_bases=leading)
+
+
+def _arrays(sums: Moments, chosen: Chosen | None) -> dict[str, NDArray[Any]]:
+    examples = chosen.found() if chosen is not None else None
+    return sums.arrays() | (examples.arrays() if examples is not None else {})

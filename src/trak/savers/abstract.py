@@ -135,6 +135,16 @@ class AbstractSaver(ABC):
             "it cannot keep what whitening needs. Leave whitening out, or use MmapSaver."
         )
 
+    def settle_moments(self, model_id: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Settles on one process's sums, where each process adds up the whole sample.
+
+        Args:
+            model_id: the checkpoint.
+            arrays: the sums; dropped if others are settled on.
+        """
+        self.add_moments(model_id, arrays)
+        self.settled_moments(model_id, settle=True)
+
     def settled_basis(
         self, model_id: int, make: Callable[[], Mapping[str, NDArray[Any]]]
     ) -> dict[str, NDArray[Any]]:

@@ -1,5 +1,6 @@
 """Row files: plain `.npy` arrays that are written by `pwrite` and read by a map."""
 
+import errno
 import io
 import itertools
 import os
@@ -12,8 +13,11 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from trak.errors import StoreCorruptedError
+from trak.errors import StoreCorruptedError, StoreMismatchError
 from trak.savers.filesystem import link_new, sync_directory, temporary_path
+
+REMEDY = "Remove its folder and featurize again."
+"""What to do if a file is damaged that training examples' rows are in."""
 
 
 class RowFile:
@@ -26,6 +30,7 @@ class RowFile:
         path: the file.
         shape: rows and columns.
         dtype: the rows' dtype.
+        remedy: what to do if the file is damaged, a sentence.
 
     Attributes:
         offset: where the data begin, in bytes.
@@ -34,9 +39,12 @@ class RowFile:
         StoreCorruptedError: if the file is there with another shape, dtype or length.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int], dtype: Any) -> None:
+    def __init__(
+        self, path: Path, shape: tuple[int, int], dtype: Any, remedy: str = REMEDY
+    ) -> None:
         self.path = path
         self.shape = shape
+        self.remedy = remedy
         self.dtype = np.dtype(dtype)
         if not path.exists():
             self._create()
@@ -54,13 +62,15 @@ class RowFile:
         """
         values = np.ascontiguousarray(values, dtype=self.dtype)
         row_bytes = self.shape[1] * self.dtype.itemsize
-        descriptor = os.open(self.path, os.O_WRONLY)
+        descriptor = os.open(self.path, os.O_RDWR)
         try:
+            self._refuse_replaced(descriptor)
             for first, last in runs(rows):
                 data = memoryview(values[first:last].reshape(-1).view(np.uint8).data)
                 offset = self.offset + int(rows[first]) * row_bytes
                 while data:
-                    written = os.pwrite(descriptor, data, offset)
+                    with room_for(self.path, len(data)):
+                        written = os.pwrite(descriptor, data, offset)
                     data, offset = data[written:], offset + written
             if sync:
                 os.fsync(descriptor)
@@ -87,9 +97,20 @@ class RowFile:
         Returns:
             `[rows, columns]`, backed by the file.
         """
-        return np.memmap(
-            self.path, self.dtype, mode="c", offset=self.offset, shape=self.shape
-        )
+        with self.path.open("rb") as file:
+            self._refuse_replaced(file.fileno())
+            return np.memmap(
+                file, self.dtype, mode="c", offset=self.offset, shape=self.shape
+            )
+
+    def _refuse_replaced(self, descriptor: int) -> None:
+        header = self._header()
+        if os.pread(descriptor, len(header), 0) != header:
+            raise StoreMismatchError(
+                f"{self.path} is no longer the array of shape {self.shape} that it was: "
+                "another process began this experiment anew, with another number of "
+                "targets. Use another exp_name for one of them."
+            )
 
     def _header(self) -> bytes:
         return npy_header(self.shape, self.dtype)
@@ -102,7 +123,8 @@ class RowFile:
             with temporary.open("wb") as file:
                 file.write(header)
                 file.flush()
-                allocate(file.fileno(), size)
+                with room_for(self.path, size):
+                    allocate(file.fileno(), size)
                 os.fsync(file.fileno())
             link_new(temporary, self.path)
         finally:
@@ -118,7 +140,7 @@ class RowFile:
             raise StoreCorruptedError(
                 f"{self.path} should be a .npy array of shape {self.shape} and dtype "
                 f"{self.dtype} in {size} bytes; it has {length} bytes and begins with "
-                f"{found[:80]!r}. Remove its folder and featurize again."
+                f"{found[:80]!r}. {self.remedy}"
             )
         return len(header)
 
@@ -176,6 +198,29 @@ def allocate(descriptor: int, size: int) -> None:
         os.posix_fallocate(descriptor, 0, size)
     else:
         os.ftruncate(descriptor, size)
+
+
+@contextmanager
+def room_for(path: Path, size: int) -> Generator[None]:
+    """Names the file and what was to be written where the disk is full.
+
+    Args:
+        path: the file.
+        size: bytes.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OSError: says so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        reason = f"{os.strerror(error.errno)} for {size} bytes of"
+        raise OSError(error.errno, reason, str(path)) from error
 
 
 def runs(rows: NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from trak.errors import ModelIDException, StoreCorruptedError
 from trak.savers.arrays import RowFile, new_array
 from trak.savers.filesystem import read_json, replace_json, sync_directory
+from trak.savers.locks import changing, reading
 
 
 def save(folder: Path, matrix: NDArray[np.float64], info: Mapping[str, Any]) -> None:
@@ -20,12 +21,26 @@ def save(folder: Path, matrix: NDArray[np.float64], info: Mapping[str, Any]) -> 
         matrix: `[q, q]`.
         info: how it was made.
     """
-    (folder / "factor.json").unlink(missing_ok=True)
-    sync_directory(folder)
     shape = (matrix.shape[0], matrix.shape[1])
-    with new_array(folder / "factor.npy", shape, np.float64) as file:
-        file.write(np.arange(len(matrix)), matrix)
-    replace_json(folder / "factor.json", {**info, "shape": shape})
+    with changing(folder.parent):
+        (folder / "factor.json").unlink(missing_ok=True)
+        sync_directory(folder)
+        with new_array(folder / "factor.npy", shape, np.float64) as file:
+            file.write(np.arange(len(matrix)), matrix)
+        replace_json(folder / "factor.json", {**info, "shape": shape})
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is a matrix, also while another process replaces it.
+
+    Args:
+        folder: the checkpoint's.
+
+    Returns:
+        True if the record that vouches for it is there.
+    """
+    with reading(folder.parent):
+        return (folder / "factor.json").exists()
 
 
 def load(folder: Path) -> tuple[NDArray[np.float64], dict[str, Any]]:
@@ -36,21 +51,22 @@ def load(folder: Path) -> tuple[NDArray[np.float64], dict[str, Any]]:
 
     Returns:
         The matrix `[q, q]` and how it was made.
-
-    Raises:
-        ModelIDException: if there is none.
-        StoreCorruptedError: if the matrix is gone.
     """
+    with reading(folder.parent):
+        return _load(folder)
+
+
+def _load(folder: Path) -> tuple[NDArray[np.float64], dict[str, Any]]:
     if not (folder / "factor.json").exists():
         raise ModelIDException(
             f"model_id={folder.name} in {folder.parent} is not finalized. Call "
             "finalize_features() first."
         )
-    info = read_json(folder / "factor.json")
+    record = folder / "factor.json"
+    again = "and call finalize_features() again; no gradient is recomputed"
+    info = read_json(record, f"remove it {again}")
     path = folder / "factor.npy"
+    remedy = f"Remove {record} {again}."
     if not path.exists():
-        raise StoreCorruptedError(
-            f"{path} is gone. Remove {folder / 'factor.json'} and call "
-            "finalize_features() again; no gradient is recomputed."
-        )
-    return RowFile(path, tuple(info["shape"]), np.float64).read(), info
+        raise StoreCorruptedError(f"{path} is gone. {remedy}")
+    return RowFile(path, tuple(info["shape"]), np.float64, remedy).read(), info

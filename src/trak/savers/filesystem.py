@@ -8,6 +8,8 @@ from typing import Any
 
 from trak.errors import InputError, InputTypeError, StoreCorruptedError
 
+REMEDY = "remove the folder it describes and featurize again"
+
 
 def sync_directory(path: Path) -> None:
     """Makes the names in a directory durable.
@@ -69,11 +71,12 @@ def link_new(temporary: Path, path: Path) -> bool:
     return True
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str = REMEDY) -> Any:
     """Reads a JSON file.
 
     Args:
         path: the file.
+        remedy: what to do if it is damaged, the end of a sentence.
 
     Returns:
         Its value.
@@ -86,8 +89,7 @@ def read_json(path: Path) -> Any:
     except (ValueError, UnicodeDecodeError) as error:
         raise StoreCorruptedError(
             f"{path} is not a JSON file ({error}). This library replaces such files as "
-            "a whole, so something else damaged it: restore it, or remove the folder it "
-            "describes and featurize again."
+            f"a whole, so something else damaged it: restore it, or {remedy}."
         ) from error
 
 
@@ -128,11 +130,15 @@ def temporary_path(path: Path) -> Path:
 
 def _temporary_json(path: Path, value: Any) -> Path:
     temporary = temporary_path(path)
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return temporary
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from trak.encodings import RowEncoding
 from trak.errors import InputError, StoreMismatchError
+from trak.savers.filesystem import read_json
 from trak.savers.rows import RowGroup
 
 LONGEST_NAME = 255 - len("..") - len(".mmap") - 2 * len(".0123456789abcdef")
@@ -124,7 +125,8 @@ class StoreLayout:
             "examples": (folder / f"{exp_name}_examples.mmap", 1, np.int64),
         }
         journal = self.target_journal(exp_name, model_id)
-        return RowGroup(journal, num_targets, arrays, self.encoding)
+        remedy = f"Remove {folder / exp_name}_* and score these targets again."
+        return RowGroup(journal, num_targets, arrays, self.encoding, remedy)
 
     def _grads(self, folder: Path, prefix: str) -> dict[str, tuple[Path, int, Any]]:
         arrays: dict[str, tuple[Path, int, Any]] = {
@@ -168,6 +170,22 @@ def check_experiment_name(exp_name: Any) -> None:
             f"exp_name becomes part of file names and may have {LONGEST_NAME} bytes; this "
             f"one has {size} ({exp_name[:40]!r}...). Use a shorter one."
         )
+
+
+def read_experiment(path: Path) -> dict[str, Any]:
+    """Reads an experiment's record.
+
+    Args:
+        path: as `StoreLayout.experiment` gives it.
+
+    Returns:
+        The record.
+    """
+    return read_json(
+        path,
+        "remove it, and start scoring and finalize the scores again, or make the call of "
+        "attribute again (rows of targets are kept, and no gradient is recomputed)",
+    )
 
 
 def lowest_format(metadata: Mapping[str, Any], encoding: RowEncoding) -> int:

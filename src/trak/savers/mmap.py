@@ -23,10 +23,13 @@ from trak.savers.filesystem import (
     read_object,
     sync_directory,
 )
-from trak.savers.layout import StoreLayout, lowest_format
+from trak.savers.layout import StoreLayout, lowest_format, read_experiment
+from trak.savers.leftovers import remove_leftovers
+from trak.savers.locks import changing
 from trak.savers.rows import RowGroup
 from trak.savers.score_files import ScoreFiles
 from trak.savers.side_files import SideFiles
+from trak.savers.unused import discard_unused
 from trak.savers.view import CurrentStore
 from trak.settings import differences
 
@@ -79,15 +82,19 @@ class MmapSaver(SideFiles):
         self.current_store = CurrentStore(self)
         self._train: dict[int, RowGroup] = {}
         self._targets: dict[tuple[str, int], RowGroup] = {}
+        self._tidied = False
         self._open()
 
     def _open(self) -> None:
         for name in ("", "scores", "experiments"):
             made_folder(self.save_dir / name)
         self._refuse_rows_of_unknown_settings()
-        content = {"format": self.format, **self.metadata}
-        if create_json(self.save_dir / "metadata.json", content):
-            logger.info("Created a store in %s.", self.save_dir)
+        path = self.save_dir / "metadata.json"
+        if not path.exists():  # a whole store may be read-only
+            with changing(self.save_dir):
+                made = create_json(path, {"format": self.format, **self.metadata})
+            if made:
+                logger.info("Created a store in %s.", self.save_dir)
         self.verify(self.metadata)
         self.refresh()
         finalized = [i for i, v in sorted(self.model_ids.items()) if v["is_finalized"]]
@@ -154,17 +161,17 @@ class MmapSaver(SideFiles):
             self._refresh_experiments()
         for each in self.model_ids if model_id is None else [model_id]:
             done = self.train_rows(each).refresh()
-            factor = self._layout.checkpoint(each) / "factor.json"
+            folder = self._layout.checkpoint(each)
             self.model_ids[each] = {
                 "is_featurized": int(done.all()),
-                "is_finalized": int(factor.exists()),
+                "is_finalized": int(factor_files.exists(folder)),
             }
 
     def _refresh_experiments(self) -> None:
         for name in self.experiments:
             path = self._layout.experiment(name)
             if path.exists():
-                self.experiments[name] = read_json(path)
+                self.experiments[name] = read_experiment(path)
 
     def checkpoint_digest(self, model_id: int) -> str | None:
         """The content hash a checkpoint was registered with.
@@ -210,6 +217,9 @@ class MmapSaver(SideFiles):
                 "model_id, or use another save_dir."
             )
         self.model_ids.setdefault(model_id, {})
+        if not self._tidied:
+            remove_leftovers(self.save_dir)
+            self._tidied = True
         self.init_store(model_id)
         self.refresh()
 
@@ -315,8 +325,14 @@ class MmapSaver(SideFiles):
             "scores_path": f"scores/{exp_name}.mmap",
             "scores_finalized": 0,
         }
-        create_json(path, content)
-        found = read_json(path)["num_targets"]
+        with changing(self.save_dir):
+            if discard_unused(self._layout, exp_name, num_targets):
+                for key in [key for key in self._targets if key[0] == exp_name]:
+                    del self._targets[key]
+            create_json(path, content)
+            found = read_experiment(path)["num_targets"]
+            if found == num_targets:
+                self.target_rows(exp_name, model_id)
         if found != num_targets:
             raise StoreMismatchError(
                 f"Experiment {exp_name!r} in {self.save_dir} has {found} targets; "
@@ -325,7 +341,6 @@ class MmapSaver(SideFiles):
         self.model_ids.setdefault(model_id, {})
         self.experiments.setdefault(exp_name, {})
         self.refresh()
-        self.target_rows(exp_name, model_id)
         self.load_current_store(model_id, exp_name)
 
     def target_rows(self, exp_name: str, model_id: int) -> RowGroup:
@@ -375,7 +390,7 @@ class MmapSaver(SideFiles):
                 f"There is no experiment {exp_name!r} in {self.save_dir}; it has "
                 f"{names}. Call start_scoring_checkpoint and score first."
             )
-        return read_json(path)
+        return read_experiment(path)
 
     def save_scores(
         self,
@@ -413,13 +428,13 @@ class MmapSaver(SideFiles):
         Returns:
             The scores of each set, `[n, m]`.
         """
-        self._scores.write(
+        found = self._scores.write(
             [(name, ridge, self.experiment(name)) for name, ridge in sets], blocks, info
         )
         for name, _ in sets:
             self.experiments.setdefault(name, {})
         self.refresh()
-        return [self.load_scores(name, ridge) for name, ridge in sets]
+        return found
 
     def load_scores(self, exp_name: str, ridge: str | None = None) -> NDArray[Any]:
         """An experiment's scores.
@@ -431,7 +446,8 @@ class MmapSaver(SideFiles):
         Returns:
             `[n, m]`, backed by the file; what a caller changes stays in memory.
         """
-        return self._scores.read(exp_name, ridge, self.experiment(exp_name))
+        self.experiment(exp_name)  # raises if there is none
+        return self._scores.read(exp_name, ridge)
 
     def load_current_store(
         self,

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trak.errors import StoreCorruptedError
+from trak.savers.arrays import room_for
 from trak.savers.filesystem import (
     create_json,
     link_new,
@@ -22,17 +23,34 @@ from trak.savers.filesystem import (
 Arrays = dict[str, NDArray[Any]]
 
 
-def add(checkpoint: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+def add(checkpoint: Path, arrays: Mapping[str, NDArray[Any]]) -> str:
     """Writes sums to a file of their own.
 
     Args:
         checkpoint: the checkpoint's folder.
         arrays: the sums.
+
+    Returns:
+        The file's name.
     """
     folder = checkpoint / "whitening"
     folder.mkdir(exist_ok=True)
-    _write(folder / f"{secrets.token_hex(8)}.npz", arrays)
+    name = f"{secrets.token_hex(8)}.npz"
+    _write(folder / name, arrays)
     sync_directory(checkpoint)
+    return name
+
+
+def settle(checkpoint: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Settles on these sums alone; of several processes one wins.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        arrays: the sums.
+    """
+    name = add(checkpoint, arrays)
+    if not create_json(checkpoint / "whitening.json", {"parts": [name]}):
+        (checkpoint / "whitening" / name).unlink()
 
 
 def settled_basis(
@@ -63,7 +81,7 @@ def settled_basis(
 
 
 def settled(
-    checkpoint: Path, *, settle: bool, prefix: str = ""
+    checkpoint: Path, *, settle: bool, begun: bool, prefix: str = ""
 ) -> list[tuple[Path, Arrays]] | None:
     """Reads the sums that a checkpoint's rows are whitened by.
 
@@ -71,13 +89,22 @@ def settled(
         checkpoint: the checkpoint's folder.
         settle: if nothing is settled yet, settle on all files that are there; of several
             processes one wins.
+        begun: whether there are rows already.
         prefix: read arrays only whose names begin so.
 
     Returns:
         Files and their arrays; None if nothing is settled.
+
+    Raises:
+        StoreCorruptedError: if there are rows and the list is not there, or is damaged.
     """
     listing, folder = checkpoint / "whitening.json", checkpoint / "whitening"
     if not listing.exists():
+        if begun:
+            raise StoreCorruptedError(
+                f"{listing} is lost, and it names the sums that rows are whitened by. "
+                "Restore it, or delete the checkpoint's folder and featurize again."
+            )
         names = sorted(p.name for p in folder.glob("[!.]*.npz"))
         if not (settle and names):
             return None
@@ -88,12 +115,15 @@ def settled(
 
 def _write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     temporary = temporary_path(path)
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    link_new(temporary, path)
-    temporary.unlink()
+    try:
+        size = sum(array.nbytes for array in arrays.values())
+        with room_for(path, size), temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        link_new(temporary, path)
+    finally:
+        temporary.unlink()
 
 
 def _read(path: Path, prefix: str = "") -> Arrays:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trak.encodings import EncodedRows, RowEncoding, encoding_of
 from trak.errors import StoreCorruptedError
-from trak.savers.arrays import RowFile
+from trak.savers.arrays import REMEDY, RowFile
 from trak.savers.journal import Journal
 
 
@@ -26,6 +26,7 @@ class RowGroup:
         arrays: name to (path, columns, dtype).
         encoding: how rows of `grads` become bytes; plainly, in their dtype, if None.
             One with scales keeps them in the array `scales`.
+        remedy: what to do if a file is damaged, a sentence.
 
     Raises:
         StoreCorruptedError: if the journal is there and the file of an array is not.
@@ -37,16 +38,17 @@ class RowGroup:
         num_rows: int,
         arrays: Mapping[str, tuple[Path, int, Any]],
         encoding: RowEncoding | None = None,
+        remedy: str = REMEDY,
     ) -> None:
         if journal.exists():  # which it does only after all of the arrays do
             _refuse_lost(journal, [path for path, _, _ in arrays.values()])
         journal.parent.mkdir(parents=True, exist_ok=True)
         self._files = {
-            name: RowFile(path, (num_rows, columns), dtype)
+            name: RowFile(path, (num_rows, columns), dtype, remedy)
             for name, (path, columns, dtype) in arrays.items()
         }
         self._encoding = encoding
-        self._journal = Journal(journal, num_rows)
+        self._journal = Journal(journal, num_rows, remedy)
 
     @property
     def done(self) -> NDArray[np.bool_]:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from trak.errors import PhaseError, StoreCorruptedError
 from trak.savers.arrays import RowFile, new_array
-from trak.savers.filesystem import read_json, replace_json
-from trak.savers.layout import StoreLayout
+from trak.savers.filesystem import replace_json
+from trak.savers.layout import StoreLayout, read_experiment
+from trak.savers.locks import changing, reading
 
 _SYNC_BYTES = 256 << 20
 
@@ -36,7 +37,7 @@ class ScoreFiles:
         sets: Sequence[tuple[str, str | None, Record]],
         blocks: Iterable[Item],
         info: Mapping[str, Any],
-    ) -> None:
+    ) -> list[NDArray[Any]]:
         """Replaces several files with one pass over their scores.
 
         A reader or a crash sees the old files or new ones, and no record that vouches for
@@ -48,9 +49,12 @@ class ScoreFiles:
                 columns side by side. A block may be overwritten when two more have been
                 given out.
             info: what the scores were made from.
+
+        Returns:
+            The scores of each set, whatever other processes write afterwards.
         """
         start = 0
-        with ExitStack() as stack:
+        with ExitStack() as held, ExitStack() as stack:
             files: list[tuple[RowFile, slice]] = []
             for name, ridge, record in sets:
                 path = self._path(name, ridge, record)
@@ -61,24 +65,27 @@ class ScoreFiles:
                 files.append((stack.enter_context(file), part))
                 start = part.stop
             _write_all(files, blocks)
+            held.enter_context(changing(self._layout.save_dir))
             self._vouch(sets, None)
-        self._vouch(sets, info)
+            stack.close()  # gives the files their names
+            self._vouch(sets, info)
+            return [self._mapped(*each) for each in sets]
 
-    def read(self, exp_name: str, ridge: str | None, record: Record) -> NDArray[Any]:
+    def read(self, exp_name: str, ridge: str | None) -> NDArray[Any]:
         """Maps a file that its record vouches for.
 
         Args:
-            exp_name: the experiment.
+            exp_name: the experiment, which exists.
             ridge: the name of a further ridge, or None.
-            record: the experiment's record.
 
         Returns:
             `[n, m]`; what a caller changes stays in memory.
-
-        Raises:
-            PhaseError: if there are no such scores.
-            StoreCorruptedError: if the file is gone.
         """
+        with reading(self._layout.save_dir):
+            record = read_experiment(self._layout.experiment(exp_name))
+            return self._read(exp_name, ridge, record)
+
+    def _read(self, exp_name: str, ridge: str | None, record: Record) -> NDArray[Any]:
         known = record["scores_finalized"] if ridge is None else _ridges(record).get(ridge)
         if not known:
             at = "" if ridge is None else f" at the ridge {ridge}"
@@ -89,8 +96,17 @@ class ScoreFiles:
         path = self._path(exp_name, ridge, record)
         if not path.exists():
             raise StoreCorruptedError(f"{path} is gone; call finalize_scores again.")
+        return self._mapped(exp_name, ridge, record)
+
+    def _mapped(self, exp_name: str, ridge: str | None, record: Record) -> NDArray[Any]:
+        path = self._path(exp_name, ridge, record)
         shape = (self._layout.num_rows, record["num_targets"])
-        return RowFile(path, shape, self._layout.score_dtype).read()
+        if ridge is None:
+            again = f"finalize_scores(exp_name={exp_name!r})"
+        else:
+            again = f"sweep([{exp_name!r}], lambda_regs=...)"
+        remedy = f"Call {again} again; no gradient is recomputed."
+        return RowFile(path, shape, self._layout.score_dtype, remedy).read()
 
     def _path(self, exp_name: str, ridge: str | None, record: Record) -> Path:
         if ridge is None:
@@ -104,7 +120,7 @@ class ScoreFiles:
     ) -> None:
         for name in dict.fromkeys(name for name, _, _ in sets):
             path = self._layout.experiment(name)
-            record = read_json(path)
+            record = read_experiment(path)
             for ridge in [ridge for other, ridge, _ in sets if other == name]:
                 if ridge is None:
                     record |= {**(info or {}), "scores_finalized": int(info is not None)}

@@ -86,6 +86,15 @@ class SideFiles(AbstractSaver):
         """
         moments.add(self.checkpoint_folder(model_id), arrays)
 
+    def settle_moments(self, model_id: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Writes sums to `{id}/whitening`, and `{id}/whitening.json` for them alone.
+
+        Args:
+            model_id: the checkpoint.
+            arrays: the sums.
+        """
+        moments.settle(self.checkpoint_folder(model_id), arrays)
+
     def settled_moments(
         self, model_id: int, *, settle: bool, prefix: str = ""
     ) -> list[tuple[Path, dict[str, NDArray[Any]]]] | None:
@@ -99,8 +108,9 @@ class SideFiles(AbstractSaver):
         Returns:
             As for `AbstractSaver`.
         """
+        begun = bool(self.train_rows(model_id).refresh().any())  # first: rows come last
         where = self.checkpoint_folder(model_id)
-        return moments.settled(where, settle=settle, prefix=prefix)
+        return moments.settled(where, settle=settle, begun=begun, prefix=prefix)
 
     def settled_basis(
         self, model_id: int, make: Callable[[], Mapping[str, NDArray[Any]]]

@@ -1,0 +1,221 @@
+"""Lost and damaged files, full disks, read-only stores and what killed processes leave."""
+
+import builtins
+import errno
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests import runs
+
+from trak.errors import StoreCorruptedError
+from trak.savers import moments
+from trak.savers.arrays import RowFile
+from trak.savers.filesystem import replace_json
+from trak.savers.leftovers import AGE
+
+N, M = 24, 4
+
+
+@pytest.fixture
+def whole(tmp_path):
+    model, train, targets = runs.data("mlp", N, M)
+    traker = runs.make_traker(model, N, tmp_path / "store")
+    runs.whole_run(traker, train, targets, [model.state_dict()])
+    scores = np.array(traker.scores("exp"))
+    return tmp_path / "store", model, train, targets, scores
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def again(whole):
+    _, model, train, targets, _ = whole
+    traker = runs.make_traker(model, N, whole[0])
+    return np.array(runs.whole_run(traker, train, targets, [model.state_dict()]))
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink])
+def test_rows_without_the_list_of_sums_are_refused_by_name(damage, tmp_path):
+    model, train, _ = runs.data("mlp", N, M)
+
+    def opened():
+        traker = runs.make_traker(model, N, tmp_path, whitening=0.5)
+        traker.load_checkpoint(model.state_dict(), 0)
+        return traker
+
+    traker = opened()
+    traker.fit_whitening(train)
+    traker.featurize(tuple(part[:9] for part in train), num_samples=9)
+    damage(tmp_path / "0" / "whitening.json")
+    traker = opened()
+    rest = tuple(part[9:] for part in train)
+    for step in (
+        lambda: traker.whitening_is_fitted,
+        lambda: traker.fit_whitening(rest),
+        lambda: traker.featurize(rest, inds=range(9, N)),
+    ):
+        with pytest.raises(StoreCorruptedError, match=r"whitening\.json.*estore"):
+            step()
+    assert traker.saver.train_rows(0).refresh().sum() == 9
+
+
+REMEDIES = {
+    "0/factor.npy": (truncate, ["0/factor.json"], r"Remove .*factor\.json and call"),
+    "0/factor.json": (truncate, ["0/factor.json"], r"remove it and call finalize_features"),
+    "0/exp_grads.mmap": (truncate, ["0/exp_*"], r"Remove .*0/exp_\* and score"),
+    "0/exp_examples.mmap": (truncate, ["0/exp_*"], r"Remove .*0/exp_\* and score"),
+    "0/exp_grads.journal": (
+        lambda path: path.write_bytes(b"x\n" + path.read_bytes()),
+        ["0/exp_*"],
+        r"Remove .*0/exp_\* and score",
+    ),
+    "experiments/exp.json": (
+        truncate,
+        ["experiments/exp.json"],
+        "remove it, and start scoring",
+    ),
+    "scores/exp.mmap": (truncate, [], r"Call finalize_scores\(exp_name='exp'\) again"),
+}
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_what_a_message_says_mends_the_damage_and_keeps_the_rows(name, whole):
+    store, model, *_, expected = whole
+    damage, removed, message = REMEDIES[name]
+    damage(store / name)
+    with pytest.raises(StoreCorruptedError, match=f"(?s){re.escape(name)}.*{message}"):
+        traker = runs.make_traker(model, N, store)
+        traker.scores("exp")
+        traker.start_scoring_checkpoint("exp", model.state_dict(), 0, M)
+    for pattern in removed:
+        for path in store.glob(pattern):
+            path.unlink()
+    before = (store / "0" / "grads.journal").read_bytes()
+    np.testing.assert_allclose(again(whole), expected)
+    assert (store / "0" / "grads.journal").read_bytes() == before
+
+
+def test_damaged_scores_of_a_further_ridge(whole):
+    store, model, *_ = whole
+    traker = runs.make_traker(model, N, store)
+    traker.sweep(["exp"], lambda_regs=[0.5])
+    truncate(store / "scores" / "ridge=0.5" / "exp.mmap")
+    with pytest.raises(StoreCorruptedError, match=r"Call sweep\(\['exp'\]"):
+        traker.saver.load_scores("exp", "0.5")
+
+
+def test_rows_of_training_examples_are_made_again_as_before(whole):
+    truncate(whole[0] / "0" / "grads.mmap")
+    with pytest.raises(StoreCorruptedError, match="Remove its folder and featurize again"):
+        runs.make_traker(whole[1], N, whole[0])
+
+
+def refuse_writing(monkeypatch):
+    own_os, own = os.open, builtins.open
+
+    def os_open(path, flags, *rest, **options):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise PermissionError(errno.EROFS, "Read-only file system", str(path))
+        return own_os(path, flags, *rest, **options)
+
+    def refuse(self, *_, **__):
+        raise PermissionError(errno.EROFS, "Read-only file system", str(self))
+
+    def path_open(self, mode="r", *rest, **options):
+        return own(self, mode, *rest, **options) if mode in {"r", "rb"} else refuse(self)
+
+    monkeypatch.setattr(os, "open", os_open)
+    monkeypatch.setattr(Path, "open", path_open)
+    for name in ("touch", "unlink", "replace", "hardlink_to"):
+        monkeypatch.setattr(Path, name, refuse)
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_whole_store_can_be_read_where_nothing_can_be_written(locked, whole, monkeypatch):
+    store, model, *_, expected = whole
+    if not locked:  # as in stores that an earlier version made
+        (store / "lock").unlink()
+    with monkeypatch.context() as patch:
+        refuse_writing(patch)
+        traker = runs.make_traker(model, N, store)
+        np.testing.assert_array_equal(traker.scores("exp"), expected)
+        assert traker.top_scores("exp", k=3).indices.shape == (M, 3)
+        assert traker.self_influence().shape == (N,)
+        with pytest.raises(PermissionError):
+            traker.finalize_scores("exp")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+def test_a_full_disk_names_the_file_and_the_bytes(call, code, tmp_path, monkeypatch):
+    file = RowFile(tmp_path / "a.mmap", (4, 2), np.float32)
+
+    def full(*_):
+        raise OSError(code, "full")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match=r"for \d+ bytes of: '.*[ab]\.mmap'") as caught:
+        file.write(np.arange(4), np.ones((4, 2)))
+        RowFile(tmp_path / "b.mmap", (4, 2), np.float32)
+    assert caught.value.errno == code
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mmap"]
+
+
+def test_other_errors_of_the_disk_stay_as_they_are(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(OSError, match=r"Input/output error$"):
+        RowFile(tmp_path / "b.mmap", (4, 2), np.float32)
+
+
+@pytest.mark.parametrize("what", ["json", "sums"])
+def test_a_write_that_fails_leaves_no_temporary_file(what, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "0").mkdir()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        if what == "json":
+            replace_json(tmp_path / "a.json", {})
+        else:
+            moments.add(tmp_path / "0", {"count": np.array(1)})
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_what_killed_processes_left_goes_when_nobody_can_need_it(whole):
+    store, model, *_ = whole
+    hexadecimal = "0123456789abcdef"
+    (store / "scores" / "ridge=0.1").mkdir()
+    (store / "0" / "whitening").mkdir()
+    folders = ["", "0", "0/whitening", "experiments", "scores", "scores/ridge=0.1"]
+    old = [store / folder / f".exp.mmap.{hexadecimal}" for folder in folders]
+    others = [
+        store / f".new.{hexadecimal}",
+        store / ".gitignore",
+        store / f"mine.{hexadecimal}",
+        store / "notes" / f".mine.{hexadecimal}",
+    ]
+    (store / "notes").mkdir()
+    for path in (*old, *others):
+        path.touch()
+        os.utime(path, times=(0, time.time() - AGE - 60))
+    os.utime(others[0], times=(0, time.time() - AGE + 600))
+    traker = runs.make_traker(model, N, store)
+    assert all(path.exists() for path in old)  # somebody may only want to read
+    traker.load_checkpoint(model.state_dict(), 0)
+    assert not any(path.exists() for path in old)
+    assert all(path.exists() for path in others)
+
+
+def test_a_copied_store_goes_on(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "copy")
+    np.testing.assert_array_equal(again((tmp_path / "copy", *whole[1:])), whole[-1])
