@@ -127,3 +127,41 @@ def test_loaders_of_targets_are_looked_at_too(world, tmp_path):
     loader = DataLoader(TensorDataset(x[:, :-1], y), batch_size=4)
     with pytest.raises(InputError, match="outputs for the first batch of targets"):
         call(world, tmp_path, targets=loader)
+
+
+class Tens:
+    """A sampler of batches that does not know how many there are."""
+
+    def __iter__(self):
+        return (list(range(start, start + 10)) for start in range(0, N, 10))
+
+
+def test_a_sampler_of_batches_needs_no_length(world, tmp_path):
+    loader = DataLoader(TensorDataset(*world[1]), batch_sampler=Tens())
+    for whitening in 0.5, "auto":
+        found = call(world, tmp_path / "a", train=loader, whitening=whitening)
+    batches = runs.split(world[1], 10)
+    np.testing.assert_array_equal(found, call(world, tmp_path / "b", train=batches))
+
+
+@pytest.mark.parametrize(("name", "gave"), [("train", "54 of the 60"), ("targets", "5 of")])
+def test_a_loader_that_drops_examples_is_told_how_many(name, gave, world, tmp_path):
+    def all_but_one(samples):
+        return tuple(torch.stack(part) for part in zip(*samples[:-1], strict=True))
+
+    data = TensorDataset(*world[1 if name == "train" else 2])
+    loader = DataLoader(data, batch_size=10, collate_fn=all_but_one)
+    with pytest.raises(InputError, match=f"{gave}.*collate_fn"):
+        call(world, tmp_path / "a", **{name: loader})
+
+
+def test_checkpoints_of_a_model_before_torch_compile_and_after(world, tmp_path):
+    model, *_, states = world
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(InputError, match=r"model\._orig_mod"):
+        call((compiled, *world[1:]), tmp_path / "a")
+    of_compiled = [{f"_orig_mod.{n}": v for n, v in state.items()} for state in states]
+    with pytest.raises(InputError, match=r"name\.replace\('_orig_mod\.', ''\)"):
+        call(world, tmp_path / "b", checkpoints=of_compiled)
+    with pytest.raises(InputError, match=r"differences\)(?!.*_orig_mod)"):
+        call(world, tmp_path / "c", checkpoints=[{"other": states[0]}])

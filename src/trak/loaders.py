@@ -80,6 +80,13 @@ def _in_order(loader: DataLoader[Any]) -> bool:
     return places == list(range(len(loader.dataset)))  # pyright: ignore[reportArgumentType]
 
 
+def _length(batches: Any) -> int:
+    try:
+        return len(batches)
+    except TypeError:  # a sampler of batches that does not know how many there are
+        return sum(1 for _ in batches.batch_sampler)
+
+
 def size_of(batch: Any) -> int:
     """How many examples a batch has.
 
@@ -143,7 +150,7 @@ def spread(batches: Any, count: int, wanted: int) -> set[int]:
         Numbers of batches, spread evenly; by the examples in them, if sizes differ so much
         that these hold less than half of what is wanted.
     """
-    total = len(batches)
+    total = _length(batches)
     number = max(1, round(total * min(1, wanted / count)))
     places = {j * total // number for j in range(number)}
     if isinstance(batches, DataLoader):  # its batches are of one size, but the last

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from trak.digests import checksum, state_digest
 from trak.errors import InputError, InputTypeError, PhaseError
 
+_COMPILED = "_orig_mod."
+
 
 def validate_state(model: nn.Module, checkpoint: Any) -> str:
     """Checks that a state dict fits a model, before anything is touched.
@@ -40,9 +42,24 @@ def validate_state(model: nn.Module, checkpoint: Any) -> str:
         shown = "\n".join(f"  - {line}" for line in problems[:10])
         raise InputError(
             f"The checkpoint does not fit the model ({len(problems)} differences):\n"
-            f"{shown}\nNothing was loaded."
+            f"{shown}\n{_hint(own, checkpoint)}Nothing was loaded."
         )
     return state_digest(checkpoint, like=own)
+
+
+def _hint(own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
+    compiled = {name.replace(_COMPILED, "") for name in own if _COMPILED in name}
+    if compiled & {*checkpoint}:
+        return (
+            "The model is one that torch.compile made, and the checkpoint is of the model "
+            "before: pass that (model._orig_mod). "
+        )
+    if {str(n).replace(_COMPILED, "") for n in checkpoint if _COMPILED in str(n)} & {*own}:
+        return (
+            "The checkpoint is of a model that torch.compile made: take "
+            f"{_COMPILED!r} out of its names (name.replace({_COMPILED!r}, '')). "
+        )
+    return ""
 
 
 def _misfit(value: Any, own: Any) -> str | None:
