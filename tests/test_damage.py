@@ -65,15 +65,20 @@ def test_rows_without_the_list_of_sums_are_refused_by_name(damage, tmp_path):
     assert traker.saver.train_rows(0).refresh().sum() == 9
 
 
+TARGETS = r"Remove it and .*0/exp_grads\.journal, and score"
 REMEDIES = {
     "0/factor.npy": (truncate, ["0/factor.json"], r"Remove .*factor\.json and call"),
     "0/factor.json": (truncate, ["0/factor.json"], r"remove it and call finalize_features"),
-    "0/exp_grads.mmap": (truncate, ["0/exp_*"], r"Remove .*0/exp_\* and score"),
-    "0/exp_examples.mmap": (truncate, ["0/exp_*"], r"Remove .*0/exp_\* and score"),
+    "0/exp_grads.mmap": (truncate, ["0/exp_grads.journal", "0/exp_grads.mmap"], TARGETS),
+    "0/exp_examples.mmap": (
+        truncate,
+        ["0/exp_grads.journal", "0/exp_examples.mmap"],
+        TARGETS,
+    ),
     "0/exp_grads.journal": (
         lambda path: path.write_bytes(b"x\n" + path.read_bytes()),
-        ["0/exp_*"],
-        r"Remove .*0/exp_\* and score",
+        ["0/exp_grads.journal"],
+        TARGETS,
     ),
     "experiments/exp.json": (
         truncate,

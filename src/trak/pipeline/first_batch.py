@@ -70,7 +70,7 @@ def _try_first(
             raise  # a task that is not ready, or a layer that cannot be followed
         raise InputError(
             f"The model's outputs for the first batch of {name} cannot be computed: "
-            f"{type(error).__name__}: {error} Nothing was stored. Each batch of {name} "
-            "must be as the model and the task take it; if this is one batch, put it into "
-            f"a list: {name}=[batch]."
+            f"{type(error).__name__}: {str(error).rstrip('. ')}. Nothing was stored. Each "
+            f"batch of {name} must be as the model and the task take it; if this is one "
+            f"batch, put it into a list: {name}=[batch]."
         ) from error

@@ -125,7 +125,7 @@ class StoreLayout:
             "examples": (folder / f"{exp_name}_examples.mmap", 1, np.int64),
         }
         journal = self.target_journal(exp_name, model_id)
-        remedy = f"Remove {folder / exp_name}_* and score these targets again."
+        remedy = f"Remove it and {journal}, and score these targets again."
         return RowGroup(journal, num_targets, arrays, self.encoding, remedy)
 
     def _grads(self, folder: Path, prefix: str) -> dict[str, tuple[Path, int, Any]]:
