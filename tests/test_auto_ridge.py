@@ -131,6 +131,18 @@ def test_answers_of_a_regression_lead_to_its_residuals():
 
 
 @pytest.mark.parametrize(
+    ("low", "high", "words", "expected"),
+    [(-1, 1, False, 0.4), (1, 1, False, 0.4), (0, 1, False, 0.8), (0, 1, True, 0.03)],
+)
+def test_losses_that_are_not_logistic_have_constants(low, high, words, expected):
+    rows = torch.randn(50, 20, generator=torch.Generator().manual_seed(0)).double()
+    kernel = rows @ rows.T / 20
+    loss = torch.linspace(low, high, 50).double()
+    training = training_of(kernel, kernel @ loss, loss, logistic=False, words=words)
+    assert training.ridge == expected
+
+
+@pytest.mark.parametrize(
     ("leading", "logistic"), [(1.0, True), (0.85, True), (0.65, False), (0.0, False)]
 )
 def test_outputs_that_nobody_can_have_learned_are_no_outputs(leading, logistic):

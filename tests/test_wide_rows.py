@@ -1,6 +1,7 @@
 """Wider rows of some examples, and the ridge of narrow rows that is told from them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -238,9 +239,7 @@ def test_the_noise_of_narrow_rows_is_measured(checkpoints):
     own = best_ridge(sample, training_of(sample.kernel, sample.pull, sample.loss))
     training = training_of(kernel, sample.pull, sample.loss, noisy=True)
     seen = best_ridge(sample, training)
-    whole = best_ridge(
-        type(sample)(kernel, sample.pull, sample.loss, sample.roots, sample.share), training
-    )
+    whole = best_ridge(replace(sample, kernel=kernel), training)
     own *= noise_factor(240, Situation(**given))
     averaged = noise_factor(240, Situation(checkpoints=checkpoints))
     by_wide = whole * (seen / whole) ** (checkpoints**-0.7) * averaged

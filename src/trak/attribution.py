@@ -70,8 +70,7 @@ def attribute(
         whitening: 0 to 1; `"auto"` chooses by how well checkpoints agree.
         curvature: weigh training examples by the curvature of their loss.
         lambda_reg: the ridge, as for `TRAKer`.
-        proj_dim: as for `TRAKer`; `"auto"` does not project up to 256 MiB of rows, in
-            float32 where these fit and in float16 where they do not.
+        proj_dim: as for `TRAKer`; `"auto"` does not project up to 256 MiB of rows.
         progress: show progress bars.
         options: further arguments of `TRAKer`.
 

@@ -18,6 +18,7 @@ LEAST, MOST = 0.3, 8.0
 EARLY = 20.0
 """That of a training which was stopped when it had hardly begun."""
 _UNKNOWN = 0.4
+_BOUNDED = 0.8  # of several labels, pixels or a hinge
 _OF_WORDS = 0.03  # a text is many examples
 _DEPTH = 2.5
 """Outputs of a network of `L` layers grow like the `L`-th power of its weights, so that
@@ -66,8 +67,9 @@ def training_of(
     and yet pulled away from their outputs, more strongly than any ridge would hold them,
     these are little else than what training began with, as after a few epochs; the ridge
     is then 20, so that models on halves are about a gradient step. For other losses the
-    ridge is a constant, 0.4, or 0.03 for means over the words of texts, and the answers
-    are those that would have led to the loss weights.
+    ridge is a constant: 0.4, 0.8 where loss weights are different numbers from 0 to 1, or
+    0.03 for means over the words of texts; and the answers are those that would have led
+    to the loss weights.
 
     Args:
         kernel: `Phi Phi^T` of a sample, in units of the mean squared row norm, `[n, n]`,
@@ -85,7 +87,9 @@ def training_of(
     steep = float((loss * (1 - loss)).mean())
     outputs = _outputs(kernel, loss, logistic)
     if outputs is None:
-        ridge = _OF_WORDS if words else _UNKNOWN
+        bounded = bool(((loss >= 0) & (loss <= 1)).all() and loss.min() < loss.max())
+        ridge = _BOUNDED if bounded else _UNKNOWN
+        ridge = _OF_WORDS if words else ridge
         return Training(ridge, kernel, pull / ridge + loss)
     found = _ridge_of(kernel, pull, outputs, noisy=noisy)
     ridge = found / steep / _DEPTH
