@@ -13,12 +13,13 @@ counts.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from benchmarks.banks.recipes import NAMES, with_data
-from benchmarks.common import Row, ratio, write
+from benchmarks.common import RESULTS, Row, ratio, write
 from benchmarks.quality_table.run import launch, prepare
 
 SIDES = {
@@ -29,6 +30,7 @@ SIDES = {
 RIVALS = {"kronfluence": "EK-FAC", "kronfluence tuned": "EK-FAC, tuned"}
 BAR = 0.5
 LIMIT = 600  # seconds
+RESULT = RESULTS / "quality_time.json"
 
 
 def measure(bank: str, rounds: int, threads: int) -> dict[str, Any]:
@@ -84,6 +86,22 @@ def row_of(found: dict[str, Any], rival: str) -> Row:
     return Row(what, f"at most {BAR}", f"{measured:.2f}", measured <= BAR, how)
 
 
+def with_others(details: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Keeps what was measured before on other banks.
+
+    Args:
+        details: of this run.
+        path: the result file.
+
+    Returns:
+        Details of all banks.
+    """
+    known = json.loads(path.read_text("utf-8"))["details"] if path.exists() else []
+    mine = {found["bank"] for found in details}
+    kept = [found for found in known if found["bank"] not in mine]
+    return sorted([*kept, *details], key=lambda found: NAMES.index(found["bank"]))
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -96,8 +114,9 @@ def main() -> None:
         measure(bank, options.rounds, options.threads)
         for bank in with_data(options.bank or NAMES)
     ]
-    rows = [row_of(found, rival) for rival in RIVALS for found in details]
-    write("quality_time", rows, details, options.out)
+    every = with_others(details, options.out or RESULT)
+    rows = [row_of(found, rival) for rival in RIVALS for found in every]
+    write("quality_time", rows, every, options.out)
 
 
 if __name__ == "__main__":
