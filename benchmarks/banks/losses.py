@@ -2,90 +2,12 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from benchmarks.banks.objectives import OBJECTIVES, Objective
-from trak.modelout_functions import AbstractModelOutput
+from benchmarks.banks.objectives import OBJECTIVES, Objective, Task
 
 bce = nn.functional.binary_cross_entropy_with_logits
-
-
-class Task(AbstractModelOutput):
-    """A task that is told from predictions and labels."""
-
-    @staticmethod
-    @abstractmethod
-    def output(predictions: Tensor, labels: Tensor) -> Tensor:
-        """The model output.
-
-        Args:
-            predictions: `[b, outputs]`.
-            labels: `[b, ...]`.
-
-        Returns:
-            `[b]`.
-        """
-
-    @staticmethod
-    @abstractmethod
-    def weight(predictions: Tensor, labels: Tensor) -> Tensor:
-        """Q.
-
-        Args:
-            predictions: `[b, outputs]`.
-            labels: `[b, ...]`.
-
-        Returns:
-            `[b]`.
-        """
-
-    def get_output(self, model: Any, *args: Any) -> Tensor:
-        """The output of one example.
-
-        Args:
-            model: the model.
-            args: its parameters and buffers, the input and the label.
-
-        Returns:
-            A scalar.
-        """
-        weights, buffers, x, y = args
-        predictions = functional_call(model, (weights, buffers), (x[None],))
-        return self.output(predictions, y[None]).sum()
-
-    def get_batch_output(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        """The outputs of a batch.
-
-        Args:
-            model: the model.
-            batch: inputs and labels.
-
-        Returns:
-            `[b]`.
-        """
-        return self.output(model(batch[0]), batch[1])
-
-    def get_out_to_loss_grad(
-        self, model: Any, weights: Any, buffers: Any, batch: tuple[Tensor, ...]
-    ) -> Tensor:
-        """Q of a batch.
-
-        Args:
-            model: the model.
-            weights: its parameters.
-            buffers: its buffers.
-            batch: inputs and labels.
-
-        Returns:
-            `[b]`.
-        """
-        predictions = functional_call(model, (weights, buffers), (batch[0],))
-        return self.weight(predictions, batch[1])
 
 
 class OneLogit(Task):

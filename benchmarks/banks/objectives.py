@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,104 +43,107 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(-1, right).squeeze(-1) - others
 
 
-class Regression(AbstractModelOutput):
-    """The prediction itself, which goes with half the squared error as loss."""
+class Task(AbstractModelOutput):
+    """A task that is told from predictions and labels."""
 
     @staticmethod
-    def get_output(model: Any, weights: Any, buffers: Any, x: Tensor, _: Tensor) -> Tensor:
-        """The prediction for one example.
+    @abstractmethod
+    def output(predictions: Tensor, labels: Tensor) -> Tensor:
+        """The model output.
 
         Args:
-            model: the model.
-            weights: its parameters.
-            buffers: its buffers.
-            x: the input.
-
-        Returns:
-            A scalar.
-        """
-        return functional_call(model, (weights, buffers), (x[None],)).sum()
-
-    def get_batch_output(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        """The predictions for a batch.
-
-        Args:
-            model: the model.
-            batch: inputs and labels.
+            predictions: `[b, outputs]`.
+            labels: `[b, ...]`.
 
         Returns:
             `[b]`.
         """
-        return model(batch[0])[:, 0]
 
-    def get_out_to_loss_grad(
-        self, model: Any, weights: Any, buffers: Any, batch: tuple[Tensor, ...]
-    ) -> Tensor:
-        """Label minus prediction.
+    @staticmethod
+    @abstractmethod
+    def weight(predictions: Tensor, labels: Tensor) -> Tensor:
+        """Q.
 
         Args:
-            model: the model.
-            weights: its parameters.
-            buffers: its buffers.
-            batch: inputs and labels.
+            predictions: `[b, outputs]`.
+            labels: `[b, ...]`.
 
         Returns:
             `[b]`.
         """
-        x, y = batch
-        return y - functional_call(model, (weights, buffers), (x,))[:, 0]
 
-
-class NextTokens(AbstractModelOutput):
-    """The mean over positions of the right token's margin, `log p / (1 - p)`."""
-
-    loss_is_of_words = True
-
-    @staticmethod
-    def get_output(model: Any, weights: Any, buffers: Any, x: Tensor, y: Tensor) -> Tensor:
-        """The output of one text.
+    def get_output(self, model: Any, *args: Any) -> Tensor:
+        """The output of one example.
 
         Args:
             model: the model.
-            weights: its parameters.
-            buffers: its buffers.
-            x: tokens, `[s]`.
-            y: the token after each, `[s]`.
+            args: its parameters and buffers, the input and the label.
 
         Returns:
             A scalar.
         """
-        logits = functional_call(model, (weights, buffers), (x[None],))
-        return margin(logits, y[None]).mean()
+        weights, buffers, x, y = args
+        predictions = functional_call(model, (weights, buffers), (x[None],))
+        return self.output(predictions, y[None]).sum()
 
     def get_batch_output(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """The outputs of a batch.
 
         Args:
             model: the model.
-            batch: tokens, and the token after each.
+            batch: inputs and labels.
 
         Returns:
             `[b]`.
         """
-        return margin(model(batch[0]), batch[1]).mean(1)
+        return self.output(model(batch[0]), batch[1])
 
     def get_out_to_loss_grad(
         self, model: Any, weights: Any, buffers: Any, batch: tuple[Tensor, ...]
     ) -> Tensor:
-        """One minus the mean probability of the right token.
+        """Q of a batch.
 
         Args:
             model: the model.
             weights: its parameters.
             buffers: its buffers.
-            batch: tokens, and the token after each.
+            batch: inputs and labels.
 
         Returns:
             `[b]`.
         """
-        logits = functional_call(model, (weights, buffers), (batch[0],))
-        return 1 - margin(logits, batch[1]).sigmoid().mean(1)
+        predictions = functional_call(model, (weights, buffers), (batch[0],))
+        return self.weight(predictions, batch[1])
+
+
+class Regression(Task):
+    """The prediction itself, which goes with half the squared error as loss."""
+
+    @staticmethod
+    def output(predictions: Tensor, labels: Tensor) -> Tensor:
+        """See `Task`."""
+        return predictions[:, 0] + 0 * labels
+
+    @staticmethod
+    def weight(predictions: Tensor, labels: Tensor) -> Tensor:
+        """See `Task`."""
+        return labels - predictions[:, 0]
+
+
+class NextTokens(Task):
+    """The mean over positions of the right token's margin, `log p / (1 - p)`."""
+
+    loss_is_of_words = True
+
+    @staticmethod
+    def output(predictions: Tensor, labels: Tensor) -> Tensor:
+        """See `Task`."""
+        return margin(predictions, labels).mean(1)
+
+    @staticmethod
+    def weight(predictions: Tensor, labels: Tensor) -> Tensor:
+        """See `Task`."""
+        return 1 - margin(predictions, labels).sigmoid().mean(1)
 
 
 def _squared(predictions: Tensor, labels: Tensor) -> Tensor:
@@ -157,8 +161,6 @@ OBJECTIVES = {
     "text_classification": Objective(
         nn.functional.cross_entropy, margin, "text_classification"
     ),
-    "regression": Objective(_squared, lambda f, _: f[:, 0], Regression),
-    "language_modelling": Objective(
-        _next_tokens, lambda f, y: margin(f, y).mean(1), NextTokens
-    ),
+    "regression": Objective(_squared, Regression.output, Regression),
+    "language_modelling": Objective(_next_tokens, NextTokens.output, NextTokens),
 }

@@ -1,19 +1,19 @@
 """Contrastive image-text models (CLIP)."""
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trak.arguments import as_integer, as_number
 from trak.digests import state_digest
 from trak.errors import InputError, PhaseError
 from trak.modelout_functions.abstract import AbstractModelOutput
 from trak.modelout_functions.margin import call
+from trak.modes import evaluation_mode
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class CLIPModelOutput(AbstractModelOutput):
         images: list[Tensor] = []
         texts: list[Tensor] = []
         done = 0
-        with _evaluating(model), torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             for image, text in loader:
                 u, v, _ = model(
                     preprocess_fn_img(image) if preprocess_fn_img else image,
@@ -255,17 +255,6 @@ class CLIPModelOutput(AbstractModelOutput):
         if self._drawn is None:
             raise PhaseError("Run traker.task.get_embeddings before featurizing.")
         return self._drawn
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _equal(some: Tensor, others: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from trak.errors import AttributionError, InputError
 from trak.gradient_computers import AbstractGradientComputer, select_parameters
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.modelout_functions import resolve_task
+from trak.modes import evaluation_mode
 from trak.pipeline.assembly import make_computer
 from trak.pipeline.checks import as_names, check_model, check_parts
-from trak.pipeline.model_state import evaluation_mode, validate_state
+from trak.pipeline.model_state import validate_state
 from trak.pipeline.task_state import prepare_task
 from trak.projectors import resolve_device
 

@@ -1,7 +1,6 @@
 """Loading weights without half-loading them, and noticing when they change."""
 
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -138,22 +137,3 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 def _version(tensor: Tensor) -> int:
     # inference tensors, which a buffer may be, count no versions
     return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Generator[None]:
-    """Runs a block with the model in evaluation mode, and restores every module's mode.
-
-    Args:
-        model: the model.
-
-    Yields:
-        Nothing.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -13,10 +13,11 @@ from torch import nn
 from trak.arguments import Ridge, as_integer
 from trak.batches import batch_size, normalize
 from trak.errors import ModelIDException, PhaseError
+from trak.modes import evaluation_mode
 from trak.pipeline.describe import as_model_id, store_metadata
 from trak.pipeline.finalizing import finalize_checkpoints
 from trak.pipeline.losses import LossWatch, loss_sizes
-from trak.pipeline.model_state import WeightWatch, evaluation_mode, validate_state
+from trak.pipeline.model_state import WeightWatch, validate_state
 from trak.pipeline.order import refuse_shuffled_loader
 from trak.pipeline.phase import Phase
 from trak.pipeline.project import RowMaker
@@ -215,7 +216,6 @@ class Pipeline:
         Args:
             model_ids: the checkpoints; all of the store if None.
             del_grads: the user's wish to delete the rows, which is not granted.
-
         """
         self.maker.projector.free_memory()
         self.verify()

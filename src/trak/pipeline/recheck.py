@@ -13,7 +13,7 @@ from torch import nn
 
 from trak.batches import Batch
 from trak.gradient_computers import AbstractGradientComputer
-from trak.pipeline.model_state import evaluation_mode
+from trak.modes import evaluation_mode
 from trak.pipeline.rows import narrow
 from trak.savers import Rows
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from trak.digests import state_digest
-from trak.pipeline.model_state import evaluation_mode
+from trak.modes import evaluation_mode
 
 
 def prepare_task(task: Any, model: nn.Module, digest: str | None = None) -> None:
