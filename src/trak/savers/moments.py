@@ -123,7 +123,7 @@ def _write(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
             os.fsync(file.fileno())
         link_new(temporary, path)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path, prefix: str = "") -> Arrays:
