@@ -67,6 +67,9 @@ def test_masks_and_margins_of_trak_are_read(repeated, tmp_path):
     assert bank.checkpoints == ()
     with pytest.raises(InputError, match="seeds=3|are not 5 a subset"):
         read_trak_bank(*read, seeds=3 if repeated else 5)
+    if repeated:
+        with pytest.raises(InputError, match="Subsets 0 and 1 have the same mask"):
+            read_trak_bank(*read)
 
 
 def test_other_files_are_no_bank_of_trak(tmp_path):

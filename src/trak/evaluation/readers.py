@@ -32,8 +32,9 @@ def read_trak_bank(
         The bank, without hashes: these files have none.
 
     Raises:
-        InputError: if a file is no such array, the numbers of rows do not fit, or the rows
-            of one subset differ.
+        InputError: if a file is no such array, the numbers of rows do not fit, the rows of
+            one subset differ, or those of neighbours are equal: models of one mask that
+            count as independent subsets make intervals too narrow.
     """
     repeats = as_integer("seeds", seeds, least=1)
     rows = as_masks("masks", _load("masks", masks), axes=("model", "training example"))
@@ -50,6 +51,13 @@ def read_trak_bank(
             )
         rows = grouped[:, 0]
     check_length(len(rows), subsets, "The rows of masks", "margins")
+    again = np.flatnonzero((rows[1:] == rows[:-1]).all(axis=1))
+    if len(again):
+        raise InputError(
+            f"Subsets {again[0]} and {again[0] + 1} have the same mask, with "
+            f"seeds={repeats} models each. Models of one mask are no further subsets: say in seeds how many "
+            "models each mask has."
+        )
     outputs = as_single("margins", values).reshape(subsets, repeats, -1)
     return Bank(masks=rows, outputs=outputs, name=name)
 
