@@ -145,7 +145,7 @@ def write(
         "name": name,
         "rows": [asdict(row) for row in rows],
         "environment": environment(),
-        "command": _command(),
+        "command": _command(name),
         "details": details,
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -154,10 +154,10 @@ def write(
         print(f"{mark} {row.what}: {row.measured} (bar: {row.bar})", flush=True)
 
 
-def _command() -> str:
+def _command(name: str) -> str:
     # without --out and its value, which say nothing about the figures
     main = sys.modules["__main__"].__spec__
-    module = main.name if main else Path(sys.argv[0]).name
+    module = main.name if main else f"benchmarks.{name}"
     given = sys.argv[1:]
     if "--out" in given:
         place = given.index("--out")

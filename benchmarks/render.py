@@ -29,6 +29,8 @@ ORDER = (
     "kernel",
     "gpu",
     "gpu_tf32",
+    "choices",
+    "compression",
 )
 TITLES = {
     "step": "Featurizing against a training step",
@@ -46,6 +48,8 @@ TITLES = {
     "kernel": "The exact kernel",
     "gpu": "On a GPU",
     "gpu_tf32": "On a GPU, float32 products in TF32",
+    "choices": "Choices inside TRAK",
+    "compression": "Compression compared",
 }
 MARKS = {True: "met", False: "**not met**", None: ""}
 COMMON = {"name", "rows", "environment"}
@@ -71,10 +75,11 @@ def section(found: dict[str, Any]) -> str:
         cells = (row["what"], row["bar"], measured, MARKS[row["passed"]], row["how"])
         lines.append("| " + " | ".join(_cell(each) for each in cells) + " |")
     where = found["environment"]
+    command = found.get("command", f"python -m benchmarks.{found['name']}")
     versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
     lines += [
         "",
-        f"`{found.get('command', found['name'])}`: {where['date']}, commit "
+        f"`{command}`: {where['date']}, commit "
         f"`{where['commit'][:12]}`, {_hardware(where)}, {where['cores']} cores, load "
         f"average {where['load_average']:.1f} at the end; Python {where['python']}, "
         f"{versions}. Raw figures: `benchmarks/results/{found['name']}.json`.",
