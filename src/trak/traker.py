@@ -64,7 +64,7 @@ class TRAKer(Results):
             have, else `FunctionalGradientComputer`.
         projector: instance that projects them, or the name of one
             (`trak.projectors.ProjectionType`). If None, leading coordinates where whitened
-            gradients are compressed, else the cheapest of the random ones.
+            gradients are compressed, else a random one that the model's size decides.
         saver: class of the store.
         score_computer: class or instance; `RidgeScoreComputer` if None.
             `BasicScoreComputer` scales as upstream does.
