@@ -55,8 +55,8 @@ def read_trak_bank(
     if len(again):
         raise InputError(
             f"Subsets {again[0]} and {again[0] + 1} have the same mask, with "
-            f"seeds={repeats} models each. Models of one mask are no further subsets: say in seeds how many "
-            "models each mask has."
+            f"seeds={repeats} models each. Models of one mask are no further subsets: say "
+            "in seeds how many models each mask has."
         )
     outputs = as_single("margins", values).reshape(subsets, repeats, -1)
     return Bank(masks=rows, outputs=outputs, name=name)
