@@ -16,6 +16,7 @@ from trak.errors import StoreCorruptedError
 from trak.savers import moments
 from trak.savers.arrays import RowFile
 from trak.savers.filesystem import replace_json
+from trak.savers.gradient_files import GradientFiles
 from trak.savers.leftovers import AGE
 
 N, M = 24, 4
@@ -170,6 +171,17 @@ def test_a_full_disk_names_the_file_and_the_bytes(call, code, tmp_path, monkeypa
         RowFile(tmp_path / "b.mmap", (4, 2), np.float32)
     assert caught.value.errno == code
     assert [path.name for path in tmp_path.iterdir()] == ["a.mmap"]
+
+
+def test_a_full_disk_names_gradients_of_the_exact_kernel(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"for 72 bytes of: '.*0\.npz'") as caught:
+        GradientFiles(tmp_path).write(0, {"a": np.ones(9)})
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_of_the_disk_stay_as_they_are(tmp_path, monkeypatch):

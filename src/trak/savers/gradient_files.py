@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trak.errors import StoreCorruptedError
+from trak.savers.arrays import room_for
 from trak.savers.filesystem import sync_directory, temporary_path
 
 FORMAT = 1
@@ -49,14 +50,16 @@ class GradientFiles:
             number: the file's; one that is there is replaced.
             arrays: name to array.
         """
-        temporary = temporary_path(self.path(number))
+        path = self.path(number)
+        temporary = temporary_path(path)
+        size = sum(array.nbytes for array in arrays.values())
         try:
-            with temporary.open("wb") as file:
+            with room_for(path, size), temporary.open("wb") as file:
                 named: Any = {"format": np.array(FORMAT), **arrays}
                 np.savez(file, **named)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self.path(number))
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
         sync_directory(self.folder)
