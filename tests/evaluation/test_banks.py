@@ -115,7 +115,7 @@ def test_the_files_are_those_of_the_specification(tmp_path):
     }
     assert manifest == expected
     with np.load(tmp_path / "truth.npz", allow_pickle=False) as found:
-        assert sorted(found) == ["examples", "masks", "outputs", "seeds"]
+        assert sorted(found) == ["examples", "masks", "n", "outputs", "seeds"]
         np.testing.assert_array_equal(found["masks"], np.packbits(bank.masks, axis=1))
         assert found["masks"].shape == (6, 3)
         assert found["outputs"].dtype == np.float32
@@ -235,6 +235,30 @@ DAMAGE = {
     "masks must be uint8, got bool": lambda f: with_dtype(f, masks="?"),
     "contradicts itself.*'masks'": lambda f: rewrite(f, encoded(np.savez)),
 }
+
+
+@pytest.mark.parametrize("n", [19, 20, 22, 24])
+def test_another_number_of_examples_is_refused(n, tmp_path):
+    given = arrays()
+    given["masks"][:, 18:] = False  # so that the last byte shows no example
+    save_bank(Bank(masks=given["masks"], outputs=given["outputs"]), tmp_path)
+    assert load_bank(tmp_path).n == 21
+    edit(tmp_path, n=n)
+    with pytest.raises(BankCorruptedError, match=f"for n = 21, bank.json says n = {n}"):
+        load_bank(tmp_path)
+
+
+@pytest.mark.parametrize("n", [21, 23])
+def test_without_a_second_record_suspicious_numbers_are_told(n, tmp_path, caplog):
+    save_bank(Bank(**arrays()), tmp_path)
+    with np.load(tmp_path / "truth.npz") as truth:
+        given = {
+            name: array for name, array in truth.items() if name in {"masks", "outputs"}
+        }
+    rewrite(tmp_path, encoded(np.savez, **given))
+    edit(tmp_path, n=n)
+    assert load_bank(tmp_path).n == n
+    assert ("no subset holds an example after number 20" in caplog.text) == (n == 23)
 
 
 @pytest.mark.parametrize("message", DAMAGE)

@@ -1,6 +1,7 @@
 """The files of a bank. The normative text is docs/evaluation.md, "Format"."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from trak.evaluation.described import as_json
 from trak.evaluation.files import as_path, file_hash, replace_file
 from trak.evaluation.hashes import hashes_of
 from trak.evaluation.weights import WEIGHTS, load_checkpoints
+
+_log = logging.getLogger(__name__)
 
 VERSION = 1
 MANIFEST = "bank.json"
@@ -39,6 +42,7 @@ _DTYPES = {
     "outputs": ("float32", "float16"),
     "seeds": ("int64",),
     "examples": ("int64",),
+    "n": ("int64",),
 }
 
 
@@ -58,6 +62,7 @@ def save_bank(bank: Bank, folder: str | Path) -> None:
     arrays: dict[str, Any] = {
         "masks": np.packbits(bank.masks, axis=1),
         "outputs": bank.outputs,
+        "n": np.array(bank.n, dtype=np.int64),
     }
     optional = {"seeds": bank.seeds, "examples": bank.examples}
     arrays.update({name: value for name, value in optional.items() if value is not None})
@@ -196,13 +201,7 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
 def _bank(folder: Path, manifest: dict[str, Any], *, has_weights: bool) -> Bank:
     arrays = _arrays(folder / TRUTH)
     packed, outputs = arrays.pop("masks"), arrays.pop("outputs")
-    n = manifest["n"]
-    if type(n) is not int or packed.ndim != 2 or packed.shape[1] != -(-n // 8):
-        raise ValueError(f"masks are packed as {packed.shape}, bank.json says n = {n!r}")
-    whole = np.unpackbits(packed, axis=1).astype(np.bool_)
-    masks = whole[:, :n]
-    if whole[:, n:].any():
-        raise ValueError(f"masks name examples beyond n = {n}")
+    masks = _masks(packed, manifest["n"], arrays.pop("n", None), folder)
     size = manifest.get("subset_size")
     held = masks.sum(axis=1)
     if size is not None and (type(size) is not int or (held != size).any()):
@@ -234,3 +233,31 @@ def _bank(folder: Path, manifest: dict[str, Any], *, has_weights: bool) -> Bank:
         notes={name: value for name, value in manifest.items() if name not in _OWN},
         **arrays,
     )
+
+
+def _masks(
+    packed: NDArray[Any], n: Any, recorded: NDArray[Any] | None, folder: Path
+) -> NDArray[np.bool_]:
+    # the hash that bank.json has is of the packed masks, and not of its own n
+    if type(n) is not int or packed.ndim != 2 or packed.shape[1] != -(-n // 8):
+        raise ValueError(f"masks are packed as {packed.shape}, bank.json says n = {n!r}")
+    if recorded is not None and (recorded.ndim or int(recorded) != n):
+        raise ValueError(
+            f"{TRUTH} was written for n = {recorded}, bank.json says n = {n}: put the "
+            "number back, or fetch or build the bank again"
+        )
+    whole = np.unpackbits(packed, axis=1).astype(np.bool_)
+    if whole[:, n:].any():
+        raise ValueError(f"masks name examples beyond n = {n}")
+    last = np.flatnonzero(whole.any(axis=0))[-1:]
+    if recorded is None and len(last) and last[0] < n - 1:
+        _log.warning(
+            "%s: bank.json says n = %d, and no subset holds an example after number %d. If "
+            "the training set has all %d of them, save_bank writes the bank with n beside "
+            "its masks; else n is wrong.",
+            folder,
+            n,
+            last[0],
+            n,
+        )
+    return whole[:, :n]
