@@ -248,24 +248,46 @@ def test_examples_may_come_in_any_order_and_from_several_runs(tmp_path):
     close(takers[0].finalize_scores("exp"), whole, 1e-10)
 
 
-def test_a_row_that_another_process_wrote_meanwhile_is_not_written_twice(tmp_path):
-    _, train, _, states = world("wide")
+def overtaken(tmp_path, elsewhere, here):
+    """Featurizes a batch while another process featurizes one of its own."""
+    states = world("wide")[3]
     first, second = (kernel_traker(world("wide")[0], tmp_path) for _ in range(2))
     for traker in (first, second):
         traker.load_checkpoint(states[0], model_id=0)
-    batch = runs.split(train, 7)[0]
     run = second.gradient_computer.run
 
     def slow(*args):
         run(*args)
-        first.featurize(batch, num_samples=7)
         second.gradient_computer.run = run
+        first.featurize(elsewhere, inds=range(len(elsewhere[1])))
 
     second.gradient_computer.run = slow
-    with pytest.raises(PhaseError, match="another process meanwhile"):
-        second.featurize(batch, num_samples=7)
-    second.featurize(batch, num_samples=7)  # skips what is there
-    assert second.saver.train_rows(0).refresh().sum() == 7
+    second.featurize(here, inds=range(len(here[1])))
+    return second
+
+
+@pytest.mark.parametrize("size", [3, 7, 10])
+def test_what_another_process_wrote_meanwhile_is_not_written_twice(size, tmp_path):
+    _, train, targets, states = world("wide")
+    batches = [runs.split(train, count)[0] for count in (size, 7)]
+    traker = overtaken(tmp_path / "one", *batches)
+    assert traker.saver.train_rows(0).refresh().sum() == max(size, 7)
+    files = traker.saver.gradient_files(0)
+    assert files.path(1).exists() == (size < 7)
+    assert not files.path(2).exists()
+    runs.featurize(traker, train, states[0])
+    traker.finalize_features()
+    runs.score(traker, targets, states[0])
+    whole = kernel_traker(world("wide")[0], tmp_path / "other")
+    expected = runs.whole_run(whole, train, targets, states[:1])
+    close(traker.finalize_scores("exp"), expected, 1e-10)
+
+
+def test_other_examples_that_another_process_wrote_meanwhile_are_refused(tmp_path):
+    train = world("wide")[1]
+    there, here = runs.split(train, 7)[:2]
+    with pytest.raises(StoreMismatchError, match="row 0 is not the one"):
+        overtaken(tmp_path, there, here)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import trak
 from tests import cases, runs
+from trak.projectors import KernelProjector
 
 torch.set_num_threads(1)
 what, folder, out = sys.argv[1:]
@@ -51,6 +52,8 @@ else:
         checkpoints=cases.checkpoints("mlp", 2),
         save_dir=folder,
         whitening=0.5,
+        projector=KernelProjector(24) if what == "exact" else None,
+        row_dtype="float64",
         progress=False,
     )
 np.save(out, scores)
@@ -93,8 +96,9 @@ def test_finalizing_at_once_never_fails(scored, tmp_path):
     np.testing.assert_array_equal(scored[0].scores("exp"), expected)
 
 
-def test_two_calls_of_attribute_on_a_new_folder_give_the_same_scores(tmp_path):
-    one, other = together("attribute", tmp_path / "store", tmp_path)
+@pytest.mark.parametrize("how", ["attribute", "exact"])
+def test_two_calls_of_attribute_on_a_new_folder_give_the_same_scores(how, tmp_path):
+    one, other = together(how, tmp_path / "store", tmp_path)
     np.testing.assert_array_equal(one, other)
 
 

@@ -20,6 +20,7 @@ from trak.batches import Batch, batch_size
 from trak.encodings import encoding_of
 from trak.errors import InputError, PhaseError
 from trak.pipeline.earlier import Earlier
+from trak.pipeline.phase import OvertakenError
 from trak.pipeline.project import GRADIENT_BYTES, RowMaker
 from trak.projectors.cholesky import forward, lower_factor
 from trak.projectors.kept import Collector, Part, kernel, kernel_products
@@ -209,9 +210,8 @@ class KernelMaker(RowMaker):
         rows = _rows_of(parts)
         taken = rows[earlier.rows.done[rows]]
         if len(taken):
-            raise PhaseError(
-                f"Row {taken[0]} was written by another process meanwhile. Give every "
-                "process its own examples, or repeat the call."
+            raise OvertakenError(
+                f"Row {taken[0]} was written by another process meanwhile. Repeat the call."
             )
         if len(earlier.order):
             return

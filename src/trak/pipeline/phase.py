@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from trak.errors import PhaseError
 from trak.gradient_computers.coverage import Coverage
 from trak.pipeline.model_state import WeightWatch
 
@@ -30,3 +31,7 @@ class Phase:
     cursor: int = 0
     coverage: Coverage | None = None
     began: bool = False
+
+
+class OvertakenError(PhaseError):
+    """Another process stored some of the rows meanwhile; others are still to be made."""

@@ -5,23 +5,20 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from trak.arguments import Ridge, as_integer
-from trak.batches import batch_size, normalize
+from trak.batches import normalize
 from trak.errors import ModelIDException, PhaseError
 from trak.modes import evaluation_mode
 from trak.pipeline.describe import as_model_id, store_metadata
 from trak.pipeline.finalizing import finalize_checkpoints
 from trak.pipeline.losses import LossWatch, loss_sizes
 from trak.pipeline.model_state import WeightWatch, validate_state
-from trak.pipeline.order import refuse_shuffled_loader
 from trak.pipeline.phase import Phase
 from trak.pipeline.project import RowMaker
-from trak.pipeline.proofs import refuse_disproved
 from trak.pipeline.readiness import (
     chosen_ids,
     not_ready,
@@ -30,21 +27,13 @@ from trak.pipeline.readiness import (
     warn_of_twins,
     what_counts,
 )
-from trak.pipeline.recheck import warn_of_other_code
-from trak.pipeline.rows import (
-    check_examples,
-    hash_examples,
-    missing_rows,
-    narrow,
-    row_numbers,
-    to_store,
-)
 from trak.pipeline.scoring import ScorePass
 from trak.pipeline.solving import ScoreSet, ridge_name, row_source, score_sets
+from trak.pipeline.storing import RowStorer
 from trak.pipeline.task_state import prepare_task
 from trak.pipeline.whiten import Whitener
 from trak.precision import full_precision
-from trak.savers import AbstractSaver, Rows
+from trak.savers import AbstractSaver
 from trak.score_computers import AbstractScoreComputer, LinearScoreComputer
 from trak.score_computers.stream import decoded
 from trak.settings import RunSettings
@@ -91,7 +80,15 @@ class Pipeline:
         self.losses = losses
         self.settings = settings
         self.dtype = dtype
-        self.examples_are_checked = examples_are_checked
+        self._storer = RowStorer(
+            model=model,
+            task=task,
+            maker=maker,
+            saver=saver,
+            whitener=whitener,
+            dtype=dtype,
+            examples_are_checked=examples_are_checked,
+        )
         self.phase: Phase | None = None
         self._features: tuple[int, NDArray[Any]] | None = None
         saver.features = self.features
@@ -177,7 +174,7 @@ class Pipeline:
             (f"model_id={other}", self.saver.train_rows(other))
             for other in self._own_first(phase.model_id)
         ]
-        self._store(phase, rows, others, batch, inds, num_samples)
+        self._storer.store(phase, rows, others, batch, inds, num_samples)
 
     def score(self, batch: Any, inds: Any, num_samples: int | None) -> None:
         """Stores the rows of a batch of targets that are not there yet.
@@ -205,7 +202,7 @@ class Pipeline:
             for other in self._own_first(phase.model_id)
             if self.saver.has_targets(phase.exp_name, other)
         ]
-        self._store(phase, rows, others, batch, inds, num_samples)
+        self._storer.store(phase, rows, others, batch, inds, num_samples)
 
     @full_precision()
     def finalize_features(
@@ -413,73 +410,9 @@ class Pipeline:
             self._features = (model_id, features.to(dtype).cpu().numpy())
         return self._features[1]
 
-    def _store(
-        self,
-        phase: Phase,
-        rows: Rows,
-        others: list[tuple[str, Rows]],
-        batch: Any,
-        inds: Any,
-        num_samples: int | None,
-    ) -> None:
-        phase.watch.check()
-        device = next(self.model.parameters()).device
-        normal = normalize(batch, device)
-        what = "train_set_size" if phase.kind == "featurize" else "num_targets"
-        size = batch_size(normal)
-        numbers = row_numbers(inds, num_samples, phase.cursor, size, len(rows.done), what)
-        if size and num_samples is not None and phase.cursor == 0:
-            refuse_shuffled_loader()
-        digests = hash_examples(normal, enabled=self.examples_are_checked)
-        kind = "training example" if phase.kind == "featurize" else "target"
-        check_examples(numbers, digests, others, kind)
-        wanted = missing_rows(rows, numbers)
-        if phase.kind == "featurize" and not phase.began and len(wanted) < size:
-            warn_of_other_code(self.model, self.maker.computer, rows, normal, numbers)
-        phase.began = phase.began or size > 0
-        if len(wanted):
-            own = numbers[wanted]
-            self._commit(phase, rows, narrow(normal, wanted), own, digests[wanted])
-            self.saver.refresh(phase.model_id)
-            self._record_coverage(phase)
-        if num_samples is not None:
-            phase.cursor += size
-
-    def _record_coverage(self, phase: Phase) -> None:
-        coverage = self.maker.computer.coverage()
-        if coverage is not None and coverage != phase.coverage:
-            self.saver.record_coverage(phase.model_id, coverage.describe())
-            phase.coverage = coverage
-
     def _own_first(self, model_id: int) -> list[int]:
         others = sorted(set(self.saver.model_ids) - {model_id})
         return [model_id, *others]
-
-    def _commit(
-        self,
-        phase: Phase,
-        rows: Rows,
-        batch: Any,
-        numbers: NDArray[np.int64],
-        digests: NDArray[np.int64],
-    ) -> None:
-        prepare_task(self.task, self.model, phase.digest)
-        self.whitener.prepare(phase.model_id)
-        making = self.maker.making(
-            batch, phase.model_id, numbers.tolist(), training=phase.kind == "featurize"
-        )
-        with (
-            torch.inference_mode(False),
-            evaluation_mode(self.model),
-            making as (made, weights),
-        ):
-            if phase.coverage is None or self.maker.computer.disproved:
-                refuse_disproved(self.saver, phase.model_id, self.maker.computer)
-            values = {"examples": digests[:, None]}
-            values["grads"] = to_store(made, self.dtype, numbers)
-            if weights is not None:
-                values["out_to_loss"] = weights.to(torch.float64).cpu().numpy()
-            rows.commit(numbers, values)
 
     def load_weights(self, checkpoint: Any) -> None:
         """Loads weights into the model and the gradient computer.
