@@ -11,10 +11,13 @@ import sys
 
 import numpy as np
 import pytest
-from tests import runs
+from tests import cases, runs
 
 import trak
 from trak.errors import PhaseError, StoreMismatchError
+from trak.pipeline import finalizing, methods, scoring, variances
+from trak.pipeline.readiness import scores_with_record
+from trak.pipeline.scoring import ScorePass
 from trak.pipeline.whiten import Whitener
 from trak.savers import MmapSaver, factor_files
 from trak.savers.filesystem import read_json
@@ -274,3 +277,107 @@ def test_without_scores_the_message_is_as_before(scored):
         traker.scores("new")
     path = traker.saver.save_dir / "experiments" / "new.json"
     assert json.loads(path.read_text())["scores_finalized"] == 0
+
+
+def at(folder, ridge):
+    model, *_ = runs.data("mlp", N, M)
+    return runs.make_traker(model, N, folder, lambda_reg=ridge)
+
+
+def before(monkeypatch, owner, name, action):
+    """Lets another process act once, just before a method."""
+    own = getattr(owner, name)
+
+    def overtaken(*args, **options):
+        monkeypatch.setattr(owner, name, own)
+        action()
+        return own(*args, **options)
+
+    monkeypatch.setattr(owner, name, overtaken)
+
+
+READS = {
+    "finalize_scores": lambda t: t.finalize_scores("exp"),
+    "top_scores": lambda t: t.top_scores("exp", k=2),
+    "self_influence": lambda t: t.self_influence(),
+    "relatif": lambda t: t.scores("exp", method="relatif"),
+    "errors": lambda t: t.scores("exp", with_error=True),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_another_ridge_was_finalized_for_is_not_scored(name, scored, monkeypatch):
+    traker = scored[0]
+    other = at(traker.saver.save_dir, "50x")
+    where = scoring if name in {"finalize_scores", "top_scores"} else methods
+    before(
+        monkeypatch,
+        variances if name == "errors" else where,
+        "kept_factor",
+        other.finalize_features,
+    )
+    with pytest.raises(PhaseError, match=r"meanwhile, with .*50x.*lambda_reg='1x'.*again"):
+        READS[name](traker)
+    traker.finalize_features()
+    READS[name](traker)
+
+
+def test_scores_are_of_the_ridge_that_their_record_names(scored, monkeypatch):
+    traker = scored[0]
+    expected = np.array(traker.scores("exp"))
+    other = at(traker.saver.save_dir, "50x")
+    before(monkeypatch, ScorePass, "arrays", other.finalize_features)
+    np.testing.assert_array_equal(traker.finalize_scores("exp"), expected)
+    record = read_json(traker.saver.save_dir / "experiments" / "exp.json")
+    assert record["factors"]["0"]["lambda_reg"] == "1x"
+    for each in (traker, other):
+        with pytest.raises(PhaseError, match="with another ridge"):
+            each.scores("exp")
+    assert np.abs(other.finalize_scores("exp") - expected).max() > 0.1 * expected.std()
+
+
+def test_scores_come_with_the_record_of_the_same_moment(scored, monkeypatch):
+    traker = scored[0]
+    other = at(traker.saver.save_dir, "50x")
+
+    def replace():
+        other.finalize_features()
+        other.finalize_scores("exp")
+
+    before(monkeypatch, traker.saver, "load_scores", replace)
+    found, record = scores_with_record(traker.saver, "exp")
+    assert record["factors"]["0"]["lambda_reg"] == "50x"
+    np.testing.assert_array_equal(found, other.scores("exp"))
+
+
+def test_features_are_of_the_factor_that_is_there(scored):
+    traker = scored[0]
+    at_first = np.array(traker.saver.current_store["features"])
+    other = at(traker.saver.save_dir, "50x")
+    other.finalize_features()
+    other.saver.load_current_store(0)
+    now = traker.saver.current_store["features"]
+    assert np.abs(now - at_first).max() > 0.1 * at_first.std()
+    np.testing.assert_array_equal(now, other.saver.current_store["features"])
+
+
+def test_the_shared_ridge_is_that_of_the_factor_that_was_found(tmp_path, monkeypatch):
+    model, train, *_ = runs.data("mlp", 48, M)
+    trakers = [
+        runs.make_traker(model, 48, tmp_path, lambda_reg="auto", whitening=0)
+        for _ in range(2)
+    ]
+    states = cases.checkpoints("mlp", 2)
+    for number, state in enumerate(states):
+        runs.featurize(trakers[0], train, state, number)
+    trakers[0].finalize_features()
+    expected = factor_files.load(tmp_path / "1")[1]["auto"]
+    (tmp_path / "1" / "factor.json").unlink()
+    before(
+        monkeypatch,
+        finalizing.logger,
+        "info",
+        lambda: trakers[1].finalize_features(model_ids=[0]),
+    )
+    trakers[0].finalize_features()
+    assert factor_files.load(tmp_path / "1")[1]["auto"] == expected

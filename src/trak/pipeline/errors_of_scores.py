@@ -187,8 +187,8 @@ class ErrorPass(VariancePass):
         for model_id in self.model_ids:
             rows = self.rows(model_id)
             aims = [decoded(rows[i : i + 1], torch.float64) for i in self._peers.tolist()]
-            one = block_scorer(self.scorer, self.saver, model_id, rows, torch.cat(aims))
-            found.append(one)
+            given = self.scorer, self.saver, model_id, rows, torch.cat(aims)
+            found.append(block_scorer(*given, self.kept[model_id]))
         return found
 
     def _some(self) -> list[tuple[int, int]]:

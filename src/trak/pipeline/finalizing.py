@@ -14,7 +14,7 @@ from trak.errors import ModelIDException
 from trak.pipeline.describe import describe_rows
 from trak.pipeline.losses import LossWatch, loss_sizes, tell_of_strays
 from trak.pipeline.project import RowMaker
-from trak.pipeline.readiness import chosen_ids, is_current, together
+from trak.pipeline.readiness import chosen_ids, current_factor, together
 from trak.pipeline.solving import placed, row_source
 from trak.pipeline.whiten import Whitener
 from trak.savers import AbstractSaver, Rows
@@ -62,11 +62,10 @@ def finalize_checkpoints(
     for model_id in chosen:
         rows = saver.train_rows(model_id)
         _refuse_missing(rows, model_id)
-        if saver.model_ids[model_id]["is_finalized"] and is_current(
-            scorer, saver, model_id, chosen
-        ):
+        finalized = saver.model_ids[model_id]["is_finalized"]
+        kept = current_factor(scorer, saver, model_id, chosen) if finalized else None
+        if kept is not None:
             logger.info("model_id=%s is finalized already.", model_id)
-            kept = saver.load_factor(model_id)[1]
             multiple = kept.get("auto")
             continue
         tell_of_strays(loss_sizes(saver, model_id), model_id)

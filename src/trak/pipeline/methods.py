@@ -20,7 +20,7 @@ from trak.errors import InputError, InputTypeError, NumericalError
 from trak.pipeline.losses import loss_sizes
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.readiness import finalized_ids
-from trak.pipeline.solving import ScoreSet, row_source
+from trak.pipeline.solving import ScoreSet, kept_factor, row_source
 from trak.pipeline.systems import System
 from trak.savers import AbstractSaver
 from trak.score_computers import (
@@ -264,7 +264,7 @@ class MethodPass:
         if isinstance(source, Tensor):
             source = source.to(self.device)
         scorer = self.scorer if isinstance(self.scorer, RidgeScoreComputer) else None
-        kept = self.saver.load_factor(model_id) if solved else None
+        kept = kept_factor(self.scorer, self.saver, model_id) if solved else None
         loss, sizes = rows.array("out_to_loss"), loss_sizes(self.saver, model_id)
         return System(model_id, source, loss, sizes, scorer, kept)
 

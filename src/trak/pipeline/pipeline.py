@@ -22,6 +22,7 @@ from trak.pipeline.project import RowMaker
 from trak.pipeline.readiness import (
     chosen_ids,
     not_ready,
+    scores_with_record,
     warn_of_other_groups,
     warn_of_other_ridge,
     warn_of_twins,
@@ -90,7 +91,7 @@ class Pipeline:
             examples_are_checked=examples_are_checked,
         )
         self.phase: Phase | None = None
-        self._features: tuple[int, NDArray[Any]] | None = None
+        self._features: tuple[int, dict[str, Any], NDArray[Any]] | None = None
         saver.features = self.features
 
     def verify(self) -> None:
@@ -291,13 +292,14 @@ class Pipeline:
         )
 
     def _write(self, sets: list[ScoreSet], ready: list[int]) -> list[NDArray[Any]]:
+        taken = self._pass(sets, ready)
         info = {
             "model_ids": ready,
             "computer": type(self.scorer).__name__,
-            "factors": self._factors(ready),
+            "factors": {str(i): kept[1] for i, kept in taken.kept.items()},
         }
         names = [(each.exp_name, ridge_name(each)) for each in sets]
-        with closing(self._pass(sets, ready).arrays()) as blocks:
+        with closing(taken.arrays()) as blocks:
             scores = self.saver.save_score_sets(names, blocks, info)
         if self.phase is not None:
             self.phase.cursor = 0
@@ -365,8 +367,7 @@ class Pipeline:
             PhaseError: if a checkpoint was finalized anew since.
         """
         self.verify()
-        scores = self.saver.load_scores(exp_name)
-        record = self.saver.experiment(exp_name)
+        scores, record = scores_with_record(self.saver, exp_name)
         warn_of_other_ridge(self.scorer, self.saver, exp_name, record["model_ids"])
         now, then = self._factors(record["model_ids"]), record["factors"]
         if {i: what_counts(f) for i, f in then.items()} != {
@@ -393,9 +394,9 @@ class Pipeline:
         Returns:
             `[n, k]` in the store's dtype (float32 where that is float16).
         """
-        if self._features is None or self._features[0] != model_id:
+        matrix, info = self.saver.load_factor(model_id)
+        if self._features is None or self._features[:2] != (model_id, info):
             rows = row_source(self.saver.train_rows(model_id))
-            matrix, info = self.saver.load_factor(model_id)
             if isinstance(self.scorer, LinearScoreComputer):
                 loss = {}
                 if getattr(self.scorer, "curvature", False):
@@ -407,8 +408,8 @@ class Pipeline:
                     phi, torch.as_tensor(matrix, device="cpu").to(phi)
                 )
             dtype = torch.promote_types(self.dtype, torch.float32)
-            self._features = (model_id, features.to(dtype).cpu().numpy())
-        return self._features[1]
+            self._features = (model_id, info, features.to(dtype).cpu().numpy())
+        return self._features[2]
 
     def _own_first(self, model_id: int) -> list[int]:
         others = sorted(set(self.saver.model_ids) - {model_id})

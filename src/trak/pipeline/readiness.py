@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trak.errors import ModelIDException
 from trak.pipeline.describe import as_model_ids, describe_rows
@@ -60,12 +61,32 @@ def is_current(
     Returns:
         False if it must be finalized again, or the score computer cannot tell.
     """
+    return current_factor(scorer, saver, model_id, group) is not None
+
+
+def current_factor(
+    scorer: AbstractScoreComputer,
+    saver: AbstractSaver,
+    model_id: int,
+    group: Iterable[int] | None = None,
+) -> dict[str, Any] | None:
+    """How a checkpoint's factor was made, read once: others may replace it any time.
+
+    Args:
+        scorer: the score computer.
+        saver: the store.
+        model_id: a finalized checkpoint.
+        group: as for `is_current`.
+
+    Returns:
+        Its description; None if it is not current.
+    """
     if not isinstance(scorer, LinearScoreComputer):
-        return False
+        return None
     info = saver.load_factor(model_id)[1]
-    if group is None or not isinstance(scorer, RidgeScoreComputer):
-        return scorer.matches(info)
-    return info.get("together") == together(saver, group) and scorer.matches(info)
+    grouped = group is not None and isinstance(scorer, RidgeScoreComputer)
+    alike = not grouped or info.get("together") == together(saver, group or ())
+    return info if alike and scorer.matches(info) else None
 
 
 def together(saver: AbstractSaver, model_ids: Iterable[int]) -> dict[str, str | None]:
@@ -92,6 +113,25 @@ def what_counts(factor: Mapping[str, Any]) -> dict[str, Any]:
     """
     unused = set() if factor.get("lambda_reg") is None else {"auto", "together"}
     return {name: value for name, value in factor.items() if name not in unused}
+
+
+def scores_with_record(
+    saver: AbstractSaver, exp_name: str
+) -> tuple[NDArray[Any], dict[str, Any]]:
+    """Scores, and the record that they were written with.
+
+    Args:
+        saver: the store.
+        exp_name: the experiment.
+
+    Returns:
+        Scores `[n, m]` and the experiment's record.
+    """
+    while True:  # until no other process wrote scores in between
+        record = saver.experiment(exp_name)
+        scores = saver.load_scores(exp_name)
+        if saver.experiment(exp_name) == record:
+            return scores, record
 
 
 def not_ready(

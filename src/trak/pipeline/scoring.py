@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from trak.encodings import RowSource, row_encoding
 from trak.errors import NumericalError
-from trak.pipeline.solving import ScoreSet, placed, row_source, solve
+from trak.pipeline.solving import ScoreSet, kept_factor, placed, row_source, solve
 from trak.savers import AbstractSaver
 from trak.score_computers import (
     AbstractScoreComputer,
     RunningTop,
     TopScores,
 )
-from trak.score_computers.linear import BlockScorer, safe_products
+from trak.score_computers.linear import BlockScorer, Kept, safe_products
 from trak.score_computers.stream import (
     Multiplier,
     refuse_nonfinite,
@@ -52,6 +52,13 @@ class ScorePass:
     sets: list[ScoreSet]
     model_ids: list[int]
     device: torch.device
+
+    @cached_property
+    def kept(self) -> dict[int, Kept]:
+        """Each checkpoint's factor, read once: other processes may replace it meanwhile."""
+        if not any(each.own for each in self.sets):
+            return {i: self.saver.load_factor(i) for i in self.model_ids}
+        return {i: kept_factor(self.scorer, self.saver, i) for i in self.model_ids}
 
     def columns(self) -> list[slice]:
         """Where each set's columns are.
@@ -114,8 +121,8 @@ class ScorePass:
             for i in self.model_ids
         ]
         solved = [
-            solve(self.scorer, self.saver, self.sets, model_id, rows)
-            for model_id, rows in zip(self.model_ids, sources, strict=True)
+            solve(self.scorer, self.saver, self.sets, i, rows, self.kept[i])
+            for i, rows in zip(self.model_ids, sources, strict=True)
         ]
         weights = [w for w in solved if isinstance(w, Tensor)]
         if len(weights) == len(solved):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trak.arguments import Ridge, as_ridge
 from trak.encodings import EncodedRows, RowSource
-from trak.errors import InputError, InputTypeError
+from trak.errors import InputError, InputTypeError, PhaseError
 from trak.pipeline.losses import loss_sizes
 from trak.savers import AbstractSaver, Rows
 from trak.score_computers import (
@@ -119,12 +119,39 @@ def placed(rows: RowSource, device: torch.device) -> RowSource:
     return rows.to(device)
 
 
+def kept_factor(scorer: AbstractScoreComputer, saver: AbstractSaver, model_id: int) -> Kept:
+    """What a checkpoint is solved with, if it is of the ridge that was asked for.
+
+    Args:
+        scorer: the score computer.
+        saver: the store.
+        model_id: the checkpoint, which was ready.
+
+    Returns:
+        The matrix and its description, which belong together whatever other processes do.
+
+    Raises:
+        PhaseError: if another process finalized the checkpoint with another ridge.
+    """
+    kept = saver.load_factor(model_id)
+    if isinstance(scorer, LinearScoreComputer) and not scorer.matches(kept[1]):
+        raise PhaseError(
+            f"Another process finalized model_id={model_id} of {saver.save_dir} meanwhile, "
+            f"with {kept[1]}; this run asked for lambda_reg="
+            f"{getattr(scorer, 'lambda_reg', None)!r}. Call finalize_features() and this "
+            "again (no gradient is recomputed), and let one process at a time finalize "
+            "with a ridge of its own; sweep(lambda_regs=...) scores at several."
+        )
+    return kept
+
+
 def solve(
     scorer: AbstractScoreComputer,
     saver: AbstractSaver,
     sets: list[ScoreSet],
     model_id: int,
     rows: RowSource,
+    kept: Kept,
 ) -> Tensor | list[BlockScorer]:
     """Solves for the targets of all sets.
 
@@ -134,6 +161,7 @@ def solve(
         sets: whose targets, at which ridges.
         model_id: the checkpoint.
         rows: its Phi, `[n, k]`.
+        kept: its factor and how it was made.
 
     Returns:
         Weights `[k, m]` by which rows are multiplied, the sets' columns side by side; or,
@@ -143,7 +171,6 @@ def solve(
         name: decoded(row_source(saver.target_rows(name, model_id)), torch.float64)
         for name in dict.fromkeys(s.exp_name for s in sets)
     }
-    kept = saver.load_factor(model_id)
     if not isinstance(scorer, LinearScoreComputer):
         return [_bare(scorer, kept, rows, targets[s.exp_name]) for s in sets]
     loss = _loss_of(scorer, saver, model_id)
@@ -162,6 +189,7 @@ def block_scorer(
     model_id: int,
     rows: RowSource,
     targets: Tensor,
+    kept: Kept,
 ) -> BlockScorer:
     """Solves for any targets of a checkpoint, at its own ridge.
 
@@ -171,11 +199,11 @@ def block_scorer(
         model_id: the checkpoint.
         rows: its Phi, `[n, k]`.
         targets: `[m, k]`, float64.
+        kept: its factor and how it was made.
 
     Returns:
         A function of first and end row that gives scores before Q, `[rows, m]`, float64.
     """
-    kept = saver.load_factor(model_id)
     if not isinstance(scorer, LinearScoreComputer):
         return _bare(scorer, kept, rows, targets)
     weights = scorer.weights(kept, rows, targets)

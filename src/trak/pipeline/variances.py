@@ -13,11 +13,11 @@ from torch import Tensor
 from trak.encodings import RowSource
 from trak.errors import InputError, NumericalError
 from trak.pipeline.losses import loss_sizes
-from trak.pipeline.solving import block_scorer, row_source
+from trak.pipeline.solving import block_scorer, kept_factor, row_source
 from trak.savers import AbstractSaver
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
 from trak.score_computers.jackknife import GROUPS, group_contrasts
-from trak.score_computers.linear import BlockScorer, Weighted
+from trak.score_computers.linear import BlockScorer, Kept, Weighted
 from trak.score_computers.stream import decoded
 
 _BLOCK_BYTES = 32 << 20
@@ -81,6 +81,11 @@ class VariancePass:
     device: torch.device
     projected: bool
 
+    @cached_property
+    def kept(self) -> dict[int, Kept]:
+        """Each checkpoint's factor, read once: other processes may replace it meanwhile."""
+        return {i: kept_factor(self.scorer, self.saver, i) for i in self.model_ids}
+
     @property
     def source(self) -> str:
         """What varies: `"checkpoints"` or `"sketch"`."""
@@ -120,7 +125,7 @@ class VariancePass:
             )
         rows, targets = self.rows(model_id), self._targets(model_id)
         loss = loss_sizes(self.saver, model_id)
-        kept = self.saver.load_factor(model_id)
+        kept = self.kept[model_id]
         contrasts = group_contrasts(self.scorer, kept, rows, targets, loss)
         return [self._scorer_of(model_id), *contrasts]
 
@@ -191,7 +196,8 @@ class VariancePass:
 
     def _scorer_of(self, model_id: int) -> BlockScorer:
         rows, targets = self.rows(model_id), self._targets(model_id)
-        return block_scorer(self.scorer, self.saver, model_id, rows, targets)
+        kept = self.kept[model_id]
+        return block_scorer(self.scorer, self.saver, model_id, rows, targets, kept)
 
 
 def cut(count: int, size: int) -> list[tuple[int, int]]:
