@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tests import runs
 
-from trak.errors import StoreCorruptedError
+from trak.errors import StoreCorruptedError, StoreMismatchError
+from trak.modelout_functions import ImageClassificationModelOutput
 from trak.savers import moments
 from trak.savers.arrays import RowFile
 from trak.savers.filesystem import replace_json
@@ -120,6 +121,78 @@ def test_rows_of_training_examples_are_made_again_as_before(whole):
     truncate(whole[0] / "0" / "grads.mmap")
     with pytest.raises(StoreCorruptedError, match="Remove its folder and featurize again"):
         runs.make_traker(whole[1], N, whole[0])
+
+
+STEPS = {
+    "featurize": lambda t, train, targets: t.featurize(train, inds=range(N)),
+    "finalize": lambda t, train, targets: t.finalize_features(),
+    "score": lambda t, train, targets: t.score(targets, inds=range(M)),
+    "scores": lambda t, train, targets: t.finalize_scores("exp"),
+    "top": lambda t, train, targets: t.top_scores("exp", k=2),
+    "self-influence": lambda t, train, targets: t.self_influence(),
+    "load": lambda t, train, targets: t.load_checkpoint(t.model.state_dict(), 1),
+}
+DONE = {"featurize": [], "finalize": ["featurize"]}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_store_that_goes_away_is_told(step, tmp_path):
+    model, train, targets = runs.data("mlp", N, M)
+    traker = runs.make_traker(model, N, tmp_path / "store")
+    traker.load_checkpoint(model.state_dict(), 0)
+    for done in DONE.get(step, ["featurize", "finalize"]):
+        STEPS[done](traker, train, targets)
+    if step not in {"featurize", "finalize", "load"}:
+        traker.start_scoring_checkpoint("exp", model.state_dict(), 0, M)
+        if step != "score":
+            STEPS["score"](traker, train, targets)
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        (StoreCorruptedError, StoreMismatchError), match="store.*is gone.*moved or removed"
+    ):
+        STEPS[step](traker, train, targets)
+    (tmp_path / "elsewhere").rename(tmp_path / "store")
+    STEPS[step](traker, train, targets)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("0/grads.mmap", "featurize"),
+        ("0/out_to_loss.mmap", "featurize"),
+        ("0/grads.journal", "featurize"),
+        ("0/grads.mmap", "finalize"),
+        ("0/out_to_loss.mmap", "finalize"),
+        ("0/exp_grads.mmap", "scores"),
+        ("0/grads.mmap", "top"),
+        ("0/grads.mmap", "self-influence"),
+    ],
+)
+def test_a_file_that_goes_away_is_named(name, step, whole, tmp_path):
+    store, model, train, targets, _ = whole
+    if step == "featurize":
+        store = tmp_path / "other"
+    traker = runs.make_traker(model, N, store, lambda_reg="2x")
+    traker.load_checkpoint(model.state_dict(), 0)
+    if step not in {"featurize", "finalize"}:
+        traker.finalize_features()
+    (store / name).rename(tmp_path / "away")
+    message = rf"{re.escape(name)} is gone.*(repeat the call|Make a new TRAKer|Restore)"
+    with pytest.raises(StoreCorruptedError, match=message):
+        STEPS[step](traker, train, targets)
+    (tmp_path / "away").rename(store / name)
+    STEPS[step](traker, train, targets)
+
+
+def test_files_of_others_are_not_taken_for_the_stores(whole):
+    class Loading(ImageClassificationModelOutput):
+        def get_out_to_loss_grad(self, *given):
+            raise FileNotFoundError(errno.ENOENT, "No such file", "embeddings.pt")
+
+    traker = runs.make_traker(whole[1], N, whole[0].parent / "other", task=Loading)
+    traker.load_checkpoint(whole[1].state_dict(), 0)
+    with pytest.raises(FileNotFoundError, match=r"embeddings\.pt"):
+        traker.featurize(whole[2], num_samples=N)
 
 
 def refuse_writing(monkeypatch):
