@@ -108,6 +108,36 @@ def test_what_a_message_says_mends_the_damage_and_keeps_the_rows(name, whole):
     assert (store / "0" / "grads.journal").read_bytes() == before
 
 
+@pytest.mark.parametrize("damage", [truncate, lambda path: path.write_text("[]")])
+@pytest.mark.parametrize("name", ["loss", "seen", "coverage"])
+def test_what_is_told_of_gradients_is_told_again(name, damage, tmp_path):
+    model, train, targets = runs.data("mlp", 48, M)
+    states = [model.state_dict()]
+
+    def make():
+        return runs.make_traker(model, 48, tmp_path, lambda_reg="auto")
+
+    expected = np.array(runs.whole_run(make(), train, targets, states))
+    path = tmp_path / "0" / f"{name}.json"
+    told = path.read_bytes()
+    if name == "seen":  # which is read where nothing was decided yet
+        (tmp_path / "0" / "loss.json").unlink()
+    damage(path)
+    (tmp_path / "0" / "factor.json").unlink()
+    remedy = "for information" if name == "coverage" else "featurize again.*no gradient is"
+    with pytest.raises(StoreCorruptedError, match=rf"{name}\.json.*emove it.*{remedy}"):
+        traker = make()
+        traker.load_checkpoint(states[0], 0)
+        traker.saver.coverage(0)
+        traker.finalize_features()
+    path.unlink()
+    before = (tmp_path / "0" / "grads.journal").read_bytes()
+    np.testing.assert_array_equal(runs.whole_run(make(), train, targets, states), expected)
+    assert (tmp_path / "0" / "grads.journal").read_bytes() == before
+    if name == "loss":
+        assert path.read_bytes() == told
+
+
 def test_damaged_scores_of_a_further_ridge(whole):
     store, model, *_ = whole
     traker = runs.make_traker(model, N, store)

@@ -4,11 +4,13 @@ The automatic ridge and the strength of whitening depend on it.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trak.batches import Batch, select
@@ -63,7 +65,7 @@ class LossWatch:
         self.seen[model_id].append(pairs)
         if self.saver.checkpoint_digest(model_id) is None:
             return  # a trial has no checkpoint in the store
-        record = self.saver.loss_record(model_id) or {}
+        record = self._record(model_id)
         if "logistic" in record:
             return
         # processes with few examples each add theirs up
@@ -75,6 +77,24 @@ class LossWatch:
         )
         told = {"seen": every} if found is None else {"logistic": found}
         self.saver.record_loss(model_id, told)
+
+    def look_again(
+        self, batch: Batch, loss: NDArray[Any], model_id: int, *, whole: bool
+    ) -> None:
+        """Takes stored examples into account, where what they once told is lost.
+
+        Args:
+            batch: a normalized batch of stored examples.
+            loss: their stored Q, `[b, 1]`.
+            model_id: the checkpoint, whose weights are loaded.
+            whole: whether all of its rows are stored, so that no others will tell.
+        """
+        missing = _ENOUGH - sum(map(len, self.seen.get(model_id, [])))
+        if not whole or missing <= 0 or "logistic" in self._record(model_id):
+            return
+        outputs = self.outputs(batch, model_id)
+        if outputs is not None:
+            self.look(outputs, torch.from_numpy(np.array(loss)), model_id)
 
     def tell(self, batches: list[Batch], losses: list[Tensor]) -> bool | None:
         """The same from some batches alone, by the weights that are loaded.
@@ -106,7 +126,10 @@ class LossWatch:
         Returns:
             Whether its loss is logistic; None if that was not found out.
         """
-        return (self.saver.loss_record(model_id) or {}).get("logistic")
+        return self._record(model_id).get("logistic")
+
+    def _record(self, model_id: int) -> Mapping[str, Any]:
+        return self.saver.loss_record(model_id) or {}
 
     @property
     def words(self) -> bool:

@@ -83,6 +83,8 @@ class RowStorer:
         wanted = missing_rows(rows, numbers)
         if training and not phase.began and len(wanted) < size:
             warn_of_other_code(self.model, self.maker.computer, rows, normal, numbers)
+        if training and size and not len(wanted):
+            self._look_again(phase, rows, normal, numbers)
         phase.began = phase.began or size > 0
         while len(wanted):
             own = numbers[wanted]
@@ -97,6 +99,16 @@ class RowStorer:
                 break
         if num_samples is not None:
             phase.cursor += size
+
+    def _look_again(
+        self, phase: Phase, rows: Rows, batch: Batch, numbers: NDArray[np.int64]
+    ) -> None:
+        if self.maker.losses is None:
+            return
+        prepare_task(self.task, self.model, phase.digest)
+        loss, whole = rows.array("out_to_loss")[numbers], bool(rows.done.all())
+        with torch.inference_mode(False), evaluation_mode(self.model):
+            self.maker.losses.look_again(batch, loss, phase.model_id, whole=whole)
 
     def _record_coverage(self, phase: Phase) -> None:
         coverage = self.maker.computer.coverage()

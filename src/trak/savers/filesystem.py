@@ -93,11 +93,12 @@ def read_json(path: Path, remedy: str = REMEDY) -> Any:
         ) from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, remedy: str = REMEDY) -> dict[str, Any]:
     """Reads a JSON file that holds an object.
 
     Args:
         path: the file.
+        remedy: what to do if it is damaged, the end of a sentence.
 
     Returns:
         Its value.
@@ -105,11 +106,11 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         StoreCorruptedError: if it is something else.
     """
-    found = read_json(path)
+    found = read_json(path, remedy)
     if not isinstance(found, dict):
         raise StoreCorruptedError(
             f"{path} should hold a JSON object, and holds {found!r:.80}. Restore it, or "
-            "use another folder."
+            f"{remedy}."
         )
     return found
 

@@ -9,9 +9,20 @@ from numpy.typing import NDArray
 
 from trak.savers import moments
 from trak.savers.abstract import AbstractSaver
-from trak.savers.filesystem import create_json, read_json, replace_json
+from trak.savers.filesystem import create_json, read_object, replace_json
 from trak.savers.gradient_files import GradientFiles
 from trak.savers.wide_rows import WideRows
+
+_TOLD_AGAIN = (
+    "remove it and pass the training examples to featurize again, or make the call of "
+    "attribute again: the first examples' outputs tell what it said, and no gradient is "
+    "recomputed"
+)
+_FOR_INFORMATION = (
+    "remove it: it is for information, and is written again with the next rows (only if it "
+    'still lists parameters under "disproved", their rows may be wrong: remove its folder '
+    "then and featurize again)"
+)
 
 
 class SideFiles(AbstractSaver):
@@ -36,7 +47,7 @@ class SideFiles(AbstractSaver):
             coverage: numbers of scalars by way.
         """
         path = self.checkpoint_folder(model_id) / "coverage.json"
-        if not path.exists() or read_json(path) != coverage:
+        if not path.exists() or read_object(path, _FOR_INFORMATION) != coverage:
             replace_json(path, dict(coverage))
 
     def coverage(self, model_id: int) -> Mapping[str, Any] | None:
@@ -49,7 +60,7 @@ class SideFiles(AbstractSaver):
             None if there is none.
         """
         path = self.checkpoint_folder(model_id) / "coverage.json"
-        return read_json(path) if path.exists() else None
+        return read_object(path, _FOR_INFORMATION) if path.exists() else None
 
     def record_loss(self, model_id: int, record: Mapping[str, Any]) -> None:
         """Writes `loss.json` beside a checkpoint's rows, once; `seen` to another file.
@@ -75,7 +86,8 @@ class SideFiles(AbstractSaver):
         """
         folder = self.checkpoint_folder(model_id)
         paths = [folder / "loss.json", folder / "seen.json"]
-        return next((read_json(path) for path in paths if path.exists()), None)
+        found = (read_object(path, _TOLD_AGAIN) for path in paths if path.exists())
+        return next(found, None)
 
     def add_moments(self, model_id: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Writes sums for whitening to a file of their own in `{id}/whitening`.
