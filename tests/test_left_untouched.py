@@ -1,10 +1,11 @@
 """A user's model and process after gradients were computed, or failed to be."""
 
+import copy
 import logging
 
 import pytest
 import torch
-from tests import cases, reference
+from tests import cases, reference, runs
 from tests.test_hook_parameters import Attending, Free, Patches, Tokens
 from tests.test_hooks import images
 from torch import nn
@@ -220,3 +221,41 @@ def test_grad_modes_around_do_not_matter(kind, around):
     assert not weights.requires_grad
     for name, rows in expected.items():
         torch.testing.assert_close(found[name].flatten(1), rows)
+
+
+class Table(nn.Module):
+    def __init__(self, kind, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = kind(7, 5, max_norm=0.5, **options)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, tokens):
+        found = self.table(tokens)
+        return self.head(found if found.ndim == 2 else found.mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_tables_that_a_forward_pass_changes_are_refused_and_the_remedy_works(
+    kind, tmp_path
+):
+    model = Table(kind)
+    before = copy.deepcopy(model.state_dict())
+    batch = torch.randint(0, 7, (12, 4)), torch.randint(0, 3, (12,))
+    with pytest.raises(UnsupportedModuleError, match=r"'table' is an .*max_norm=0\.5"):
+        runs.make_traker(model, 12, tmp_path)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    expected = copy.deepcopy(model)(batch[0])
+    layer = model.table
+    nn.functional.embedding(
+        torch.arange(len(layer.weight)),
+        layer.weight,
+        max_norm=layer.max_norm,
+        norm_type=layer.norm_type,
+    )
+    state = copy.deepcopy(model.state_dict())
+    layer.max_norm = None
+    torch.testing.assert_close(model(batch[0]), expected)
+    traker = runs.make_traker(model, 12, tmp_path)
+    assert runs.whole_run(traker, batch, batch, [state]).shape == (12, 12)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from trak.errors import InputError, InputTypeError
+from trak.errors import InputError, InputTypeError, UnsupportedModuleError
 
 
 def check_model(model: Any) -> None:
@@ -19,6 +19,7 @@ def check_model(model: Any) -> None:
     Raises:
         InputTypeError: if it is no module.
         InputError: if a parameter or buffer cannot take the weights of a checkpoint.
+        UnsupportedModuleError: if a forward pass changes weights.
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(
@@ -34,6 +35,18 @@ def check_model(model: Any) -> None:
         problem = _unusable(tensor)
         if problem:
             raise InputError(f"{name!r} of the model {problem}")
+    for name, module in model.named_modules():
+        limit = getattr(module, "max_norm", None)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and limit is not None:
+            raise UnsupportedModuleError(
+                f"{name!r} is an {type(module).__name__} with max_norm={limit}, whose "
+                "forward pass shortens rows of its weight in place: a checkpoint would no "
+                "longer have the weights that it is known by. For the same outputs without "
+                "it, load each checkpoint, shorten all rows once, and take its state dict "
+                "then: torch.nn.functional.embedding(torch.arange(len(layer.weight)), "
+                "layer.weight, max_norm=layer.max_norm, norm_type=layer.norm_type). After "
+                "the last one set layer.max_norm = None."
+            )
 
 
 def check_parts(gradient_computer: Any, projector: Any, saver: Any) -> None:
