@@ -1,5 +1,7 @@
 """Scores of whole runs against the oracle."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -302,3 +304,28 @@ def test_the_default_ridge_is_never_called_singular(row_dtype):
     torch.testing.assert_close(factor.gram(), gram, atol=1e-9 * n, rtol=0)
     with pytest.raises(NumericalError, match="singular"):
         factorize(gram, form="primal", ridge=ridge * 1e-9, num_rows=n, row_eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "ridge", "warns"),
+    [
+        ("float16", 10, 1e-4, True),
+        ("float16", 10, 1e-2, False),
+        ("float16", 64, 1e-4, False),  # no direction is left to the rounding
+        ("float32", 10, 1e-4, False),
+    ],
+)
+def test_a_ridge_that_rounding_of_the_rows_drowns_warns(dtype, rank, ridge, warns, caplog):
+    rng = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=rng, dtype=torch.float64)
+    basis = draw(rank, 64) if rank < 64 else torch.eye(64).double()
+    spread = torch.arange(1, rank + 1).double() ** -1.5
+    rows, targets = (draw(count, rank) * spread @ basis for count in (5000, 8))
+    scores = []
+    for kept in (rows, rows.to(getattr(torch, dtype))):
+        scorer = RidgeScoreComputer(lambda_reg=f"{ridge}x")
+        aims = targets.to(kept.dtype).double()
+        scores.append(scorer.scorer(scorer.finalize(kept), kept, aims)(0, 5000).flatten())
+    assert ("row_dtype='float32'" in caplog.text) == warns
+    alike = float(torch.corrcoef(torch.stack(scores))[0, 1])
+    assert alike < 0.99 if warns else alike > 0.999

@@ -7,6 +7,7 @@ by the push-through identity `Phi (Phi^T Phi + lambda I)^-1 = (Phi Phi^T + lambd
 Phi`, `n x n` (dual). All in float64.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,11 @@ from torch import Tensor
 from trak.errors import InputError, NumericalError
 from trak.shapes import Square, TargetColumns
 
+logger = logging.getLogger(__name__)
+
 Form = Literal["primal", "dual"]
+_NEAR = 2.0  # times the rows' rounding: a ridge beside which scores may be noise
+_AMPLE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +113,14 @@ def factorize(
     system = gram.clone()
     system.diagonal().add_(ridge)
     # rounding of the rows adds about (eps / 2)^2 trace / q to every eigenvalue
-    noise = max(row_eps**2 / len(gram), 1e-13) * float(gram.trace())
-    if ridge < noise:  # else the ridge itself is enough
+    rounding = row_eps**2 / len(gram) * float(gram.trace())
+    noise = max(rounding, 1e-13 * float(gram.trace()))
+    if ridge < max(noise, _NEAR * rounding):  # else the ridge itself is enough
         threshold = max((2 * row_eps) ** 2, 1e-13)
         eigenvalues = torch.linalg.eigvalsh(system)
-        if eigenvalues[0] < threshold * eigenvalues[-1]:
+        if eigenvalues[0] - ridge < rounding:
+            _warn_of_rounding(ridge / mean_squared_norm, rounding / mean_squared_norm)
+        if ridge < noise and eigenvalues[0] < threshold * eigenvalues[-1]:
             raise NumericalError(_singular(form, eigenvalues, ridge))
     lower, failed = torch.linalg.cholesky_ex(system)
     if failed:
@@ -122,6 +130,18 @@ def factorize(
             "size (lambda_reg='1x'), or leave lambda_reg out."
         )
     return RidgeFactor(lower, form, float(ridge), mean_squared_norm)
+
+
+def _warn_of_rounding(ridge: float, rounding: float) -> None:
+    logger.warning(
+        "The ridge is %.2g mean squared row norms, and rounding of the stored rows is "
+        "worth up to %.2g in directions that hardly any row has: scores may be mostly "
+        "noise. Use a ridge of %.1gx or more, leave lambda_reg out, or store rows with "
+        "row_dtype='float32' in a new save_dir.",
+        ridge,
+        rounding,
+        _AMPLE * rounding,
+    )
 
 
 def _singular(form: Form, eigenvalues: Tensor, ridge: float) -> str:
