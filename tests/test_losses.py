@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from tests import cases, reference, runs
@@ -226,3 +227,57 @@ def test_the_iterative_computer_does():
         reference.model_output(model, [part[j : j + 1] for part in batch]) for j in range(6)
     ])
     torch.testing.assert_close(computer.compute_outputs(batch, 6), expected.detach())
+
+
+def decided(folder, found, caplog):
+    """The records of checkpoints whose first examples say different things."""
+    model, train, _ = runs.data("mlp", N, M)
+    traker = runs.make_traker(model, N, folder, lambda_reg="auto", curvature=True)
+    states = cases.checkpoints("mlp", len(found))
+    for number, (state, logistic) in enumerate(zip(states, found, strict=True)):
+        runs.featurize(traker, train, state, number)
+        path = folder / str(number) / "loss.json"
+        path.write_text(json.dumps({"logistic": logistic}))
+    caplog.clear()
+    traker.finalize_features()
+    factors = [traker.saver.load_factor(i)[1]["logistic"] for i in range(len(found))]
+    warned = [r.getMessage() for r in caplog.records if "looks logistic" in r.getMessage()]
+    return traker, factors, warned
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "warns"),
+    [
+        ([True, False, True], False, True),
+        ([True, None], True, False),
+        ([None, False], False, False),
+        ([None, None], None, False),
+    ],
+)
+def test_checkpoints_have_one_answer(found, expected, warns, tmp_path, caplog):
+    traker, factors, warned = decided(tmp_path, found, caplog)
+    assert factors == [expected] * len(found)
+    assert len(warned) == warns
+    if warns:
+        assert "at checkpoints [0, 2] and does not at [1]" in warned[0]
+        assert "loss_is_logistic" in warned[0]
+
+
+def test_rows_are_weighted_by_the_answer_that_was_factored(tmp_path, caplog):
+    model, train, targets = runs.data("mlp", N, M)
+    traker = decided(tmp_path, [True, False], caplog)[0]
+    loss = np.array(traker.saver.train_rows(0).array("out_to_loss"))
+    loss[:5] = 1.5  # no probability: clipped if the loss is logistic, else no weights
+    np.lib.format.open_memmap(tmp_path / "0" / "out_to_loss.mmap", mode="r+")[:] = loss
+    traker = runs.make_traker(model, N, tmp_path, lambda_reg="1x", curvature=True)
+    traker.finalize_features()
+    states = cases.checkpoints("mlp", 2)
+    for number, state in enumerate(states):
+        runs.score(traker, targets, state, number)
+    found = traker.finalize_scores("exp", model_ids=[0])
+    rows = torch.from_numpy(np.array(traker.saver.train_rows(0).array("grads")))
+    aims = torch.from_numpy(np.array(traker.saver.target_rows("exp", 0).array("grads")))
+    gram = rows.T @ rows
+    gram += torch.eye(len(gram)) * gram.trace() / N
+    expected = loss * (rows @ torch.linalg.solve(gram, aims.T)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * expected.std())

@@ -59,6 +59,7 @@ def finalize_checkpoints(
     chosen = chosen_ids(saver, model_ids)
     wanted: dict[int, Situation] = {}
     multiple: float | None = None
+    decided = {"logistic": losses.together(chosen)}
     for model_id in chosen:
         rows = saver.train_rows(model_id)
         _refuse_missing(rows, model_id)
@@ -68,13 +69,13 @@ def finalize_checkpoints(
             logger.info("model_id=%s is finalized already.", model_id)
             multiple = kept.get("auto")
             continue
-        tell_of_strays(loss_sizes(saver, model_id), model_id)
+        tell_of_strays(loss_sizes(saver, model_id, decided), model_id)
         wanted[model_id] = Situation(
             checkpoints=len(chosen),
             strength=whitener.strength,
             columns=maker.projector.random_dim or None,
             loss=rows.array("out_to_loss"),
-            logistic=losses.known(model_id),
+            logistic=decided["logistic"],
             words=losses.words,
             unwhitened=whitener.unwhitened(model_id),
             wide=_wide(saver, model_id, len(rows.done)),
@@ -85,7 +86,8 @@ def finalize_checkpoints(
     for model_id, situation in wanted.items():
         settled = replace(situation, multiple=multiple)
         matrix, info = finalize_rows(scorer, sources[model_id], maker.device, settled)
-        saver.save_factor(model_id, matrix, {**info, "together": together(saver, chosen)})
+        info = {**info, **decided, "together": together(saver, chosen)}
+        saver.save_factor(model_id, matrix, info)
     return list(wanted)
 
 

@@ -4,7 +4,7 @@ The automatic ridge and the strength of whitening depend on it.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,6 +128,30 @@ class LossWatch:
         """
         return self._record(model_id).get("logistic")
 
+    def together(self, model_ids: Iterable[int]) -> bool | None:
+        """One answer for checkpoints whose scores are averaged: they share a task.
+
+        Args:
+            model_ids: the checkpoints.
+
+        Returns:
+            False where one checkpoint's examples contradict a logistic loss, since others
+            can only fail to; None if nothing was found out.
+        """
+        found = {model_id: self.known(model_id) for model_id in model_ids}
+        if not {True, False} <= set(found.values()):
+            return next((known for known in found.values() if known is not None), None)
+        logger.warning(
+            "The loss looks logistic at checkpoints %s and does not at %s, by the outputs "
+            "and loss weights Q of their first examples. It is taken for not logistic at "
+            "all of them, which ridge and weights by curvature depend on. Say which it is "
+            "by loss_is_logistic = True or False in the task, and use a new save_dir; "
+            "with a smoothed, weighted or focal cross entropy, 1 - p as Q and True.",
+            [i for i, known in found.items() if known],
+            [i for i, known in found.items() if known is False],
+        )
+        return False
+
     def _record(self, model_id: int) -> Mapping[str, Any]:
         return self.saver.loss_record(model_id) or {}
 
@@ -145,18 +169,23 @@ class LossWatch:
         return None if softened and not found else found
 
 
-def loss_sizes(saver: AbstractSaver, model_id: int) -> Tensor:
+def loss_sizes(
+    saver: AbstractSaver, model_id: int, made: Mapping[str, Any] | None = None
+) -> Tensor:
     """What the curvature of a checkpoint's training examples is told from.
 
     Args:
         saver: the store.
         model_id: the checkpoint.
+        made: how its factor was made, or is to be: `logistic` says whether the loss is;
+            what was found of this checkpoint, if it does not.
 
     Returns:
         Q, `[n, 1]`, float64, without the signs that it may have if the loss is logistic.
     """
     loss = np.asarray(saver.train_rows(model_id).array("out_to_loss"), dtype=np.float64)
-    logistic = (saver.loss_record(model_id) or {}).get("logistic")
+    known = made if made and "logistic" in made else saver.loss_record(model_id)
+    logistic = (known or {}).get("logistic")
     return sizes(torch.from_numpy(np.array(loss)), logistic)
 
 

@@ -265,7 +265,8 @@ class MethodPass:
             source = source.to(self.device)
         scorer = self.scorer if isinstance(self.scorer, RidgeScoreComputer) else None
         kept = kept_factor(self.scorer, self.saver, model_id) if solved else None
-        loss, sizes = rows.array("out_to_loss"), loss_sizes(self.saver, model_id)
+        loss = rows.array("out_to_loss")
+        sizes = loss_sizes(self.saver, model_id, kept[1] if kept else None)
         return System(model_id, source, loss, sizes, scorer, kept)
 
     def _columns(

@@ -400,7 +400,7 @@ class Pipeline:
             if isinstance(self.scorer, LinearScoreComputer):
                 loss = {}
                 if getattr(self.scorer, "curvature", False):
-                    loss = {"loss": loss_sizes(self.saver, model_id)}
+                    loss = {"loss": loss_sizes(self.saver, model_id, info)}
                 features = self.scorer.features((matrix, info), rows, **loss)
             else:
                 phi = decoded(rows, torch.float32).to(self.maker.device)

@@ -173,7 +173,7 @@ def solve(
     }
     if not isinstance(scorer, LinearScoreComputer):
         return [_bare(scorer, kept, rows, targets[s.exp_name]) for s in sets]
-    loss = _loss_of(scorer, saver, model_id)
+    loss = _loss_of(scorer, saver, model_id, kept)
     others = _other_ridges(scorer, sets, kept, rows, loss)
     cases = [(kept if s.own else others[s.lambda_reg], targets[s.exp_name]) for s in sets]
     weights = [scorer.weights(case, rows, aims) for case, aims in cases]
@@ -208,16 +208,16 @@ def block_scorer(
         return _bare(scorer, kept, rows, targets)
     weights = scorer.weights(kept, rows, targets)
     if weights is None:
-        loss = _loss_of(scorer, saver, model_id)
+        loss = _loss_of(scorer, saver, model_id, kept)
         return scorer.scorer(kept, rows, targets, **loss)
     return Weighted(blocks_of(rows, weights.dtype, weights.device), weights)
 
 
 def _loss_of(
-    scorer: LinearScoreComputer, saver: AbstractSaver, model_id: int
+    scorer: LinearScoreComputer, saver: AbstractSaver, model_id: int, kept: Kept
 ) -> dict[str, Any]:
     if isinstance(scorer, RidgeScoreComputer) and scorer.curvature:
-        return {"loss": loss_sizes(saver, model_id)}
+        return {"loss": loss_sizes(saver, model_id, kept[1])}
     return {}
 
 

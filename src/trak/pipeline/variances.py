@@ -124,8 +124,8 @@ class VariancePass:
                 "use a random projection with RidgeScoreComputer."
             )
         rows, targets = self.rows(model_id), self._targets(model_id)
-        loss = loss_sizes(self.saver, model_id)
         kept = self.kept[model_id]
+        loss = loss_sizes(self.saver, model_id, kept[1])
         contrasts = group_contrasts(self.scorer, kept, rows, targets, loss)
         return [self._scorer_of(model_id), *contrasts]
 
