@@ -200,6 +200,50 @@ def test_a_direction_that_is_held_back_counts_less():
     )
 
 
+def two_classes(ratios):
+    """Rows that share one direction, along which outputs grow, and pulls at them."""
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 150, generator=rng, dtype=torch.float64)
+    kernel = rows @ rows.T / 150 + 0.5 * torch.ones(200, 200).double()
+    kernel = kernel / kernel.diagonal().mean()
+    vectors = torch.linalg.eigh(kernel).eigenvectors
+    leading = vectors[:, -1] * vectors[:, -1].sum().sign()
+    outputs = 30 * leading + 0.1 * (vectors[:, :-1].sum(1))
+    q = torch.sigmoid(-outputs)
+    steep = float((q * (1 - q)).mean())
+    pull = steep * (vectors @ (ratios(rng) * (vectors.T @ outputs)))
+    return training_of(kernel, pull, q, logistic=True), kernel, leading
+
+
+def test_growth_is_free_where_rows_share_it():
+    trained, kernel, leading = two_classes(
+        lambda rng: 1 + 4 * torch.rand(200, generator=rng)
+    )
+    before, after = (float(leading @ each @ leading) for each in (kernel, trained.kernel))
+    assert before / 200 > 0.3
+    assert 2 < after / before <= 5
+    others = torch.linalg.eigh(kernel).eigenvectors[:, :-1]
+    torch.testing.assert_close(
+        others.T @ trained.kernel @ others, others.T @ kernel @ others, rtol=0, atol=0.1
+    )
+
+
+def test_growth_is_like_the_rest_in_a_linear_model_trained_to_its_end():
+    trained, kernel, _ = two_classes(lambda _: torch.full((200,), 3.0, dtype=torch.float64))
+    torch.testing.assert_close(trained.kernel, kernel)
+
+
+def test_growth_that_is_held_back_stays_so():
+    def ratios(rng):
+        found = 1 + 4 * torch.rand(200, generator=rng)
+        found[-1] = 100  # of the leading direction
+        return found
+
+    trained, kernel, leading = two_classes(ratios)
+    before, after = (float(leading @ each @ leading) for each in (kernel, trained.kernel))
+    assert after < 0.2 * before
+
+
 def play(rows, targets, ridge, subsets=40):
     """Outputs of logistic regressions that were really trained on halves."""
     rng = np.random.default_rng(1)

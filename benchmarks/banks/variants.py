@@ -120,13 +120,51 @@ def blurred(count: int, spread: float) -> tuple[Examples, Examples]:
     return (x + spread * noise[0], y), (others + spread * noise[1], labels)
 
 
-def cancer() -> tuple[Examples, Examples]:
+def cancer(count: int = 400) -> tuple[Examples, Examples]:
     """30 measurements, two classes that are easy to tell apart.
 
+    Args:
+        count: training examples.
+
     Returns:
-        400 training examples, and 169 targets.
+        Training examples, and 169 targets.
     """
-    return table(lambda: load_breast_cancer(return_X_y=True), 400)
+    return table(lambda: load_breast_cancer(return_X_y=True), count)
+
+
+def some(data: tuple[Examples, Examples], *classes: int) -> tuple[Examples, Examples]:
+    """The examples of some classes, which are numbered anew.
+
+    Args:
+        data: training examples and targets.
+        classes: which.
+
+    Returns:
+        Training examples and targets.
+    """
+    numbers = torch.tensor(classes)
+    parts: list[Examples] = []
+    for x, y in data:
+        found = y[:, None] == numbers
+        parts.append((x[found.any(1)], found[found.any(1)].long().argmax(1)))
+    return parts[0], parts[1]
+
+
+def mistaken(data: tuple[Examples, Examples], share: float) -> tuple[Examples, Examples]:
+    """Random labels for some of the training examples.
+
+    Args:
+        data: training examples and targets.
+        share: of the training examples.
+
+    Returns:
+        Training examples and targets.
+    """
+    (x, y), targets = data
+    rng, y = np.random.default_rng(3), y.clone()
+    chosen = rng.permutation(len(y))[: int(share * len(y))]
+    y[chosen] = torch.tensor(rng.integers(0, int(y.max()) + 1, len(chosen)))
+    return (x, y), targets
 
 
 def relabelled(
@@ -219,6 +257,28 @@ VARIANTS = {
         1e-3,
     ),
     "eight blobs": Variant((20, 64, 8), lambda: blobs(900, 20, 8, 0.5), 80, 0.1, 1e-4),
+    "cancer, tanh": Variant((30, 48, 2), cancer, 40, 0.05, 2e-3, nn.Tanh),
+    "cancer, long": Variant((30, 64, 64, 2), cancer, 80, 0.05, 0.0),
+    "cancer, few": Variant((30, 32, 2), lambda: cancer(120), 50, 0.05, 2e-3),
+    "cancer, linear": Variant((30, 2), cancer, 40, 0.05, 1e-3),
+    "three or eight": Variant((64, 64, 2), lambda: some(digits(1600), 3, 8), 30, 0.1, 1e-3),
+    "three clusters": Variant(
+        (10, 48, 3),
+        lambda: blobs(500, 10, 3, 0.02, n_clusters_per_class=1, class_sep=2.0),
+        40,
+        0.05,
+        1e-3,
+    ),
+    "rare, 1000": Variant(
+        (20, 48, 1),
+        lambda: relabelled(
+            blobs(1000, 20, 2, 0.01, weights=[0.95]), lambda _, y: y.float()
+        ),
+        30,
+        0.05,
+        1e-3,
+        task="one_logit",
+    ),
 }
 UNSEEN = {
     "wine": Variant(
@@ -290,6 +350,37 @@ UNSEEN = {
         1e-4,
         nn.Tanh,
         task="reconstruction",
+    ),
+    "one or seven": Variant((64, 48, 2), lambda: some(digits(1600), 1, 7), 40, 0.1, 5e-4),
+    "four or nine, tanh": Variant(
+        (64, 64, 2), lambda: some(digits(1600), 4, 9), 30, 0.1, 3e-3, nn.Tanh
+    ),
+    "cancer, 15 % wrong": Variant(
+        (30, 48, 2), lambda: mistaken(cancer(), 0.15), 60, 0.05, 1e-3
+    ),
+    "cancer, one logit": Variant(
+        (30, 48, 1),
+        lambda: relabelled(cancer(350), lambda _, y: y.float()),
+        50,
+        0.05,
+        1e-3,
+        nn.Tanh,
+        task="one_logit",
+    ),
+    "moons, clean": Variant(
+        (2, 48, 2),
+        lambda: table(lambda: make_moons(650, noise=0.12, random_state=4), 500),
+        60,
+        0.1,
+        1e-3,
+    ),
+    "eight or not": Variant(
+        (64, 48, 1),
+        lambda: relabelled(digits(800), lambda _, y: (y == 8).float()),
+        25,
+        0.1,
+        1e-3,
+        task="one_logit",
     ),
     "30 features": Variant((30, 64, 64, 2), lambda: blobs(900, 30, 2, 0.0), 60, 0.1, 0.0),
 }

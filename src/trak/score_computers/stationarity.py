@@ -23,6 +23,11 @@ _OF_WORDS = 0.03  # a text is many examples
 _DEPTH = 2.5
 """Outputs of a network of `L` layers grow like the `L`-th power of its weights, so that
 `Phi w = L f`. How many layers there are cannot be told from rows; 2.5 was best."""
+_FREE, _FREEST, _HELD, _EXPLAINED = 0.04, 0.2, 8.0, 0.9
+"""Where outputs of all examples grow along more than 4 % of the rows' variance, networks
+give way to growth more easily than linear models do, down to a fifth of the stiffness; not
+where growth is held back more than 8 times as strongly as the rest, nor where more than
+90 % of what pulls at outputs is explained by a linear model."""
 _FIRST, _LAST = 5, 100  # leading directions have few examples each on their side
 _MOST_WRONG = 0.5
 _ALIKE = 0.6
@@ -63,8 +68,9 @@ def training_of(
     lie in these, Q is another kind of number, such as a mean over a text's words.) There
     the ridge is the median over eigenvectors 6 to 100. The direction in which all outputs
     grow may be held back more strongly than others, as by batch normalization or the
-    length of training; the kernel is then smaller along it. Where most examples are wrong
-    and yet pulled away from their outputs, more strongly than any ridge would hold them,
+    length of training; the kernel is then smaller along it. Where it is a large part of
+    the rows, as with two classes, it is larger (see `_stiffness`). Where most are wrong and
+    yet pulled away from their outputs, more strongly than any ridge would hold them,
     these are little else than what training began with, as after a few epochs; the ridge
     is then 20, so that models on halves are about a gradient step. For other losses the
     ridge is a constant: 0.4, 0.8 where loss weights are different numbers from 0 to 1, or
@@ -91,17 +97,43 @@ def training_of(
         ridge = _BOUNDED if bounded else _UNKNOWN
         ridge = _OF_WORDS if words else ridge
         return Training(ridge, kernel, pull / ridge + loss)
-    found = _ridge_of(kernel, pull, outputs, noisy=noisy)
+    found, explained = _ridge_of(kernel, pull, outputs, noisy=noisy)
     ridge = found / steep / _DEPTH
     ridge = min(max(ridge, LEAST), MOST) if ridge > 0 else _UNKNOWN
     growing = float(outputs @ pull / (outputs @ outputs)) / steep
     if growing < -MOST and float(loss.median()) > _MOST_WRONG:
         ridge = EARLY
-    if growing > _DEPTH * ridge:
-        along = kernel @ outputs
-        excess = (1 - _DEPTH * ridge / growing) / float(outputs @ along)
+    along = kernel @ outputs
+    share = float(outputs @ along / (outputs @ outputs)) / len(outputs)
+    stiffness = _stiffness(growing / (_DEPTH * ridge), share, explained)
+    if stiffness != 1:
+        excess = (1 - 1 / stiffness) / float(outputs @ along)
         kernel = kernel - excess * torch.outer(along, along)
     return Training(ridge * steep, kernel, None)
+
+
+def _stiffness(found: float, share: float, explained: float) -> float:
+    """How strongly growth of all outputs is held back, compared with other directions.
+
+    Features of networks whose outputs grow do grow, too, and what training leaves undone is
+    done along the leading directions first. So growth is easier than other changes, which
+    matters where much of what rows have in common is growth, as with two classes: there a
+    ridge that does not know of it is far from what retrained networks want
+    (docs/ridge.md). Where growth was found to be held back, as by batch normalization, it
+    stays so; and so do linear models that were trained to the end.
+
+    Args:
+        found: what the rows' stationarity says; counts from 1 on.
+        share: of the rows' variance, along the outputs.
+        explained: share of the pulls' variance that stationarity explains.
+
+    Returns:
+        Above 0; 1 if growth is like the rest.
+    """
+    held = max(1.0, found)
+    freedom = max(_FREEST, min(1.0, _FREE / share) ** 2) if share > 0 else 1.0
+    unlike = min(1.0, max(0.0, 1 - explained) / (1 - _EXPLAINED))
+    return held * freedom ** (unlike / (1 + (held / _HELD) ** 4))
 
 
 def _outputs(kernel: Tensor, loss: Tensor, logistic: bool | None) -> Tensor | None:
@@ -123,7 +155,10 @@ def _as_if_learned(kernel: Tensor, loss: Tensor, outputs: Tensor) -> bool:
     return bool(along >= _LEARNED * apart.square().sum())
 
 
-def _ridge_of(kernel: Tensor, pull: Tensor, outputs: Tensor, *, noisy: bool) -> float:
+def _ridge_of(
+    kernel: Tensor, pull: Tensor, outputs: Tensor, *, noisy: bool
+) -> tuple[float, float]:
+    # and the share of the pulls' variance that it explains
     apart = outputs - outputs.mean()
     slope = apart @ pull / (apart @ apart)
     offset = outputs.mean() - pull.mean() / slope
@@ -133,7 +168,9 @@ def _ridge_of(kernel: Tensor, pull: Tensor, outputs: Tensor, *, noisy: bool) -> 
     chosen = slice(min(_FIRST, last - 1), last)
     directions = vectors.flip(1)[:, chosen].T
     pulls, wanted = directions @ pull, directions @ (outputs - offset)
+    lengths = pulls.norm() * wanted.norm()
+    explained = float((pulls @ wanted / lengths) ** 2) if lengths > 0 else 1.0
     if not noisy:
-        return float((pulls / wanted).nanmedian())
+        return float((pulls / wanted).nanmedian()), explained
     weights = wanted / values.flip(0)[chosen]  # a sketch's noise grows like the values
-    return float((weights @ pulls) / (weights @ wanted))
+    return float((weights @ pulls) / (weights @ wanted)), explained
