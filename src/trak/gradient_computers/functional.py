@@ -1,7 +1,8 @@
 """Exact per-sample gradients with `torch.func`: what every other computer must equal."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from trak.batches import Batch, batch_size, leaves, normalize, select
 from trak.errors import InputError
 from trak.gradient_computers.abstract import SelectingGradientComputer
+from trak.gradient_computers.capture import asking
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.gradient_computers.surroundings import undisturbed
 from trak.modelout_functions import output_function
@@ -24,7 +26,10 @@ class FunctionalGradientComputer(SelectingGradientComputer):
     Some models cannot be run under `vmap`: those whose control flow depends on data
     (Hugging Face models of `transformers` 5 when they build attention masks), and those
     that use operators without a batching rule. They get one backward pass a sample from
-    the first such batch on, with the same gradients; a log line says so and why.
+    the first such batch on, with the same gradients; a log line says so and why. So do
+    models that keep a second reference to a parameter (in a list, say, or a partial
+    function), which `functional_call` does not swap: one sample of every shape is looked at
+    for it.
 
     Arguments as for `SelectingGradientComputer`; the task's `get_output` takes one sample.
     """
@@ -38,6 +43,7 @@ class FunctionalGradientComputer(SelectingGradientComputer):
             model: the model.
         """
         self.model = model
+        self._looked_at: set[tuple[object, ...]] = set()
         self.func_weights = {n: p.detach() for n, p in model.named_parameters()}
         self.func_buffers = dict(model.named_buffers())
 
@@ -61,7 +67,16 @@ class FunctionalGradientComputer(SelectingGradientComputer):
         if self._without_vmap:
             return self._one_by_one(normal)
         try:
-            return self._vectorized(normal)
+            rows = self._vectorized(normal)
+            kept = self._kept_elsewhere(normal)
+            if kept is None:
+                return rows
+            logger.info(
+                "The model reads %s by a reference of its own, which torch.func cannot "
+                "swap; per-sample gradients are computed with one backward pass a sample "
+                "instead.",
+                kept,
+            )
         except RuntimeError as error:
             if is_out_of_memory(error) or not self._blames_vmap(error, normal):
                 raise
@@ -73,6 +88,25 @@ class FunctionalGradientComputer(SelectingGradientComputer):
             )
         self._without_vmap = True
         return self._one_by_one(normal)
+
+    def _kept_elsewhere(self, batch: Batch) -> str | None:
+        # a parameter that the output depends on also where others are given for all
+        shape = tuple((part.shape[1:], part.dtype) for part in leaves(batch))
+        if shape in self._looked_at:
+            return None
+        copies = {name: weight.detach() for name, weight in self._chosen().items()}
+        sample = next(_samples(select(batch, slice(0, 1))))
+        with self._own() as own, torch.enable_grad():
+            output = self._output(copies, *sample)
+            found: Any = (None,) * len(own)
+            if output.requires_grad:
+                with without_autocast():
+                    found = torch.autograd.grad(
+                        output, list(own.values()), allow_unused=True
+                    )
+        self._looked_at.add(shape)
+        reached = (n for n, g in zip(own, found, strict=True) if g is not None)
+        return next(reached, None)
 
     def _blames_vmap(self, error: RuntimeError, batch: Batch) -> bool:
         text = str(error)
@@ -147,24 +181,35 @@ class FunctionalGradientComputer(SelectingGradientComputer):
             return pull(torch.ones_like(output))[0]
 
     def _one_by_one(self, batch: Batch) -> dict[str, Tensor]:
-        chosen = {n: w.detach().requires_grad_() for n, w in self._chosen().items()}
-        rows: list[list[Tensor]] = []
-        for sample in _samples(batch):
-            with torch.enable_grad():
-                output = self._output(chosen, *sample)
-                found: tuple[Tensor | None, ...] = (None,) * len(chosen)
-                if output.requires_grad:  # else this sample reaches none of them
-                    with without_autocast():
-                        found = torch.autograd.grad(
-                            output, list(chosen.values()), allow_unused=True
-                        )
-            pairs = zip(found, chosen.values(), strict=True)
-            rows.append([_or_zeros(gradient, weight) for gradient, weight in pairs])
+        with self._own() as chosen:
+            rows = [self._row(chosen, sample) for sample in _samples(batch)]
         if len(rows) == 1:  # a view: embeddings make these too large to copy idly
             stacked = [gradient.unsqueeze(0) for gradient in rows[0]]
         else:
             stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
         return dict(zip(chosen, stacked, strict=True))
+
+    @contextmanager
+    def _own(self) -> Generator[dict[str, nn.Parameter]]:
+        # the model's own parameters, which it may also read by another reference
+        named = dict(self.model.named_parameters())
+        chosen = {name: named[name] for name in self.selected}
+        with asking(named.values(), chosen.values()):
+            yield chosen
+
+    def _row(
+        self, chosen: dict[str, nn.Parameter], sample: tuple[Any, ...]
+    ) -> list[Tensor]:
+        with torch.enable_grad():
+            output = self._output({**chosen}, *sample)
+            found: tuple[Tensor | None, ...] = (None,) * len(chosen)
+            if output.requires_grad:  # else this sample reaches none of them
+                with without_autocast():
+                    found = torch.autograd.grad(
+                        output, list(chosen.values()), allow_unused=True
+                    )
+        pairs = zip(found, chosen.values(), strict=True)
+        return [_or_zeros(gradient, weight.detach()) for gradient, weight in pairs]
 
 
 def _samples(batch: Batch) -> Iterator[tuple[Any, ...]]:

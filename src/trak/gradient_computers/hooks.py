@@ -21,6 +21,7 @@ from trak.gradient_computers.surroundings import undisturbed
 from trak.gradient_computers.sweep import Sweep
 from trak.gradient_computers.trial import Rows
 from trak.gradient_computers.ways import Ways, different_samples
+from trak.gradient_computers.whole import reached
 from trak.modelout_functions import batch_output_function
 from trak.modelout_functions.margin import OwnTensors
 
@@ -259,7 +260,13 @@ class HookGradientComputer(SelectingGradientComputer):
             plan = {n: EXACT if n in changed else way for n, way in plan.items()}
             sweep = self._sweep(batch, plan, sink)
             sweep.run(lambda: self._outputs(batch))
-        self._ways.to_prove |= sweep.used
+        used = sweep.used | reached(
+            self._anatomy,
+            sweep.balanced,
+            lambda: self._outputs(batch),
+            batch_size(batch),
+        )
+        self._ways.to_prove |= used
         if not sweep.refused <= self._told:
             self._told |= sweep.refused
             logger.info(
@@ -268,7 +275,7 @@ class HookGradientComputer(SelectingGradientComputer):
                 sorted(sweep.refused)[:3],
             )
         exact = {n for n, way in plan.items() if way.kind == "exact"}
-        return exact | sweep.refused | sweep.used
+        return exact | sweep.refused | used
 
     def _sweep(self, batch: Batch, plan: Plan, sink: Sink) -> Sweep:
         return Sweep(

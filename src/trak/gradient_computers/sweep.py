@@ -35,6 +35,8 @@ class Sweep:
         refused: parameters whose layers met shapes that the plan does not cover; nothing
             was emitted for them.
         used: parameters that were not seen so far and have a gradient in this batch.
+        balanced: parameters that were not seen so far and that the outputs depend on, whose
+            samples' gradients add up to zero.
         in_backward: whether the forward pass went through, so that the sink may have
             received blocks.
         tape: what the forward pass left.
@@ -61,6 +63,7 @@ class Sweep:
         self.ledger = Ledger(num_samples, alone)
         self.refused: set[str] = set()
         self.used: set[str] = set()
+        self.balanced: set[str] = set()
         self.in_backward = False
 
     def run(self, outputs: Callable[[], Tensor]) -> Tensor:
@@ -83,8 +86,8 @@ class Sweep:
             stack.enter_context(without_autocast())
             totals = self.tape.backward(result, watched)
         for name, total in zip(unseen, totals, strict=True):
-            if total is not None and bool(total.any()):
-                self.used.add(name)
+            if total is not None:
+                (self.used if bool(total.any()) else self.balanced).add(name)
         return result.detach()
 
     def look(self, outputs: Callable[[], Tensor]) -> Ledger:

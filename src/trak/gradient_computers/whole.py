@@ -7,7 +7,7 @@ gradient of the same sum of outputs, which nobody has to take apart.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -102,6 +102,29 @@ def disagreeing(
     return wrong
 
 
+def reached(
+    anatomy: Anatomy, names: Iterable[str], outputs: Callable[[], Tensor], size: int
+) -> set[str]:
+    """Tells gradients that are zero from those that cancel, as two labels' biases do.
+
+    Args:
+        anatomy: the model's parameters.
+        names: parameters whose gradients of a batch add up to zero.
+        outputs: runs the model on the batch, `[b]`.
+        size: of the batch, `b`.
+
+    Returns:
+        The names with a gradient in some sample; all of them where torch cannot tell.
+    """
+    asked = sorted(names)
+    if size < 2 or not asked:
+        return set()
+    found = _summed(anatomy, asked, outputs, _weights(size))
+    if found is None:
+        return set(asked)
+    return {n for n, g in found.items() if g is not None and bool(g.to_dense().any())}
+
+
 def _swept(
     anatomy: Anatomy,
     plan: Plan,
@@ -128,21 +151,25 @@ def _swept(
     return rows, sweep
 
 
-def _signs(size: int) -> Tensor:
+def _weights(size: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(size, generator=generator, device="cpu").sign().double()
+    return torch.randn(size, generator=generator, device="cpu").double()
+
+
+def _signs(size: int) -> Tensor:
+    return _weights(size).sign()
 
 
 def _summed(
-    anatomy: Anatomy, names: list[str], outputs: Callable[[], Tensor], signs: Tensor
+    anatomy: Anatomy, names: list[str], outputs: Callable[[], Tensor], weights: Tensor
 ) -> dict[str, Tensor | None] | None:
-    # the gradient of the sum of outputs with signs; None if torch cannot compute it
+    # the gradient of a weighted sum of outputs; None if torch cannot compute it
     chosen = [anatomy.parameters[name] for name in names]
     if not chosen:
         return {}
     with torch.enable_grad(), asking(anatomy.model.parameters(), chosen):
         total = outputs()
-        total = (total * signs.to(total)).sum()
+        total = (total * weights.to(total)).sum()
         if not total.requires_grad:
             return dict.fromkeys(names)
         try:
