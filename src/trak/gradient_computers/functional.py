@@ -13,7 +13,7 @@ from trak.errors import InputError
 from trak.gradient_computers.abstract import SelectingGradientComputer
 from trak.gradient_computers.capture import asking
 from trak.gradient_computers.memory import is_out_of_memory
-from trak.gradient_computers.surroundings import undisturbed
+from trak.gradient_computers.surroundings import forget_kept, undisturbed
 from trak.modelout_functions import output_function
 from trak.precision import without_autocast
 
@@ -43,6 +43,7 @@ class FunctionalGradientComputer(SelectingGradientComputer):
             model: the model.
         """
         self.model = model
+        forget_kept(model)
         self._looked_at: set[tuple[object, ...]] = set()
         self.func_weights = {n: p.detach() for n, p in model.named_parameters()}
         self.func_buffers = dict(model.named_buffers())

@@ -17,7 +17,7 @@ from trak.gradient_computers.echo import Echo
 from trak.gradient_computers.functional import FunctionalGradientComputer
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.gradient_computers.plan import EXACT, Anatomy, Plan
-from trak.gradient_computers.surroundings import undisturbed
+from trak.gradient_computers.surroundings import forget_kept, undisturbed
 from trak.gradient_computers.sweep import Sweep
 from trak.gradient_computers.trial import Rows
 from trak.gradient_computers.ways import Ways, different_samples
@@ -81,6 +81,7 @@ class HookGradientComputer(SelectingGradientComputer):
             model: the model.
         """
         self.model = model
+        forget_kept(model)
         self._anatomy = Anatomy(model, self.selected)
         self._ways = Ways(self._anatomy, self._outputs, self._exact_rows)
         self._exact: dict[tuple[str, ...], FunctionalGradientComputer] = {}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from trak.batches import batch_size, normalize, select
 from trak.errors import InputError
 from trak.gradient_computers.abstract import SelectingGradientComputer
+from trak.gradient_computers.surroundings import forget_kept
 from trak.modelout_functions import output_function
 from trak.precision import without_autocast
 from trak.utils import parameters_to_vector
@@ -30,6 +31,7 @@ class IterativeGradientComputer(SelectingGradientComputer):
             model: the model.
         """
         self.model = model
+        forget_kept(model)
         named = dict(model.named_parameters())
         self.model_params = [named[name] for name in self.selected]
 
@@ -51,6 +53,7 @@ class IterativeGradientComputer(SelectingGradientComputer):
         for parameter in frozen:
             parameter.requires_grad_(True)
         try:
+            forget_kept(self.model)
             with torch.enable_grad():
                 get_output = output_function(self.modelout_fn)
                 outputs = get_output(self.model, None, None, *parts)
@@ -77,6 +80,7 @@ class IterativeGradientComputer(SelectingGradientComputer):
         Returns:
             `[b]` or `[b, 1]`, as the task gives it.
         """
+        forget_kept(self.model)
         with torch.no_grad():
             return self.modelout_fn.get_out_to_loss_grad(
                 self.model, None, None, normalize(batch)

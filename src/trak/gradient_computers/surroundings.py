@@ -27,7 +27,8 @@ def undisturbed(model: nn.Module) -> Generator[None]:
 
     Fused attention kernels, which skip the layers, are not taken; compiled models run
     uncompiled; activation checkpointing, which would run layers a second time in the
-    backward pass, is off. Random states are restored. A
+    backward pass, is off. What modules keep from one forward pass in evaluation mode to the
+    next is forgotten before each. Random states are restored. A
     normalisation layer in training mode is refused. Gradients are enabled within, also
     under `torch.inference_mode`.
 
@@ -38,7 +39,12 @@ def undisturbed(model: nn.Module) -> Generator[None]:
         Nothing.
     """
     refuse_batch_statistics(model)
-    with torch.inference_mode(False), _random_state(model), _SWITCHES.turned():
+    with (
+        torch.inference_mode(False),
+        _random_state(model),
+        _SWITCHES.turned(),
+        _forgetting(model),
+    ):
         yield
 
 
@@ -69,6 +75,43 @@ def refuse_batch_statistics(model: nn.Module) -> None:
                 "normalises by statistics of the batch and updates its own, so a sample "
                 "has no gradient of its own. Call model.eval()."
             )
+
+
+@contextmanager
+def _forgetting(model: nn.Module) -> Generator[None]:
+    # of what belongs to other weights, or to a graph that is gone
+    if not _switching(model):
+        yield
+        return
+    handle = model.register_forward_pre_hook(lambda module, _: forget_kept(module))
+    try:
+        forget_kept(model)
+        yield
+    finally:
+        handle.remove()
+        forget_kept(model)
+
+
+def forget_kept(model: nn.Module) -> None:
+    """Lets modules drop what they compute once in evaluation mode, from weights of then.
+
+    Such as the attention biases of LeViT, TinyViT and EfficientFormer, which a change into
+    training mode drops. Other modules have no `train` of their own, and are left alone.
+
+    Args:
+        model: the model, whose modules keep their modes.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    for module in _switching(model):
+        module.train(True)
+        module.train(False)
+    for module, training in modes:
+        module.training = training
+
+
+def _switching(model: nn.Module) -> list[nn.Module]:
+    usual = nn.Module.train
+    return [m for m in model.modules() if getattr(type(m), "train", usual) is not usual]
 
 
 @contextmanager
