@@ -233,6 +233,13 @@ def test_growth_is_like_the_rest_in_a_linear_model_trained_to_its_end():
     torch.testing.assert_close(trained.kernel, kernel)
 
 
+def test_growth_is_like_the_rest_after_a_short_training():
+    trained, kernel, _ = two_classes(
+        lambda rng: 10 * (1 + 4 * torch.rand(200, generator=rng))
+    )
+    torch.testing.assert_close(trained.kernel, kernel, rtol=0, atol=0.2)
+
+
 def test_growth_that_is_held_back_stays_so():
     def ratios(rng):
         found = 1 + 4 * torch.rand(200, generator=rng)

@@ -23,11 +23,12 @@ _OF_WORDS = 0.03  # a text is many examples
 _DEPTH = 2.5
 """Outputs of a network of `L` layers grow like the `L`-th power of its weights, so that
 `Phi w = L f`. How many layers there are cannot be told from rows; 2.5 was best."""
-_FREE, _FREEST, _HELD, _EXPLAINED = 0.04, 0.2, 8.0, 0.9
+_FREE, _FREEST, _HELD, _EXPLAINED, _LAZY = 0.04, 0.2, 8.0, 0.9, (1.0, 3.0)
 """Where outputs of all examples grow along more than 4 % of the rows' variance, networks
 give way to growth more easily than linear models do, down to a fifth of the stiffness; not
 where growth is held back more than 8 times as strongly as the rest, nor where more than
-90 % of what pulls at outputs is explained by a linear model."""
+90 % of what pulls at outputs is explained by a linear model, nor, from a ridge of 1 to one
+of 3, after trainings that were short."""
 _FIRST, _LAST = 5, 100  # leading directions have few examples each on their side
 _MOST_WRONG = 0.5
 _ALIKE = 0.6
@@ -105,14 +106,14 @@ def training_of(
         ridge = EARLY
     along = kernel @ outputs
     share = float(outputs @ along / (outputs @ outputs)) / len(outputs)
-    stiffness = _stiffness(growing / (_DEPTH * ridge), share, explained)
+    stiffness = _stiffness(growing / (_DEPTH * ridge), share, explained, ridge)
     if stiffness != 1:
         excess = (1 - 1 / stiffness) / float(outputs @ along)
         kernel = kernel - excess * torch.outer(along, along)
     return Training(ridge * steep, kernel, None)
 
 
-def _stiffness(found: float, share: float, explained: float) -> float:
+def _stiffness(found: float, share: float, explained: float, ridge: float) -> float:
     """How strongly growth of all outputs is held back, compared with other directions.
 
     Features of networks whose outputs grow do grow, too, and what training leaves undone is
@@ -120,12 +121,14 @@ def _stiffness(found: float, share: float, explained: float) -> float:
     matters where much of what rows have in common is growth, as with two classes: there a
     ridge that does not know of it is far from what retrained networks want
     (docs/ridge.md). Where growth was found to be held back, as by batch normalization, it
-    stays so; and so do linear models that were trained to the end.
+    stays so; and so do linear models that were trained to the end, and networks that
+    were trained so briefly that they are still linear.
 
     Args:
         found: what the rows' stationarity says; counts from 1 on.
         share: of the rows' variance, along the outputs.
         explained: share of the pulls' variance that stationarity explains.
+        ridge: of the training, in units of `q (1 - q)`.
 
     Returns:
         Above 0; 1 if growth is like the rest.
@@ -133,7 +136,8 @@ def _stiffness(found: float, share: float, explained: float) -> float:
     held = max(1.0, found)
     freedom = max(_FREEST, min(1.0, _FREE / share) ** 2) if share > 0 else 1.0
     unlike = min(1.0, max(0.0, 1 - explained) / (1 - _EXPLAINED))
-    return held * freedom ** (unlike / (1 + (held / _HELD) ** 4))
+    lazy = min(1.0, max(0.0, (ridge - _LAZY[0]) / (_LAZY[1] - _LAZY[0])))
+    return held * freedom ** (unlike * (1 - lazy) / (1 + (held / _HELD) ** 4))
 
 
 def _outputs(kernel: Tensor, loss: Tensor, logistic: bool | None) -> Tensor | None:
