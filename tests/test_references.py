@@ -114,3 +114,19 @@ def test_a_gradient_first_met_where_it_cancels_in_the_batch():
     computer = HookGradientComputer(model, ImageClassificationModelOutput())
     for rows in (slice(0, 4), slice(4, 8), slice(6, 12), slice(0, 12)):
         equal(computer, model, (x[rows], labels[rows]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_of_three_names_keeps_its_parameters(kind):
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6)
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), layer, nn.Linear(6, 3))
+    model = model.double().eval()
+    before = list(model.parameters())
+    for size in (5, 1, 3):
+        computer = kind(model, ImageClassificationModelOutput())
+        equal(computer, model, batch := batch_of(size))
+        computer.compute_loss_grad(batch)
+        computer.compute_outputs(batch, 2)
+        assert all(p is q for p, q in zip(model.parameters(), before, strict=True))
+        assert all(p.requires_grad for p in model.parameters())

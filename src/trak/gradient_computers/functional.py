@@ -13,7 +13,11 @@ from trak.errors import InputError
 from trak.gradient_computers.abstract import SelectingGradientComputer
 from trak.gradient_computers.capture import asking
 from trak.gradient_computers.memory import is_out_of_memory
-from trak.gradient_computers.surroundings import forget_kept, undisturbed
+from trak.gradient_computers.surroundings import (
+    forget_kept,
+    own_parameters,
+    undisturbed,
+)
 from trak.modelout_functions import output_function
 from trak.precision import without_autocast
 
@@ -128,7 +132,7 @@ class FunctionalGradientComputer(SelectingGradientComputer):
         Returns:
             `[b]` or `[b, 1]`, as the task gives it.
         """
-        with undisturbed(self.model), torch.no_grad():
+        with undisturbed(self.model), own_parameters(self.model), torch.no_grad():
             return self.modelout_fn.get_out_to_loss_grad(
                 self.model, self.func_weights, self.func_buffers, normalize(batch)
             )
@@ -155,7 +159,8 @@ class FunctionalGradientComputer(SelectingGradientComputer):
     def _output(self, chosen: dict[str, Tensor], *sample: Any) -> Tensor:
         weights = {**self.func_weights, **chosen}
         get_output = output_function(self.modelout_fn)
-        output = get_output(self.model, weights, self.func_buffers, *sample)
+        with own_parameters(self.model):
+            output = get_output(self.model, weights, self.func_buffers, *sample)
         if output.numel() != 1:
             raise InputError(
                 "get_output must return one number for one sample; "

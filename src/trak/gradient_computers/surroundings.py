@@ -115,6 +115,28 @@ def _switching(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
+def own_parameters(model: nn.Module) -> Generator[None]:
+    """Runs a block after which the model holds the parameters that it held before.
+
+    `functional_call` leaves tensors in place of those of a module that the model knows by
+    three names.
+
+    Args:
+        model: the model.
+
+    Yields:
+        Nothing.
+    """
+    tables: list[dict[str, Any]] = [vars(m)["_parameters"] for m in model.modules()]
+    held = [dict(table) for table in tables]
+    try:
+        yield
+    finally:
+        for table, parameters in zip(tables, held, strict=True):
+            table.update(parameters)
+
+
+@contextmanager
 def _random_state(model: nn.Module) -> Generator[None]:
     devices = {p.device for p in model.parameters() if p.device.type not in {"cpu", "meta"}}
     kind = next(iter(devices)).type if devices else "cuda"
