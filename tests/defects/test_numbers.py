@@ -61,15 +61,35 @@ def test_q_of_confident_examples_is_not_zero(half, tmp_path):
 
 
 def test_rows_that_are_all_zero_are_an_error(tmp_path):
-    """A task of one's own that ignores the weights it is given."""
+    """A task of one's own whose output depends on no weight."""
+
+    class Constant(ImageClassificationModelOutput):
+        @staticmethod
+        def get_output(model, weights, buffers, image, label):
+            return 0 * sum(w.sum() for w in weights.values()) + image.sum()
+
+    with pytest.raises(NumericalError, match=r"zero.*constant"):
+        featurize(tracker(tmp_path, task=Constant()), data()[0], weights())
+
+
+def test_a_task_that_ignores_the_weights_it_is_given_has_those_of_the_checkpoint(tmp_path):
+    class Heeds(ImageClassificationModelOutput):
+        @staticmethod
+        def get_output(model, weights, buffers, image, label):
+            called = torch.func.functional_call(model, (weights, buffers), image[None])
+            return called[0, label]
 
     class Ignores(ImageClassificationModelOutput):
         @staticmethod
         def get_output(model, weights, buffers, image, label):
             return model(image[None])[0, label]
 
-    with pytest.raises(NumericalError, match=r"zero.*constant"):
-        featurize(tracker(tmp_path, task=Ignores()), data()[0], weights())
+    states = [weights(), {name: 2 * value for name, value in weights().items()}]
+    right, found = (
+        whole_run(tracker(tmp_path / task.__name__, task=task()), *data(), states)
+        for task in (Heeds, Ignores)
+    )
+    np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-6 * np.abs(right).max())
 
 
 def test_torchs_default_dtype_does_not_matter(tmp_path):
