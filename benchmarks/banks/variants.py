@@ -76,11 +76,7 @@ def digits(
     order = np.random.default_rng(0).permutation(len(images))
     x = torch.tensor(images[order] / 16, dtype=torch.float32)
     y = torch.tensor(labels[order] % 2 if binary else labels[order])
-    train = x[:count], y[:count].clone()
-    rng = np.random.default_rng(1)
-    chosen = rng.permutation(count)[: int(wrong * count)]
-    train[1][chosen] = torch.tensor(rng.integers(0, int(y.max()) + 1, len(chosen)))
-    return train, (x[-150:], y[-150:])
+    return mistaken(((x[:count], y[:count]), (x[-150:], y[-150:])), wrong, seed=1)
 
 
 def table(load: Callable[..., Any], count: int) -> tuple[Examples, Examples]:
@@ -150,18 +146,21 @@ def some(data: tuple[Examples, Examples], *classes: int) -> tuple[Examples, Exam
     return parts[0], parts[1]
 
 
-def mistaken(data: tuple[Examples, Examples], share: float) -> tuple[Examples, Examples]:
+def mistaken(
+    data: tuple[Examples, Examples], share: float, seed: int = 3
+) -> tuple[Examples, Examples]:
     """Random labels for some of the training examples.
 
     Args:
         data: training examples and targets.
         share: of the training examples.
+        seed: of the choice and the labels.
 
     Returns:
         Training examples and targets.
     """
     (x, y), targets = data
-    rng, y = np.random.default_rng(3), y.clone()
+    rng, y = np.random.default_rng(seed), y.clone()
     chosen = rng.permutation(len(y))[: int(share * len(y))]
     y[chosen] = torch.tensor(rng.integers(0, int(y.max()) + 1, len(chosen)))
     return (x, y), targets
@@ -181,6 +180,18 @@ def relabelled(
     """
     (x, y), (others, labels) = data
     return (x, change(x, y)), (others, change(others, labels))
+
+
+def fractions(_: Tensor, labels: Tensor) -> Tensor:
+    """Labels 0 and 1 as floating point numbers.
+
+    Args:
+        labels: `[n]`.
+
+    Returns:
+        `[n]`.
+    """
+    return labels.float()
 
 
 def bits(_: Tensor, labels: Tensor) -> Tensor:
@@ -271,9 +282,7 @@ VARIANTS = {
     ),
     "rare, 1000": Variant(
         (20, 48, 1),
-        lambda: relabelled(
-            blobs(1000, 20, 2, 0.01, weights=[0.95]), lambda _, y: y.float()
-        ),
+        lambda: relabelled(blobs(1000, 20, 2, 0.01, weights=[0.95]), fractions),
         30,
         0.05,
         1e-3,
@@ -312,7 +321,7 @@ UNSEEN = {
     "ten blobs": Variant((40, 128, 10), lambda: blobs(1500, 40, 10, 0.1), 30, 0.05, 1e-3),
     "one logit": Variant(
         (64, 64, 1),
-        lambda: relabelled(digits(500, binary=True), lambda _, y: y.float()),
+        lambda: relabelled(digits(500, binary=True), fractions),
         25,
         0.1,
         1e-3,
@@ -320,7 +329,7 @@ UNSEEN = {
     ),
     "one logit, rare": Variant(
         (15, 48, 1),
-        lambda: relabelled(blobs(500, 15, 2, 0.02, weights=[0.93]), lambda _, y: y.float()),
+        lambda: relabelled(blobs(500, 15, 2, 0.02, weights=[0.93]), fractions),
         40,
         0.05,
         2e-3,
@@ -336,7 +345,7 @@ UNSEEN = {
     ),
     "hinge": Variant(
         (15, 48, 1),
-        lambda: relabelled(blobs(500, 15, 2, 0.1), lambda _, y: y.float()),
+        lambda: relabelled(blobs(500, 15, 2, 0.1), fractions),
         40,
         0.05,
         2e-3,
@@ -360,7 +369,7 @@ UNSEEN = {
     ),
     "cancer, one logit": Variant(
         (30, 48, 1),
-        lambda: relabelled(cancer(350), lambda _, y: y.float()),
+        lambda: relabelled(cancer(350), fractions),
         50,
         0.05,
         1e-3,
