@@ -1,13 +1,12 @@
 """The one call, against the steps that it stands for."""
 
 import json
-import logging
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from tests import cases, reference, runs
+from tests import runs
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -21,7 +20,6 @@ from torch.utils.data import (
 import trak
 from trak import TRAKer
 from trak.attribution import EXACT_UP_TO
-from trak.batches import normalize
 from trak.errors import (
     InputError,
     InputTypeError,
@@ -34,27 +32,9 @@ from trak.pipeline.project import RowMaker
 from trak.projectors import FactoredProjector, NoOpProjector
 from trak.projectors.dimension import chosen_dimension, exact_cost
 from trak.savers import MmapSaver
-from trak.strength import STRENGTHS, Trial, choose_strength
 
 N, M = 60, 6
 TASK = "image_classification"
-
-
-@pytest.fixture
-def world():
-    model, train, targets = runs.data("mlp", N, M)
-    return model, train, targets, cases.checkpoints("mlp", 3)
-
-
-@pytest.fixture
-def learned(world):
-    """The same, with labels that the first checkpoint is sure about."""
-    model, train, targets, states = world
-    states = [{k: 6 * v for k, v in state.items()} for state in states]
-    model.load_state_dict(states[0])
-    with torch.no_grad():
-        found = [(x, model(x).argmax(1)) for x, _ in (train, targets)]
-    return model, *found, states
 
 
 def call(world, folder, **options):
@@ -155,7 +135,7 @@ def test_it_goes_on_and_adds_targets(learned, tmp_path, monkeypatch):
     few = [tuple(p[:3] for p in learned[2])]
     more = call(learned, tmp_path / "b", targets=few, exp_name="few")
     np.testing.assert_allclose(more, whole[:, :3], rtol=1e-5)
-    assert (metadata.get("whitening") or {"strength": 0.0})["strength"] in STRENGTHS
+    assert metadata["whitening"]["strength"] > 0
 
 
 def test_progress_is_shown_and_can_be_turned_off(world, tmp_path, capsys):
@@ -229,65 +209,6 @@ def test_what_has_no_fixed_order_is_refused(world, tmp_path):
         call(world, tmp_path, whitening="much")
 
 
-def test_strength_follows_agreement(learned, tmp_path, caplog, monkeypatch):
-    model, train, _, states = learned
-    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
-    batches = runs.split(train, 9)
-    assert choose_strength(traker.pipeline, states[:1], batches) == 0.4
-    with monkeypatch.context() as patch:  # residuals, and no probabilities
-        patch.setattr(
-            traker.gradient_computer,
-            "compute_loss_grad",
-            lambda b: 3 * torch.randn(len(b[-1])),
-        )
-        assert choose_strength(traker.pipeline, states[:1], batches) == 0.0
-        assert choose_strength(traker.pipeline, states, batches) == 0.0
-    for agreements, expected in (
-        ([0.5, 0.503, 0.9], 0.25),
-        ([0.5, 0.52, 0.523], 0.5),
-        ([0.5, 0.52, 0.54], 0.75),
-        ([0.5, 0.4, 0.9], 0.25),
-    ):
-        answers = iter(agreements)
-        monkeypatch.setattr("trak.strength._agreement", lambda _, a=answers: next(a))
-        with caplog.at_level(logging.INFO):
-            assert choose_strength(traker.pipeline, states, batches) == expected
-    assert "scores of 3 checkpoints agree by 0.500 (0.25)" in caplog.text
-
-
-def test_whitening_is_of_no_use_before_anything_is_learned(world, tmp_path, monkeypatch):
-    model, train, _, states = world
-    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
-    hardly = [{k: 0.02 * v for k, v in state.items()} for state in states]
-    batches = runs.split(train, 9)
-    assert choose_strength(traker.pipeline, hardly[:1], batches) == 0.0
-    assert choose_strength(traker.pipeline, hardly, batches) == 0.0
-    # most are wrong, but not equally
-    sure = {k: 6 * v for k, v in states[0].items()}
-    model.load_state_dict(sure)
-    q = reference.loss_weights(model, train)
-    assert float(q.median()) > 0.5
-    assert choose_strength(traker.pipeline, [sure], batches) == 0.4
-    # of other losses that says nothing
-    monkeypatch.setattr(type(traker.task), "loss_is_logistic", False)
-    assert choose_strength(traker.pipeline, hardly[:1], batches) == 0.4
-    assert choose_strength(traker.pipeline, hardly, batches) > 0
-
-
-def test_agreement_is_one_for_equal_checkpoints_and_less_for_others(
-    learned, tmp_path, caplog
-):
-    model, train, _, states = learned
-    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
-    with caplog.at_level(logging.INFO):
-        choose_strength(traker.pipeline, [states[0]] * 2, runs.split(train, 9))
-    assert "agree by 1.000 (0.25), 1.000 (0.5)" in caplog.text
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        choose_strength(traker.pipeline, states, runs.split(train, 9))
-    assert "1.000" not in caplog.text
-
-
 def test_dimensions_that_are_chosen(tmp_path):
     assert chosen_dimension("auto", 50_000, 10**8, 2) == 4096
     assert chosen_dimension("auto", 2_000_000, 10**8, 2) == 2048
@@ -338,20 +259,6 @@ def test_the_same_weights_twice_are_noticed(world, tmp_path, caplog):
     assert "counts twice" not in caplog.text
     traker.load_checkpoint(live, model_id=2)
     assert "model_id=2 has the same weights as model_id=1" in caplog.text
-
-
-def test_whole_gradients_are_whitened_as_rows_would_be(world, tmp_path):
-    model, train, _, states = world
-    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, projector=NoOpProjector())
-    batches = [normalize(batch) for batch in runs.split(train, 9)]
-    found = []
-    for whole in (True, False):
-        trial = Trial(traker.pipeline, batches, states, curvature=True)
-        assert trial.whole
-        trial.whole = whole
-        found.append(trial.agreements([0.0, 0.75]) + trial.agreements([0.25]))
-    assert len(set(found[0])) == 3
-    np.testing.assert_allclose(*found, atol=1e-3)
 
 
 def test_examples_whose_gradients_are_not_finite_are_named(world, tmp_path):

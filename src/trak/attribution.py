@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from trak.errors import InputError, InputTypeError, PhaseError
 from trak.gradient_computers import select_parameters
 from trak.loaders import count_of, ordered, size_of, some_of
-from trak.pipeline import as_names, try_first_batches
+from trak.pipeline import Whitener, as_names, try_first_batches
 from trak.projectors import KernelProjector, NoOpProjector
 from trak.projectors.dimension import EXACT
 from trak.savers.filesystem import made_folder
@@ -67,7 +68,7 @@ def attribute(
             best of independent trainings; the model as it is if None.
         save_dir: the store's folder.
         exp_name: name of this set of targets.
-        whitening: 0 to 1; `"auto"` chooses by how well checkpoints agree.
+        whitening: 0 to 1; `"auto"` chooses (`trak.strength`).
         curvature: weigh training examples by the curvature of their loss.
         lambda_reg: the ridge, as for `TRAKer`.
         proj_dim: as for `TRAKer`; `"auto"` does not project up to 256 MiB of rows.
@@ -80,21 +81,19 @@ def attribute(
     _check_names(exp_name, options)
     folder = _folder(model, save_dir)
     examples, aims = ordered("train", train), ordered("targets", targets)
-    settings: dict[str, Any] = {
-        "task": task,
-        "train_set_size": count_of("training examples", examples),
-        "proj_dim": proj_dim,
-        "lambda_reg": lambda_reg,
-        "curvature": curvature,
-        **options,
-    }
+    count = count_of("training examples", examples)
+    settings: dict[str, Any] = {"task": task, "train_set_size": count, **options}
+    settings["proj_dim"] = proj_dim
     settings |= _selection(model, settings)
+    settings |= {"lambda_reg": lambda_reg, "curvature": curvature}
     with _restored(model) as before:
         states = [_apart(c, model, before) for c in _listed(checkpoints, model)]
         _try_batches(model, states[0], examples, aims, settings)
-        whitening = _strength(whitening, model, states, examples, folder, settings)
+        bar, first = _Bar(len(states), progress), None
+        if isinstance(whitening, str) and whitening == "auto":
+            whitening, first = _chosen(model, states, examples, folder, settings, bar)
         traker = TRAKer(model, save_dir=folder, whitening=whitening, **settings)
-        return _Run(traker, states, progress).scores(examples, aims, exp_name)
+        return _Run(traker, states, bar, first).scores(examples, aims, exp_name)
 
 
 def _folder(model: Any, save_dir: Any) -> Path:
@@ -188,11 +187,30 @@ def _apart(checkpoint: Any, model: nn.Module, before: Mapping[str, Any]) -> Any:
     return lambda: apart(state_of(checkpoint))
 
 
+@dataclass(frozen=True)
+class _Bar:
+    states: int
+    shown: bool
+
+    def over(
+        self, batches: Iterable[Any], number: int, what: str, count: int | None = None
+    ) -> Iterator[Any]:
+        which = f"checkpoint {number + 1} of {self.states}"
+        options: dict[str, Any] = {"unit": " examples", "disable": not self.shown}
+        with tqdm(total=count, desc=f"{which}, {what}", **options) as bar:
+            for batch in batches:
+                yield batch
+                bar.update(size_of(batch))
+
+
 class _Run:
-    def __init__(self, traker: TRAKer, states: list[Any], progress: bool) -> None:
+    def __init__(
+        self, traker: TRAKer, states: list[Any], bar: _Bar, first: Whitener | None
+    ) -> None:
         self.traker = traker
         self.states = states
-        self.progress = progress
+        self.bar = bar
+        self.first = first  # has fitted the first checkpoint, perhaps
 
     def scores(self, train: Any, targets: Any, exp_name: str) -> NDArray[Any]:
         count = count_of("targets", targets)
@@ -214,14 +232,18 @@ class _Run:
     def _fit_whitening(self, train: Any, number: int, count: int) -> None:
         if self.traker.whitening_is_fitted:
             return
-        chosen = some_of(train, count, FITTED)
+        whitener = self.traker.pipeline.whitener
         try:
-            for batch in self._bar(chosen, number, "whitening", None):
-                self.traker.fit_whitening(batch=batch)
+            if self.first is not None:
+                whitener.adopt(self.first, number)
+            if number not in whitener.sums:
+                chosen = some_of(train, count, FITTED)
+                for batch in self.bar.over(chosen, number, "whitening"):
+                    self.traker.fit_whitening(batch=batch)
         except PhaseError:  # the same call elsewhere was first, with the same sample?
             if not self.traker.whitening_is_fitted:
                 raise
-        self.traker.pipeline.whitener.settle(number)
+        whitener.settle(number)
 
     def score(self, targets: Any, exp_name: str, count: int) -> None:
         for number, state in enumerate(self.states):
@@ -233,7 +255,7 @@ class _Run:
         self, batches: Iterable[Any], number: int, what: str, count: int
     ) -> Iterator[tuple[Any, range]]:
         start = 0
-        for batch in self._bar(batches, number, what, count):
+        for batch in self.bar.over(batches, number, what, count):
             stop = start + size_of(batch)
             yield batch, range(start, stop)
             start = stop
@@ -243,16 +265,6 @@ class _Run:
                 "its collate_fn drops some, or its sampler leaves them out. Rows are known "
                 "by their place, so take such examples out of the data set instead."
             )
-
-    def _bar(
-        self, batches: Iterable[Any], number: int, what: str, count: int | None
-    ) -> Iterator[Any]:
-        which = f"checkpoint {number + 1} of {len(self.states)}"
-        options: dict[str, Any] = {"unit": " examples", "disable": not self.progress}
-        with tqdm(total=count, desc=f"{which}, {what}", **options) as bar:
-            for batch in batches:
-                yield batch
-                bar.update(size_of(batch))
 
 
 def _selection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,28 +288,37 @@ def _projection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]
     return whole | ({"row_dtype": "float32"} if fits and not said else {})
 
 
-def _strength(
-    asked: float | str | None,
+def _chosen(
     model: nn.Module,
     states: list[Any],
     train: Any,
     folder: Path,
     settings: Mapping[str, Any],
-) -> float | str | None:
-    if not isinstance(asked, str) or asked != "auto":
-        return asked
+    bar: _Bar,
+) -> tuple[float, Whitener | None]:
+    # the strength of whitening, and who has fitted the first checkpoint
     known = known_strength(folder)
     if known is not None:  # a call that goes on must not choose anew
-        return known
-    if settings["proj_dim"] == EXACT:  # the trial's folder may have less room
+        return known, None
+    count, exact = settings["train_set_size"], settings["proj_dim"] == EXACT
+    if exact:  # the trial's folder may have less room
         settings = {**settings, "proj_dim": "auto"}
         settings |= _projection(model, settings)
-    batches = list(some_of(train, settings["train_set_size"], SAMPLE))
+    sample = list(some_of(train, count, SAMPLE))
+    fitted = bar.over(some_of(train, count, FITTED), 0, "whitening")
     with tempfile.TemporaryDirectory() as trial:
         traker = TRAKer(model, save_dir=trial, whitening="auto", **settings)
+        exact |= isinstance(traker.projector, KernelProjector)
         if isinstance(traker.projector, KernelProjector):  # agreement is told by a sketch
             sketched: dict[str, Any] = {**settings, "proj_dim": "auto", "projector": None}
             beside = Path(trial) / "sketch"
             traker = TRAKer(model, save_dir=beside, whitening="auto", **sketched)
-        curvature = bool(settings["curvature"])
-        return choose_strength(traker.pipeline, states, batches, curvature=curvature)
+        strength = choose_strength(
+            traker.pipeline,
+            states,
+            sample,
+            fitted,
+            count,
+            curvature=bool(settings["curvature"]),
+        )
+    return strength, None if exact else traker.pipeline.whitener

@@ -1,8 +1,9 @@
-"""How much to whiten, from how well checkpoints agree.
+"""How much to whiten, from what the rows have in common and how well checkpoints agree.
 
-On every bank the LDS of scores and the agreement of scores from different checkpoints rise
-and fall together as the strength of whitening changes, at the ridge that belongs to each
-strength (docs/whitening.md). Agreement needs no retraining.
+Where growth of all outputs is a large part of the rows and nothing holds it back, as in
+many classifiers of two classes, a little is best. Elsewhere the LDS of scores and the
+agreement of scores from different checkpoints rise and fall together as the strength
+changes, at the ridge that belongs to each (docs/whitening.md). Neither needs retraining.
 """
 
 import itertools
@@ -19,11 +20,17 @@ from torch import Tensor, nn
 from trak.batches import Batch, batch_size, normalize
 from trak.errors import InputTypeError
 from trak.evaluation.ranks import correlations
+from trak.modes import evaluation_mode
 from trak.pipeline import Pipeline, prepare_task, validate_state
 from trak.precision import full_precision
 from trak.projectors import LeadingProjector, NoOpProjector
 from trak.savers.filesystem import read_object
-from trak.score_computers.auto_ridge import BY_STRENGTH, Situation, relative_ridge
+from trak.score_computers.auto_ridge import (
+    BY_STRENGTH,
+    Situation,
+    relative_ridge,
+    stiffness,
+)
 from trak.score_computers.curvature import roots, weighted
 from trak.score_computers.logistic import sizes
 from trak.whitening import Moments
@@ -35,6 +42,7 @@ STRENGTHS = (0.25, 0.5, 0.75)
 WORTH = 0.005
 """A step up must raise the agreement by so much, since whitening can also do harm."""
 SAMPLE = 600
+_DIGITS = 3
 _FIRST = 2  # strengths that are tried in any case
 _MOST_WRONG, _ALIKE = 0.5, 0.1
 _CHECKPOINTS = 3
@@ -48,6 +56,8 @@ def choose_strength(
     pipeline: Pipeline,
     states: Sequence[Any],
     batches: Iterable[Any],
+    fitted: Iterable[Any],
+    count: int,
     *,
     curvature: bool = True,
 ) -> float:
@@ -58,32 +68,48 @@ def choose_strength(
     correlation of the scores' sums over random halves of the rest, averaged over targets
     and pairs of checkpoints.
 
+    The first checkpoint is fitted before that, and its sums stay in the pipeline's
+    whitener, unless whitening is of no use or the loss is not logistic. Where growth of all
+    outputs turns out to be freer than other changes, down to a fifth of their stiffness,
+    the strength is as much smaller than 0.4.
+
     Args:
-        pipeline: of a run that whitens; its model ends up with the last state's weights.
+        pipeline: of a run that whitens; its model ends up with another state's weights.
         states: as `state_of` takes them.
         batches: of training examples, spread over the training set.
+        fitted: batches that the whitening of the first checkpoint is fitted to.
+        count: training examples that there are, `n`.
         curvature: weigh rows by the curvature of the loss.
 
     Returns:
         One of `STRENGTHS`. For a single checkpoint, which has none to agree with,
-        `trak.whitening.whitening.STRENGTH`. 0 where loss weights are no probabilities, as
-        of the squared loss, and where a classifier gets most examples about equally wrong,
-        so that training has hardly begun: both were best without.
+        `trak.whitening.whitening.STRENGTH`. Less than any of these where growth is free.
+        0 where loss weights are no probabilities, as of the squared loss, and where a
+        classifier gets most examples about equally wrong, so that training has hardly
+        begun: both were best without.
     """
     device = next(pipeline.model.parameters()).device
     sample = [normalize(batch, device) for batch in batches]
-    count = sum(batch_size(batch) for batch in sample)
+    enough = sum(batch_size(batch) for batch in sample) >= _FEWEST
     _load(pipeline, states[0])
     weights = [pipeline.maker.loss_weights(batch) for batch in sample]
     logistic = pipeline.losses.tell(sample, weights)
     useful = _is_useful(
         sizes(torch.cat([q.flatten() for q in weights]), logistic), logistic
     )
-    if len(states) < 2 or count < _FEWEST or not useful:
-        strength = STRENGTH if useful else 0.0
+    strength = STRENGTH if useful else 0.0
+    if useful and enough and logistic is not False:
+        free = _fitted_stiffness(pipeline, fitted, count, logistic)
+        strength = round(STRENGTH * min(1.0, free), _DIGITS)
+    if len(states) < 2 or not enough or strength < STRENGTHS[0]:
         logger.info("whitening='auto' stands for %g.", strength)
         return strength
-    trial = Trial(pipeline, sample, states, curvature=curvature, logistic=logistic)
+    return _by_agreement(
+        Trial(pipeline, sample, states, curvature=curvature, logistic=logistic)
+    )
+
+
+def _by_agreement(trial: "Trial") -> float:
     agreements: list[float] = []
     chosen = 0
     for stage in (STRENGTHS[:_FIRST], STRENGTHS[_FIRST:]):
@@ -97,10 +123,21 @@ def choose_strength(
     logger.info(
         "whitening='auto' stands for %g: scores of %d checkpoints agree by %s.",
         STRENGTHS[chosen],
-        min(len(states), _CHECKPOINTS),
+        len(trial.states),
         ", ".join(f"{a:.3f} ({s:g})" for s, a in zip(STRENGTHS, agreements, strict=False)),
     )
     return STRENGTHS[chosen]
+
+
+def _fitted_stiffness(
+    pipeline: Pipeline, batches: Iterable[Any], count: int, logistic: bool | None
+) -> float:
+    device = next(pipeline.model.parameters()).device
+    with torch.inference_mode(False), evaluation_mode(pipeline.model):
+        for batch in batches:
+            pipeline.whitener.fit(normalize(batch, device), 0)
+    examples = pipeline.whitener.seen(0)
+    return 1.0 if examples is None else stiffness(examples, count, logistic)
 
 
 def _is_useful(loss: Tensor, logistic: bool | None) -> bool:

@@ -130,6 +130,30 @@ class Whitener:
         if found is not None and found.count and not self.fitted(model_id):
             self.saver.settle_moments(model_id, _arrays(found, chosen))
 
+    def adopt(self, other: "Whitener", model_id: int) -> None:
+        """Takes over what another added up of the same checkpoint.
+
+        Args:
+            other: of a run with the same settings, but perhaps another strength.
+            model_id: the checkpoint.
+        """
+        if model_id in other.sums:
+            self.sums[model_id] = other.sums.pop(model_id)
+        if model_id in other.chosen:
+            self.chosen[model_id] = other.chosen.pop(model_id)
+
+    def seen(self, model_id: int) -> Unwhitened | None:
+        """Unwhitened examples of what was added up here and not saved yet.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            These; None if there are none.
+        """
+        chosen = self.chosen.get(model_id)
+        return chosen.found() if chosen is not None else None
+
     def fitted(self, model_id: int) -> bool:
         """Whether the checkpoint's sums are settled.
 

@@ -23,7 +23,7 @@ from trak.encodings import RowSource, row_encoding
 from trak.score_computers.curvature import roots as roots_of
 from trak.score_computers.logistic import sizes
 from trak.score_computers.retraining import SUBSETS, Halves, retrained
-from trak.score_computers.stationarity import Training, training_of
+from trak.score_computers.stationarity import Training, growth_stiffness, training_of
 from trak.score_computers.stream import rows_per_block, stream
 from trak.score_computers.unwhitened import Unwhitened
 
@@ -327,6 +327,25 @@ def _curved(situation: Situation) -> bool:
         and situation.loss is not None
         and roots_of(situation.sizes) is not None
     )
+
+
+def stiffness(examples: Unwhitened, count: int, logistic: bool | None) -> float:
+    """How strongly growth of all outputs is held back in the model.
+
+    Args:
+        examples: some of the training set.
+        count: `n`.
+        logistic: whether Q is that of a logistic loss; None if unknown.
+
+    Returns:
+        As `trak.score_computers.stationarity.growth_stiffness`; 1 if nothing can be told.
+    """
+    if len(examples.loss) < _FEWEST:
+        return 1.0
+    sample = _sample_of(examples, count, Situation(logistic=logistic), curvature=False)
+    if sample is None:
+        return 1.0
+    return growth_stiffness(sample.kernel, sample.pull, sample.loss, logistic=logistic)
 
 
 def _sample_of(

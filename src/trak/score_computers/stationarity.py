@@ -98,19 +98,48 @@ def training_of(
         ridge = _BOUNDED if bounded else _UNKNOWN
         ridge = _OF_WORDS if words else ridge
         return Training(ridge, kernel, pull / ridge + loss)
+    ridge, stiffness = _at_rest(kernel, pull, loss, outputs, noisy=noisy)
+    if stiffness != 1:
+        along = kernel @ outputs
+        excess = (1 - 1 / stiffness) / float(outputs @ along)
+        kernel = kernel - excess * torch.outer(along, along)
+    return Training(ridge * steep, kernel, None)
+
+
+def growth_stiffness(
+    kernel: Tensor, pull: Tensor, loss: Tensor, *, logistic: bool | None = None
+) -> float:
+    """How strongly growth of all outputs is held back, compared with other directions.
+
+    Args:
+        kernel: as for `training_of`.
+        pull: as for `training_of`.
+        loss: as for `training_of`.
+        logistic: as for `training_of`.
+
+    Returns:
+        Below 1 where growth is easier than other changes, as in many classifiers of two
+        classes; 1 for losses that are not logistic.
+    """
+    outputs = _outputs(kernel, loss, logistic)
+    if outputs is None:
+        return 1.0
+    return _at_rest(kernel, pull, loss, outputs, noisy=False)[1]
+
+
+def _at_rest(
+    kernel: Tensor, pull: Tensor, loss: Tensor, outputs: Tensor, *, noisy: bool
+) -> tuple[float, float]:
+    # the training's ridge in units of q (1 - q), and the stiffness of growth
+    steep = float((loss * (1 - loss)).mean())
     found, explained = _ridge_of(kernel, pull, outputs, noisy=noisy)
     ridge = found / steep / _DEPTH
     ridge = min(max(ridge, LEAST), MOST) if ridge > 0 else _UNKNOWN
     growing = float(outputs @ pull / (outputs @ outputs)) / steep
     if growing < -MOST and float(loss.median()) > _MOST_WRONG:
         ridge = EARLY
-    along = kernel @ outputs
-    share = float(outputs @ along / (outputs @ outputs)) / len(outputs)
-    stiffness = _stiffness(growing / (_DEPTH * ridge), share, explained, ridge)
-    if stiffness != 1:
-        excess = (1 - 1 / stiffness) / float(outputs @ along)
-        kernel = kernel - excess * torch.outer(along, along)
-    return Training(ridge * steep, kernel, None)
+    share = float(outputs @ kernel @ outputs / (outputs @ outputs)) / len(outputs)
+    return ridge, _stiffness(growing / (_DEPTH * ridge), share, explained, ridge)
 
 
 def _stiffness(found: float, share: float, explained: float, ridge: float) -> float:

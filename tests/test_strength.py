@@ -1,0 +1,196 @@
+"""How much is whitened when nobody says."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from tests import reference, runs
+
+import trak
+from trak import TRAKer
+from trak.batches import normalize
+from trak.pipeline.whiten import Whitener
+from trak.projectors import NoOpProjector
+from trak.score_computers.stationarity import growth_stiffness
+from trak.strength import Trial, choose_strength
+
+N = 60
+TASK = "image_classification"
+
+
+def chosen(traker, states, batches):
+    return choose_strength(traker.pipeline, states, batches, batches, N)
+
+
+@pytest.fixture
+def stiff(monkeypatch):
+    """Growth of outputs is like other changes."""
+    monkeypatch.setattr("trak.strength.stiffness", lambda *_: 1.0)
+
+
+def one_call(world, folder, **options):
+    model, train, targets, states = world
+    defaults = {
+        "checkpoints": states,
+        "train": runs.split(train, 9),
+        "targets": runs.split(targets, 4),
+        "progress": False,
+    }
+    return trak.attribute(model, task=TASK, save_dir=folder, **(defaults | options))
+
+
+@pytest.mark.parametrize("checkpoints", [1, 3])
+def test_little_is_whitened_where_growth_is_free(
+    checkpoints, learned, tmp_path, monkeypatch
+):
+    batches = runs.split(learned[1], 9)
+    traker = TRAKer(learned[0], TASK, N, tmp_path, whitening=0.5)
+    states = learned[-1][:checkpoints]
+    for free, expected in ((0.2, 0.08), (0.45, 0.18), (0.7, 0.28), (1.0, 0.4), (9.0, 0.4)):
+        monkeypatch.setattr("trak.strength.stiffness", lambda *_, free=free: free)
+        found = chosen(traker, states, batches)
+        if checkpoints == 1 or expected < 0.25:
+            assert found == expected
+        else:  # as checkpoints agree
+            assert found in (0.25, 0.5, 0.75)
+
+
+def test_stiffness_is_found_in_the_first_checkpoint(learned, tmp_path, monkeypatch):
+    model, train, _, states = learned
+    seen = []
+
+    def told(examples, count, logistic):
+        seen.append((examples, count, logistic))
+        return 0.3
+
+    monkeypatch.setattr("trak.strength.stiffness", told)
+    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5)
+    chosen(traker, states, runs.split(train, 9))
+    [(examples, count, logistic)] = seen
+    assert (count, logistic) == (N, True)
+    model.load_state_dict(states[0])
+    rows = reference.flat_rows(reference.gradient_rows(model, train))
+    kernel = rows @ rows.T  # up to a scale
+    expected = kernel * (examples.kernel.trace() / kernel.trace())
+    torch.testing.assert_close(examples.kernel.to(expected), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("proj_dim", ["auto", "exact", 7])
+def test_the_first_checkpoint_is_fitted_once(proj_dim, learned, tmp_path, monkeypatch):
+    fitted, real = [], Whitener.fit
+
+    def fit(self, batch, model_id):
+        fitted.append((model_id, len(batch[0])))
+        return real(self, batch, model_id)
+
+    monkeypatch.setattr(Whitener, "fit", fit)
+    found = one_call(learned, tmp_path / "a", proj_dim=proj_dim)
+    per_id = [sum(size for i, size in fitted if i == model_id) for model_id in range(3)]
+    assert per_id == [2 * N if proj_dim == "exact" else N, N, N]
+    metadata = json.loads((tmp_path / "a" / "metadata.json").read_text())
+    strength = metadata["whitening"]["strength"]
+    given = one_call(learned, tmp_path / "b", proj_dim=proj_dim, whitening=strength)
+    np.testing.assert_array_equal(found, given)
+
+
+def two_classes(share):
+    """Rows of which about this share of the variance is along the outputs."""
+    rng = torch.Generator().manual_seed(0)
+    outputs = 3 + torch.randn(200, generator=rng, dtype=torch.float64)
+    rest = torch.randn(200, 400, generator=rng, dtype=torch.float64) / 20
+    along = outputs / outputs.square().mean().sqrt()
+    rows = torch.cat([(1 - share) ** 0.5 * rest, share**0.5 * along[:, None]], dim=1)
+    noise = torch.randn(200, generator=rng, dtype=torch.float64)
+    return rows @ rows.T, 0.1 * (outputs + 3 * noise), torch.sigmoid(-outputs)
+
+
+def test_growth_is_free_where_it_is_a_large_part_of_the_rows():
+    found = {}
+    for share in (0.005, 0.08, 0.3):
+        kernel, pull, q = two_classes(share)
+        found[share] = growth_stiffness(kernel, pull, q, logistic=True)
+    assert found[0.005] >= 1
+    assert found[0.3] < 0.5
+    assert found[0.3] < found[0.08] < 1
+    kernel, pull, q = two_classes(0.3)
+    assert growth_stiffness(kernel, pull, q, logistic=False) == 1
+    assert growth_stiffness(kernel, pull, 2 * q - 3, logistic=True) == 1
+    held = 500 * pull  # as by batch normalization
+    assert growth_stiffness(kernel, held, q, logistic=True) > 1
+
+
+def test_strength_follows_agreement(learned, tmp_path, caplog, monkeypatch, stiff):
+    model, train, _, states = learned
+    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
+    batches = runs.split(train, 9)
+    assert chosen(traker, states[:1], batches) == 0.4
+    with monkeypatch.context() as patch:  # residuals, and no probabilities
+        patch.setattr(
+            traker.gradient_computer,
+            "compute_loss_grad",
+            lambda b: 3 * torch.randn(len(b[-1])),
+        )
+        assert chosen(traker, states[:1], batches) == 0.0
+        assert chosen(traker, states, batches) == 0.0
+    for agreements, expected in (
+        ([0.5, 0.503, 0.9], 0.25),
+        ([0.5, 0.52, 0.523], 0.5),
+        ([0.5, 0.52, 0.54], 0.75),
+        ([0.5, 0.4, 0.9], 0.25),
+    ):
+        answers = iter(agreements)
+        monkeypatch.setattr("trak.strength._agreement", lambda _, a=answers: next(a))
+        with caplog.at_level(logging.INFO):
+            assert chosen(traker, states, batches) == expected
+    assert "scores of 3 checkpoints agree by 0.500 (0.25)" in caplog.text
+
+
+def test_whitening_is_of_no_use_before_anything_is_learned(
+    world, tmp_path, monkeypatch, stiff
+):
+    model, train, _, states = world
+    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
+    hardly = [{k: 0.02 * v for k, v in state.items()} for state in states]
+    batches = runs.split(train, 9)
+    assert chosen(traker, hardly[:1], batches) == 0.0
+    assert chosen(traker, hardly, batches) == 0.0
+    # most are wrong, but not equally
+    sure = {k: 6 * v for k, v in states[0].items()}
+    model.load_state_dict(sure)
+    q = reference.loss_weights(model, train)
+    assert float(q.median()) > 0.5
+    assert chosen(traker, [sure], batches) == 0.4
+    # of other losses that says nothing
+    monkeypatch.setattr(type(traker.task), "loss_is_logistic", False)
+    assert chosen(traker, hardly[:1], batches) == 0.4
+    assert chosen(traker, hardly, batches) > 0
+
+
+def test_agreement_is_one_for_equal_checkpoints_and_less_for_others(
+    learned, tmp_path, caplog, stiff
+):
+    model, train, _, states = learned
+    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
+    with caplog.at_level(logging.INFO):
+        chosen(traker, [states[0]] * 2, runs.split(train, 9))
+    assert "agree by 1.000 (0.25), 1.000 (0.5)" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        chosen(traker, states, runs.split(train, 9))
+    assert "1.000" not in caplog.text
+
+
+def test_whole_gradients_are_whitened_as_rows_would_be(world, tmp_path):
+    model, train, _, states = world
+    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, projector=NoOpProjector())
+    batches = [normalize(batch) for batch in runs.split(train, 9)]
+    found = []
+    for whole in (True, False):
+        trial = Trial(traker.pipeline, batches, states, curvature=True)
+        assert trial.whole
+        trial.whole = whole
+        found.append(trial.agreements([0.0, 0.75]) + trial.agreements([0.25]))
+    assert len(set(found[0])) == 3
+    np.testing.assert_allclose(*found, atol=1e-3)
