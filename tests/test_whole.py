@@ -136,16 +136,33 @@ class Partly(nn.Module):
         return self.head(torch.where(dropped, self.table.weight[0], found))
 
 
-def test_a_weight_that_some_samples_read_directly():
+def partly():
+    """The model and a batch whose fifth, eighth ... sample read the weight directly."""
     model = Partly().double()
     x = torch.stack([torch.randint(1, 9, (N,)), torch.zeros(N, dtype=torch.long)], 1)
     x[4::3, 1] = 1
-    batch = x, torch.randint(0, 3, (N,))
+    return model, (x, torch.randint(0, 3, (N,)))
+
+
+def test_a_weight_that_some_samples_read_directly():
+    model, batch = partly()
     expected = reference.gradient_rows(model, batch)
     computer = HookGradientComputer(model, ImageClassificationModelOutput())
     found = computer.compute_per_sample_grad(batch)
     for name, rows in found.items():
         torch.testing.assert_close(rows.flatten(1), expected[name])
+    # what larger batches showed holds for single samples
+    alone = {"table.weight": expected["table.weight"][4:5]}
+    for j in (0, 4):
+        found = computer.compute_per_sample_grad(tuple(p[j : j + 1] for p in batch))
+    torch.testing.assert_close(found["table.weight"].flatten(1), alone["table.weight"])
+
+
+def test_samples_that_come_one_by_one_are_looked_at_again(tmp_path):
+    model, batch = partly()
+    traker = runs.make_traker(model, N, tmp_path, proj_dim="exact")
+    with pytest.raises(StoreMismatchError, match="reads weights around their layers"):
+        runs.featurize(traker, batch, model.state_dict(), size=1)
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (8, 4, 5, 5)])

@@ -55,7 +55,8 @@ class Ways:
         self._lengths = Lengths(self._look)
         self._unconfirmed = False
         self._proofs = _PROOFS
-        self._met, self._next = 0, 1
+        self._met = {True: 0, False: 0}
+        self._next = {True: 1, False: 2}  # a first single sample is proved by `find`
         self.disproved: set[str] = set()
 
     def begin(self, batch: Batch) -> None:
@@ -133,7 +134,8 @@ class Ways:
         exact = self._exact(tuple(self._anatomy.parameters), samples)
         if not _finite(exact):
             return False
-        self.plans[many] = self._trial(samples, exact).plan()
+        found = self._trial(samples, exact).plan()
+        self.plans[many] = found | dict.fromkeys(self.disproved, EXACT)
         self._unconfirmed |= many
         return True
 
@@ -154,8 +156,7 @@ class Ways:
         if self.to_prove and self._proofs:
             self._proofs -= 1
             self._prove(select(batch, different_samples(batch)[:2]), self.plans[many])
-        if many:
-            self._compare(batch, self.plans[many])
+        self._compare(batch, self.plans[many])
         return before != self.plans[many]
 
     def _confirm(self, samples: Batch) -> None:
@@ -175,11 +176,13 @@ class Ways:
         self._unconfirmed = False
 
     def _compare(self, batch: Batch, plan: Plan) -> None:
-        # on the first batch, the fourth, the sixteenth ...
-        self._met += 1
-        if self._met != self._next:
+        # on the first batch, the fourth, the sixteenth ...; of batches of one sample, which
+        # show less each, on the second, the fourth, the eighth ...
+        many = batch_size(batch) > 1
+        self._met[many] += 1
+        if self._met[many] != self._next[many]:
             return
-        self._next *= 4
+        self._next[many] *= 4 if many else 2
         samples = spread(batch)
         lengths = self._lengths.known(samples)
         if lengths is None:  # what is learned here is for these samples
@@ -201,15 +204,17 @@ class Ways:
             return
         if not wrong:
             return
+        first = sum(self._met.values()) == 1
         logger.log(
-            logging.INFO if self._met == 1 else logging.WARNING,
-            "The model picks or reorders samples inside: gradients of %s are computed "
-            "exactly from now on.%s",
+            logging.INFO if first else logging.WARNING,
+            "The model picks or reorders samples inside, or reads weights around their "
+            "layers for some: gradients of %s are computed exactly from now on.%s",
             sorted(wrong)[:3],
-            "" if self._met == 1 else " Those of earlier batches may be wrong.",
+            "" if first else " Those of earlier batches may be wrong.",
         )
         self.disproved |= wrong
-        plan.update(dict.fromkeys(wrong, EXACT))
+        for known in self.plans.values():
+            known.update(dict.fromkeys(wrong, EXACT))
 
     def _prove(self, samples: Batch, plan: Plan) -> None:
         # parameters whose gradient was zero in the samples seen so far

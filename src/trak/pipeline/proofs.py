@@ -33,6 +33,7 @@ def refuse_disproved(
         raise StoreMismatchError(
             f"Rows of model_id={model_id} in this store may be wrong: gradients of "
             f"{names[:3]} were taken sample by sample from the rows that their layers saw, "
-            "and a later batch shows that the model picks or reorders samples inside. Begin"
-            " another save_dir with gradient_computer=FunctionalGradientComputer."
+            "and a later batch shows that the model picks or reorders samples inside, or "
+            "reads weights around their layers for some. Begin another save_dir with "
+            "gradient_computer=FunctionalGradientComputer."
         )
