@@ -9,7 +9,7 @@ from tests import runs
 from torch import nn
 
 import trak
-from trak.blocks import DenseBlock
+from trak.blocks import DenseBlock, FactoredBlock
 from trak.errors import NumericalError, PhaseError, StoreCorruptedError
 from trak.whitening import Moments, Whitening
 
@@ -180,3 +180,49 @@ def test_parameters_without_axes_are_whitened_as_a_whole():
     together = torch.cat([found[name].reshape(6, -1) for name in grads], dim=1)
     torch.testing.assert_close(together, expected)
     assert found["t"].shape == (6,)
+
+
+def test_factors_of_some_batches_and_whole_gradients_of_others_count_alike():
+    torch.manual_seed(0)
+    left, right = torch.randn(9, 1, 3).double(), torch.randn(9, 1, 4).double()
+    block = FactoredBlock("w", right, left)
+    whole, mixed = Moments(), Moments()
+    with whole.adding(9) as sink:
+        sink(block.dense())
+    with mixed.adding(8) as sink:
+        sink(DenseBlock("w", block.dense().gradient[:8]))
+    with mixed.adding(1) as sink:
+        sink(FactoredBlock("w", right[8:], left[8:]))
+    expected, found = (
+        Whitening(sums, {"w": (3, 4)}, 0.5, dtype=torch.float64).apply(block).dense()
+        for sums in (whole, mixed)
+    )
+    torch.testing.assert_close(found.gradient, expected.gradient)
+
+
+class Experts(nn.Module):
+    """Every token goes to one of three layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.gate, self.head = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        shares = self.gate(x).softmax(-1)
+        chosen = shares.argmax(-1)
+        found = torch.zeros_like(x)
+        for j, expert in enumerate(self.experts):
+            own = chosen == j
+            found[own] = torch.tanh(expert(x[own])) * shares[own][:, j : j + 1]
+        return self.head(found.mean(1))
+
+
+def test_a_last_batch_of_one_sample_does_not_whiten_experts_alone(tmp_path):
+    torch.manual_seed(0)
+    model, x = Experts().double(), torch.randn(N + M, 5, 8, dtype=torch.float64)
+    y = torch.arange(N + M) % 3
+    options = {"whitening": 0.5, "lambda_reg": "1x", "row_dtype": "float64"}
+    whole = attributed(model, x, y, tmp_path / "a", N, **options)
+    found = attributed(model, x, y, tmp_path / "b", N - 1, **options)
+    assert np.abs(found - whole).max() < 0.05 * np.abs(whole).max()

@@ -41,6 +41,8 @@ class Whitening:
     `E[vec(G) vec(G)^T]`, so strength `alpha = 1` makes a layer's features about white,
     and 0 leaves them alone. For vectors, and where gradients come multiplied out,
     entries are divided by `(v + damping mean(v))^(alpha/2)` with `v` their mean square.
+    So are those of parameters that some batches gave factors of and others did not, such as
+    experts, whose tokens are told apart in batches of one sample only.
     Parameters whose gradients are zero, or so small beside the largest ones that they may
     be rounding (the biases of an attention layer's keys), are left alone.
 
@@ -218,6 +220,16 @@ def _product(uses: list[Sums], count: int) -> tuple[Tensor, Tensor]:
     return _sum(lefts) / root, _sum(rights) / root
 
 
+def _squares(uses: list[Sums]) -> Tensor:
+    # of the gradient's entries, summed over the examples, if positions are independent
+    total = torch.zeros((), dtype=torch.float64, device=uses[0].left.device)
+    for sums in uses:
+        sides = (sums.left.double(), sums.right.double())
+        left, right = (side if side.ndim == 1 else side.diagonal() for side in sides)
+        total = total + torch.outer(left, right) / max(1, int(sums.positions))
+    return total.flatten()
+
+
 def _trace(side: Tensor) -> float:
     return float(side.sum() if side.ndim == 1 else side.trace())
 
@@ -239,6 +251,9 @@ def _factors(moments: Moments, name: str, shape: tuple[int, ...]) -> tuple[Tenso
                 f"The whitening sums of {name!r} are of a matrix of "
                 f"{len(found[0])} x {len(found[1])}, the parameter's shape is {shape}."
             )
+        if name in moments.squares:  # some batches gave factors, others whole gradients
+            squares = moments.squares[name].double() + _squares(uses)
+            found = (squares / moments.count,)
     elif name in moments.squares:
         found = (moments.squares[name].double() / moments.count,)
     else:
