@@ -367,6 +367,36 @@ def test_models_whose_state_is_not_tensors_alone(world, tmp_path):
     assert model.extra == {"epoch": 3}
 
 
+class Versioned(nn.Linear):
+    """State dicts without a version are of a time when weights were kept halved."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *others):
+        if metadata.get("version", 1) < 2:
+            state[prefix + "weight"] = 2 * state[prefix + "weight"]
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
+@pytest.mark.parametrize("form", ["model", "state", "function", "live"])
+def test_versions_in_state_dicts_reach_the_modules_that_ask_for_them(form, world, tmp_path):
+    torch.manual_seed(0)
+    model, other = (nn.Sequential(Versioned(6, 3)).double() for _ in range(2))
+    weight = model[0].weight.detach().clone()
+    forms = {
+        "model": other,
+        "state": other.state_dict(),
+        "function": other.state_dict,
+        "live": model.state_dict(),
+    }
+    plain = nn.Sequential(nn.Linear(6, 3)).double()
+    plain.load_state_dict((model if form == "live" else other).state_dict())
+    found = call((model, *world[1:]), tmp_path / "a", checkpoints=[forms[form]])
+    expected = call((plain, *world[1:]), tmp_path / "b", checkpoints=[plain])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert torch.equal(model[0].weight, weight)
+
+
 def test_batches_are_spread_over_the_examples(world):
     train = world[1]
     even = runs.split(train, 6)

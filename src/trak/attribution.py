@@ -3,6 +3,7 @@
 import inspect
 import logging
 import tempfile
+from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -149,10 +150,14 @@ def _listed(checkpoints: Any, model: nn.Module) -> list[Any]:
 
 @contextmanager
 def _restored(model: nn.Module) -> Generator[dict[str, Any]]:
-    before = {
-        name: value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
-        for name, value in model.state_dict().items()
-    }
+    state = model.state_dict()
+    before = _versioned(
+        state,
+        {
+            name: value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
+            for name, value in state.items()
+        },
+    )
     modes = {module: module.training for module in model.modules()}
     try:
         yield before
@@ -160,6 +165,15 @@ def _restored(model: nn.Module) -> Generator[dict[str, Any]]:
         model.load_state_dict(before)
         for module, training in modes.items():
             module.training = training
+
+
+def _versioned(state: Mapping[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    # with the versions that `load_state_dict` asks for, which a plain dict cannot hold
+    made = OrderedDict(values)
+    versions = getattr(state, "_metadata", None)
+    if versions is not None:
+        vars(made)["_metadata"] = versions
+    return made
 
 
 def _apart(checkpoint: Any, model: nn.Module, before: Mapping[str, Any]) -> Any:
@@ -180,7 +194,7 @@ def _apart(checkpoint: Any, model: nn.Module, before: Mapping[str, Any]) -> Any:
         return before[name] if same else value.detach().clone()
 
     def apart(state: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {name: kept(value) for name, value in state.items()}
+        return _versioned(state, {name: kept(value) for name, value in state.items()})
 
     if isinstance(checkpoint, Mapping):
         return apart(checkpoint)
