@@ -335,6 +335,14 @@ def test_what_is_no_model_or_no_folder(world, tmp_path):
         call(world, None)
 
 
+def test_a_model_that_takes_no_weights_is_told_before_any_are_put_back(world, tmp_path):
+    with torch.inference_mode():
+        frozen = nn.Linear(6, 3).double()
+    for model, word in ((frozen, "inference_mode"), (nn.LazyLinear(3), "has no shape yet")):
+        with pytest.raises(InputError, match=word):
+            call((model, *world[1:]), tmp_path, checkpoints=None)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "3", '{"format": 1'])
 def test_a_damaged_description_of_the_store(content, world, tmp_path):
     (tmp_path / "metadata.json").write_text(content)

@@ -213,6 +213,23 @@ def test_a_wrapper_says_what_to_pass(tmp_path):
         runs.make_traker(nn.DataParallel(nn.Linear(6, 3)), 4, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_scripted_modules_inside_a_model(how, tmp_path):
+    x = torch.randn(6, 5, dtype=torch.float64)
+    batch = x, torch.arange(6) % 3
+    make = {"script": torch.jit.script, "trace": lambda m: torch.jit.trace(m, x)}[how]
+    model = nn.Sequential(make(nn.Linear(5, 4).double()), nn.Tanh(), nn.Linear(4, 3))
+    model.double()
+    expected = reference.gradient_rows(model, batch)
+    for kind in (HookGradientComputer, FunctionalGradientComputer):
+        computer = kind(model, ImageClassificationModelOutput())
+        for name, rows in computer.compute_per_sample_grad(batch).items():
+            torch.testing.assert_close(rows.flatten(1), expected[name])
+    with pytest.raises(InputTypeError, match=r"torch\.jit module .*Sequential\(model\)"):
+        runs.make_traker(make(nn.Linear(5, 3).double()), 6, tmp_path)
+
+
 class Siamese(nn.Module):
     """Its encoder sees both halves of all samples in one call."""
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from trak.errors import InputError, InputTypeError, PhaseError
 from trak.gradient_computers import select_parameters
 from trak.loaders import count_of, ordered, size_of, some_of
-from trak.pipeline import Whitener, as_names, try_first_batches
+from trak.pipeline import Whitener, as_names, check_model, try_first_batches
 from trak.projectors import KernelProjector, NoOpProjector
 from trak.projectors.dimension import EXACT
 from trak.savers.filesystem import made_folder
@@ -102,6 +102,7 @@ def _folder(model: Any, save_dir: Any) -> Path:
         raise InputTypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}."
         )
+    check_model(model)  # before its weights are kept, which some do not let put back
     return made_folder(save_dir)
 
 

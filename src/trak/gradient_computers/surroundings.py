@@ -127,7 +127,9 @@ def own_parameters(model: nn.Module) -> Generator[None]:
     Yields:
         Nothing.
     """
-    tables: list[dict[str, Any]] = [vars(m)["_parameters"] for m in model.modules()]
+    found = [vars(module).get("_parameters") for module in model.modules()]
+    # those of scripted modules are no dictionaries, and cannot be mixed up
+    tables: list[dict[str, Any]] = [table for table in found if isinstance(table, dict)]
     held = [dict(table) for table in tables]
     try:
         yield

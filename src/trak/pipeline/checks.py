@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -30,6 +31,12 @@ def check_model(model: Any) -> None:
         raise InputTypeError(
             "model is an nn.DataParallel, which per-sample gradients cannot be taken "
             "through. Pass model.module."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputTypeError(
+            f"model is a torch.jit module ({type(model).__name__}), which cannot be "
+            "watched while it runs. Pass the module that it was made from, or a module "
+            "that holds this one, torch.nn.Sequential(model), and checkpoints of that."
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         problem = _unusable(tensor)
