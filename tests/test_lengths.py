@@ -136,6 +136,34 @@ def test_models_that_look_at_padding_keep_it(tmp_path, caplog):
     assert sum("Padding is kept" in r.getMessage() for r in caplog.records) == 1
 
 
+class Flattening(Summing):
+    """Looks tokens up in one row, by a view of the batch."""
+
+    def forward(self, input_ids, token_type_ids, attention_mask):
+        found = self.embed(input_ids.view(-1)).view(*input_ids.shape, -1)
+        return self.head(torch.tanh(found * attention_mask.unsqueeze(-1)).sum(1))
+
+
+def test_shortened_batches_can_be_viewed_like_whole_ones(tmp_path):
+    assert compare(Flattening().double(), batch_of([10, 9, 10, 9]), tmp_path) == {16, 10}
+
+
+def test_a_model_that_rebuilds_itself_for_short_batches_keeps_padding(tmp_path, caplog):
+    torch.manual_seed(0)
+    config = transformers.BigBirdConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, num_labels=2, block_size=1, num_random_blocks=1,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.BigBirdForSequenceClassification(config).double().eval()
+    attention = model.bert.encoder.layer[0].attention.self
+    with caplog.at_level(logging.INFO, "trak"):
+        compare(model, batch_of([4, 3, 4, 4, 16, 15, 14, 16]), tmp_path)
+    assert "the model rebuilds itself" in caplog.text
+    assert model.bert.attention_type == "block_sparse"
+    assert model.bert.encoder.layer[0].attention.self is attention
+
+
 def test_other_models_and_odd_batches_are_left_alone():
     task, model = TextClassificationModelOutput(), bert()
     batch = batch_of(SHORT)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ _FEWEST = 4  # samples of a bucket
 _TRIED = 4  # samples of a bucket, both ways
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF = 0.05
+
+_Structure = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
+"""Modules with their attributes and children."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,16 @@ class Trimmer:
         function = batch_output_function(self.task)
         assert function is not None  # noqa: S101 - asked for before
         worst, dtype = 0.0, torch.float64
+        before = _structure(self.model)
         with undisturbed(self.model), torch.no_grad():
             for rows, piece in found:
                 wanted = function(self.model, select(batch, rows[:_TRIED]))
                 given = function(self.model, select(piece, slice(0, _TRIED)))
                 change = (given - wanted).abs() / (1 + wanted.abs())
                 worst, dtype = max(worst, float(change.max())), wanted.dtype
+        if _put_back(before):
+            logger.info("Padding is kept, since the model rebuilds itself without it.")
+            return False
         halves = any(p.dtype.itemsize < 4 for p in self.model.parameters())
         tolerance = _HALF if halves else _TOLERANCES.get(dtype, _HALF)
         same = worst <= tolerance
@@ -98,6 +106,30 @@ class Trimmer:
             worst,
         )
         return same
+
+
+def _structure(model: nn.Module) -> _Structure:
+    found = [(m, vars(m), vars(m).get("_modules")) for m in model.modules()]
+    # those of scripted modules are no dictionaries, and stay as they are
+    return [(m, {**own}, {**kids}) for m, own, kids in found if isinstance(kids, dict)]
+
+
+def _put_back(before: _Structure) -> bool:
+    # BigBird takes other attention layers for short inputs, and keeps them for long ones
+    same = all(
+        own is known
+        for module, _, children in before
+        for own, known in zip_longest(vars(module)["_modules"].values(), children.values())
+    )
+    if same:
+        return False
+    for module, attributes, children in before:
+        own = vars(module)
+        own.clear()
+        own.update(attributes)
+        own["_modules"].clear()
+        own["_modules"].update(children)
+    return True
 
 
 def trim(batch: Batch, mask: Tensor) -> Batch:
@@ -162,4 +194,5 @@ def _one_sided(mask: Tensor) -> bool:
 
 
 def _columns(part: Tensor, first: int, last: int) -> Tensor:
-    return part if part.ndim == 1 else part[:, first : last + 1]
+    # contiguous, as they came: models may flatten them by `view`
+    return part if part.ndim == 1 else part[:, first : last + 1].contiguous()
