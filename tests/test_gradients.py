@@ -6,9 +6,10 @@ import pytest
 import torch
 from tests import cases, reference
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from trak.errors import InputError
+from trak.errors import InputError, UnsupportedModuleError
 from trak.gradient_computers import (
     AbstractGradientComputer,
     FunctionalGradientComputer,
@@ -170,3 +171,35 @@ def test_the_model_is_left_as_it_was():
     assert attributes == {name: set(vars(module)) for name, module in model.named_modules()}
     assert flags == [p.requires_grad for p in model.parameters()]
     assert all(p.grad is None for p in model.parameters())
+
+
+class Checkpointed(nn.Sequential):
+    """Its first layer runs under reentrant checkpointing, if it is asked to."""
+
+    reentrant = False
+
+    def forward(self, x):
+        if not self.reentrant:
+            return super().forward(x)
+        asked = x.clone().requires_grad_()
+        return self[1](checkpoint(self[0], asked, use_reentrant=True))
+
+
+def test_the_iterative_computer_takes_the_models_that_the_others_take():
+    torch.manual_seed(0)
+    batch = torch.randn(5, 6, dtype=torch.float64), torch.arange(5) % 3
+    model = Checkpointed(nn.Linear(6, 6), nn.Linear(6, 3)).double()
+    tokens = torch.randint(0, 9, (5, 2)), batch[1]
+    table = nn.Sequential(nn.Embedding(9, 3), nn.Flatten(), nn.Linear(6, 3)).double()
+    wanted = [reference.gradient_rows(model, batch), reference.gradient_rows(table, tokens)]
+    model.reentrant = table[0].sparse = True
+    for each, examples, expected in zip(
+        (model, table), (batch, tokens), wanted, strict=True
+    ):
+        found = iterative(each).compute_per_sample_grad(examples)
+        torch.testing.assert_close(found, torch.cat([*expected.values()], dim=1))
+    mixing = nn.Sequential(nn.BatchNorm1d(6, track_running_stats=False), *model).double()
+    with pytest.raises(UnsupportedModuleError, match="no running statistics"):
+        iterative(mixing).compute_per_sample_grad(batch)
+    with pytest.raises(UnsupportedModuleError, match="no running statistics"):
+        iterative(mixing).compute_loss_grad(batch)

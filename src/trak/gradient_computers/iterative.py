@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trak.batches import batch_size, normalize, select
+from trak.batches import Batch, batch_size, normalize, select
 from trak.errors import InputError
 from trak.gradient_computers.abstract import SelectingGradientComputer
-from trak.gradient_computers.surroundings import forget_kept
+from trak.gradient_computers.surroundings import forget_kept, undisturbed
 from trak.modelout_functions import output_function
 from trak.precision import without_autocast
 from trak.utils import parameters_to_vector
@@ -42,18 +42,19 @@ class IterativeGradientComputer(SelectingGradientComputer):
             batch: tuple or dict of tensors whose first axis is the sample axis.
 
         Returns:
-            Rows in the order of the selected parameters, `[b, p]`.
-
-        Raises:
-            InputError: if the task does not return one output a sample.
+            Rows in the order of the selected parameters, `[b, p]`; `InputError` if the
+            task does not return one output a sample.
         """
         normal = normalize(batch)
+        with undisturbed(self.model):
+            return self._rows(normal)
+
+    def _rows(self, normal: Batch) -> Tensor:
         parts = (normal,) if isinstance(normal, dict) else normal
         frozen = [p for p in self.model_params if not p.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(True)
         try:
-            forget_kept(self.model)
             with torch.enable_grad():
                 get_output = output_function(self.modelout_fn)
                 outputs = get_output(self.model, None, None, *parts)
@@ -80,8 +81,7 @@ class IterativeGradientComputer(SelectingGradientComputer):
         Returns:
             `[b]` or `[b, 1]`, as the task gives it.
         """
-        forget_kept(self.model)
-        with torch.no_grad():
+        with undisturbed(self.model), torch.no_grad():
             return self.modelout_fn.get_out_to_loss_grad(
                 self.model, None, None, normalize(batch)
             )
@@ -98,7 +98,7 @@ class IterativeGradientComputer(SelectingGradientComputer):
         """
         normal = select(normalize(batch), slice(0, most))
         parts = (normal,) if isinstance(normal, dict) else normal
-        with torch.no_grad():
+        with undisturbed(self.model), torch.no_grad():
             return output_function(self.modelout_fn)(self.model, None, None, *parts)
 
     def _row(self, output: Tensor) -> Tensor:
@@ -108,6 +108,6 @@ class IterativeGradientComputer(SelectingGradientComputer):
             )
         pairs = zip(found, self.model_params, strict=True)
         return parameters_to_vector(
-            p.new_zeros(p.shape) if g is None else g  # pyright: ignore[reportUnnecessaryComparison]
+            p.new_zeros(p.shape) if g is None else g.to_dense()  # pyright: ignore[reportUnnecessaryComparison]
             for g, p in pairs
         )
