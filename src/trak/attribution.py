@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from trak.digests import is_plain
 from trak.errors import InputError, InputTypeError, PhaseError
 from trak.gradient_computers import select_parameters
 from trak.loaders import count_of, ordered, size_of, some_of
@@ -184,10 +185,12 @@ def _apart(checkpoint: Any, model: nn.Module, before: Mapping[str, Any]) -> Any:
     own = {
         value.data_ptr(): name
         for name, value in model.state_dict().items()
-        if isinstance(value, Tensor) and value.numel()
+        if isinstance(value, Tensor) and is_plain(value) and value.numel()
     }
 
     def kept(value: Any) -> Any:
+        if isinstance(value, Tensor) and not is_plain(value):
+            return value.detach().clone()
         name = own.get(value.data_ptr()) if isinstance(value, Tensor) else None
         if name is None:
             return value

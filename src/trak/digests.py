@@ -15,6 +15,10 @@ from trak.batches import Batch, batch_size, leaves
 _COLUMNS = 256
 _WORD = 8
 _SMALL = 1 << 16  # bytes
+_PER_CHANNEL = {torch.per_channel_affine, torch.per_channel_affine_float_qparams}
+_UNKNOWN_TO_NUMPY = {
+    getattr(torch, name) for name in dir(torch) if name.startswith(("float8", "float4"))
+}
 
 
 def state_digest(state: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> str:
@@ -85,7 +89,8 @@ def checksum(tensors: Sequence[Tensor]) -> Tensor:
     groups: dict[object, list[int]] = {}
     for number, tensor in enumerate(tensors):
         size = tensor.numel() * tensor.element_size()
-        key = number if size > _SMALL else (tensor.device, size)
+        alone = size > _SMALL or not is_plain(tensor)
+        key = number if alone else (tensor.device, size)
         groups.setdefault(key, []).append(number)
     sums = [_sums([_bytes(tensors[j]) for j in group]) for group in groups.values()]
     if len({part.device for part in sums}) > 1:
@@ -94,8 +99,41 @@ def checksum(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(sums).cpu()[order.argsort()]
 
 
+def _parts(tensor: Tensor) -> list[Tensor]:
+    # what a tensor that is not plain consists of
+    if tensor.is_quantized:
+        if tensor.qscheme() in _PER_CHANNEL:
+            scales = [tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
+        else:
+            both = [tensor.q_scale(), tensor.q_zero_point()]
+            scales = [torch.tensor(both, dtype=torch.float64, device="cpu")]
+        return [tensor.int_repr(), *scales]
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in {torch.sparse_csr, torch.sparse_bsr}:
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in {torch.sparse_csc, torch.sparse_bsc}:
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor.to_dense()]
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but its numbers.
+
+    Args:
+        tensor: any.
+
+    Returns:
+        False for sparse and quantized ones.
+    """
+    return tensor.layout is torch.strided and not tensor.is_quantized
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
+    if not is_plain(tensor):
+        return torch.cat([_bytes(part.to(tensor.device)) for part in _parts(tensor)])
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -128,7 +166,11 @@ def _column_sums(data: Tensor) -> Tensor:
 
 
 def _as_numpy(value: Tensor) -> NDArray[Any]:
+    if not is_plain(value):
+        value = _bytes(value)
     value = value.detach().cpu().contiguous()
     if value.dtype is torch.bfloat16:
         value = value.view(torch.int16)
+    elif value.dtype in _UNKNOWN_TO_NUMPY:
+        value = value.view(torch.uint8)
     return np.ascontiguousarray(value.numpy())

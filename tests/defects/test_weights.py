@@ -1,5 +1,6 @@
 """Checkpoints that do not fit, and weights that change after they were loaded."""
 
+import numpy as np
 import pytest
 import torch
 from tests import runs
@@ -14,7 +15,8 @@ from tests.defects.helpers import (
 )
 from torch import nn
 
-from trak.digests import checksum
+from trak import attribute
+from trak.digests import checksum, state_digest
 from trak.errors import AttributionError, InputError, PhaseError, StoreMismatchError
 from trak.gradient_computers import FunctionalGradientComputer, IterativeGradientComputer
 
@@ -120,6 +122,54 @@ def test_the_checksum_covers_every_entry_of_any_tensor(dtype, size):
         whole[place] = 0
     tensors[3][-1:] = 1
     assert not size or not torch.equal(checksum(tensors), before)
+
+
+BUFFERS = {
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "sparse": lambda x: x.to_sparse(),
+    "csr": lambda x: x.to_sparse_csr(),
+    "csc": lambda x: x.to_sparse_csc(),
+    "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.5, 0, torch.qint8),
+    "channels": lambda x: torch.quantize_per_channel(
+        x.float(), torch.full((4,), 0.5), torch.zeros(4).long(), 0, torch.qint8
+    ),
+}
+
+
+class Fixed(nn.Sequential):
+    """Multiplies its inputs by a matrix of some kind that is not trained."""
+
+    def __init__(self, matrix):
+        super().__init__(*net())
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, x):
+        matrix = self.matrix.dequantize() if self.matrix.is_quantized else self.matrix
+        strided = matrix.layout is torch.strided
+        matrix = (matrix if strided else matrix.to_dense()).to(x.dtype)
+        return super().forward(x @ matrix)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*quantize.*deprecated")
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_buffers_of_any_kind(kind, tmp_path):
+    matrix = 2 * torch.eye(4, dtype=torch.float64)
+    model = Fixed(BUFFERS[kind](matrix))
+    (x, y), (targets, labels) = data()
+    arguments = {"task": "image_classification", "progress": False, "lambda_reg": 0.1}
+    found, expected = (
+        attribute(
+            each, train=[(x * by, y)], targets=[(targets * by, labels)],
+            save_dir=tmp_path / str(by), checkpoints=[each.state_dict()], **arguments,
+        )
+        for each, by in ((model, 1), (net(), 2))
+    )  # fmt: skip
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    other = BUFFERS[kind](3 * torch.eye(4, dtype=torch.float64))
+    assert not torch.equal(checksum([model.matrix]), checksum([other]))
+    assert state_digest({"m": model.matrix}) == state_digest({"m": BUFFERS[kind](matrix)})
+    assert state_digest({"m": model.matrix}) != state_digest({"m": other})
 
 
 def test_state_dicts_that_share_memory_with_the_model_are_noticed(tmp_path):
