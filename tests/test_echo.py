@@ -1,10 +1,12 @@
 """Q comes from the forward pass of the gradients, where it is the same call."""
 
+import numpy as np
 import pytest
 import torch
-from tests import cases, runs
+from tests import cases, reference, runs
 from torch import nn
 
+from trak.gradient_computers import HookGradientComputer
 from trak.gradient_computers.echo import Echo
 from trak.modelout_functions import ImageClassificationModelOutput
 
@@ -81,3 +83,36 @@ def test_a_task_that_changes_its_logits_gets_the_right_weights(tmp_path):
     found = torch.as_tensor(traker.saver.current_store["out_to_loss"][:]).flatten()
     p = model(train[0]).softmax(1).gather(1, train[1][:, None]).squeeze(1)
     torch.testing.assert_close(found.double(), (1 - p).double().detach())
+
+
+@pytest.mark.parametrize("halve", [lambda y: y / 2, lambda y: y.mul_(0.5)])
+def test_hooks_of_the_user_change_outputs_once(halve, tmp_path):
+    model, train, targets = runs.data("mlp", 20, 5)
+    model.register_forward_hook(lambda module, args, output: halve(output))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    traker = runs.make_traker(model, 20, tmp_path)
+    scores = runs.whole_run(traker, train, targets, [state])
+    rows = runs.oracle(model, train, targets, [state], traker.projector)
+    np.testing.assert_allclose(scores, reference.trak_scores(rows), rtol=1e-8)
+
+
+def test_layers_that_are_the_whole_model_may_be_called_by_name():
+    class Named(ImageClassificationModelOutput):
+        def get_batch_output(self, model, batch):
+            logits = model(input=batch[0])
+            return logits.gather(1, batch[1][:, None]).squeeze(1)
+
+        @staticmethod
+        def get_output(model, weights, buffers, x, label):
+            named = {"input": x[None]}
+            logits = torch.func.functional_call(model, (weights, buffers), (), named)
+            return logits[0].gather(0, label.reshape(1)).sum()
+
+    model = nn.Linear(6, 3).double()
+    batch = torch.randn(5, 6, dtype=torch.float64), torch.arange(5) % 3
+    computer = HookGradientComputer(model, Named())
+    found = computer.compute_per_sample_grad(batch)
+    expected = torch.zeros(5, 3, 6, dtype=torch.float64)
+    expected[torch.arange(5), batch[1]] = batch[0]
+    torch.testing.assert_close(found["weight"], expected)
+    assert computer.coverage().names_exactly == ()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,22 +37,21 @@ class Echo:
             Nothing.
         """
         self.forget()
+        usual: Callable[..., Any] = model.forward
 
-        def after_forward(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
-            del module
+        # not a hook: those of the user come after it, and would change the answer again
+        @wraps(usual)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = usual(*args, **kwargs)
             leaves, form = pytree.tree_flatten((args, kwargs))
             self._call = form, leaves, _versions(leaves)
             # shares memory and version counter with what the task reads
             self._answer = pytree.tree_map_only(Tensor, Tensor.detach, output)
             self._answered = _versions(pytree.tree_leaves(self._answer))
+            return output
 
-        handle = model.register_forward_hook(after_forward, with_kwargs=True)
-        try:
+        with _forward_of(model, forward):
             yield
-        finally:
-            handle.remove()
 
     @contextmanager
     def answering(self, model: nn.Module) -> Generator[None]:
@@ -67,19 +67,13 @@ class Echo:
             yield
             return
         usual: Callable[..., Any] = model.forward
-        own = model.__dict__.get("forward")
 
+        @wraps(usual)
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._answer if self._is_known(args, kwargs) else usual(*args, **kwargs)
 
-        model.__dict__["forward"] = forward
-        try:
+        with _forward_of(model, forward):
             yield
-        finally:
-            if own is None:
-                del model.__dict__["forward"]
-            else:
-                model.__dict__["forward"] = own
 
     def _is_known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if self._call is None:
@@ -92,6 +86,19 @@ class Echo:
             and versions == _versions(leaves)
             and self._answered == _versions(pytree.tree_leaves(self._answer))
         )
+
+
+@contextmanager
+def _forward_of(model: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
+    own = model.__dict__.get("forward")
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = own
 
 
 def _same(known: Any, other: Any) -> bool:
