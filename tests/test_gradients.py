@@ -1,10 +1,12 @@
 """Gradient computers against the oracle."""
 
 import logging
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
-from tests import cases, reference
+from tests import cases, reference, runs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -203,3 +205,36 @@ def test_the_iterative_computer_takes_the_models_that_the_others_take():
         iterative(mixing).compute_per_sample_grad(batch)
     with pytest.raises(UnsupportedModuleError, match="no running statistics"):
         iterative(mixing).compute_loss_grad(batch)
+
+
+class Force(nn.Module):
+    """Its features are the gradient of an energy by the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.enabling = nullcontext
+
+    def forward(self, x):
+        with self.enabling():
+            x = x.clone().requires_grad_()
+            energy = torch.tanh(self.energy(x)).sum()
+            (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        return self.head(force)
+
+
+@pytest.mark.parametrize("kind", [None, functional, iterative])
+def test_models_that_take_gradients_themselves(kind, tmp_path):
+    torch.manual_seed(0)
+    model, options = Force().double(), {}
+    if kind is not None:
+        made = kind(model)
+        options = {"gradient_computer": type(made), "task": made.modelout_fn}
+    x, y = torch.randn(20, 6, dtype=torch.float64), torch.arange(20) % 3
+    train, targets = (x[:15], y[:15]), (x[15:], y[15:])
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    traker = runs.make_traker(model, 15, tmp_path, **options)
+    scores = runs.whole_run(traker, train, targets, [state])
+    model.enabling = torch.enable_grad  # the oracle's Q is computed without gradients
+    rows = runs.oracle(model, train, targets, [state], traker.projector)
+    np.testing.assert_allclose(scores, reference.trak_scores(rows), rtol=1e-8)

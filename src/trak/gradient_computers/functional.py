@@ -17,6 +17,7 @@ from trak.gradient_computers.surroundings import (
     forget_kept,
     own_parameters,
     undisturbed,
+    without_graph,
 )
 from trak.modelout_functions import output_function
 from trak.precision import without_autocast
@@ -132,9 +133,12 @@ class FunctionalGradientComputer(SelectingGradientComputer):
         Returns:
             `[b]` or `[b, 1]`, as the task gives it.
         """
-        with undisturbed(self.model), own_parameters(self.model), torch.no_grad():
-            return self.modelout_fn.get_out_to_loss_grad(
-                self.model, self.func_weights, self.func_buffers, normalize(batch)
+        state = self.func_weights, self.func_buffers
+        task, normal = self.modelout_fn, normalize(batch)
+        with undisturbed(self.model), own_parameters(self.model):
+            return without_graph(
+                self.model,
+                lambda: task.get_out_to_loss_grad(self.model, *state, normal),
             )
 
     def compute_outputs(self, batch: Any, most: int) -> Tensor:
@@ -148,8 +152,11 @@ class FunctionalGradientComputer(SelectingGradientComputer):
             Of the first `most` samples.
         """
         some = select(normalize(batch), slice(0, most))
-        with undisturbed(self.model), torch.no_grad():
-            return torch.stack([self._output({}, *sample) for sample in _samples(some)])
+        with undisturbed(self.model):
+            return without_graph(
+                self.model,
+                lambda: torch.stack([self._output({}, *each) for each in _samples(some)]),
+            )
 
     @property
     def samples_at_once(self) -> int | None:

@@ -17,7 +17,7 @@ from trak.gradient_computers.echo import Echo
 from trak.gradient_computers.functional import FunctionalGradientComputer
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.gradient_computers.plan import EXACT, Anatomy, Plan
-from trak.gradient_computers.surroundings import forget_kept, undisturbed
+from trak.gradient_computers.surroundings import forget_kept, undisturbed, without_graph
 from trak.gradient_computers.sweep import Sweep
 from trak.gradient_computers.trial import Rows
 from trak.gradient_computers.ways import Ways, different_samples
@@ -165,8 +165,9 @@ class HookGradientComputer(SelectingGradientComputer):
         del most
         function = batch_output_function(self.modelout_fn)
         assert function is not None  # noqa: S101 - checked when the computer was made
-        with undisturbed(self.model), torch.no_grad(), self._echo.answering(self.model):
-            return function(self.model, normalize(batch))
+        normal = normalize(batch)
+        with undisturbed(self.model), self._echo.answering(self.model):
+            return without_graph(self.model, lambda: function(self.model, normal))
 
     @property
     def disproved(self) -> frozenset[str]:

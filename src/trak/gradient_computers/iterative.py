@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from trak.batches import Batch, batch_size, normalize, select
 from trak.errors import InputError
 from trak.gradient_computers.abstract import SelectingGradientComputer
-from trak.gradient_computers.surroundings import forget_kept, undisturbed
+from trak.gradient_computers.surroundings import forget_kept, undisturbed, without_graph
 from trak.modelout_functions import output_function
 from trak.precision import without_autocast
 from trak.utils import parameters_to_vector
@@ -81,9 +81,11 @@ class IterativeGradientComputer(SelectingGradientComputer):
         Returns:
             `[b]` or `[b, 1]`, as the task gives it.
         """
-        with undisturbed(self.model), torch.no_grad():
-            return self.modelout_fn.get_out_to_loss_grad(
-                self.model, None, None, normalize(batch)
+        task, normal = self.modelout_fn, normalize(batch)
+        with undisturbed(self.model):
+            return without_graph(
+                self.model,
+                lambda: task.get_out_to_loss_grad(self.model, None, None, normal),
             )
 
     def compute_outputs(self, batch: Any, most: int) -> Tensor:
@@ -98,8 +100,11 @@ class IterativeGradientComputer(SelectingGradientComputer):
         """
         normal = select(normalize(batch), slice(0, most))
         parts = (normal,) if isinstance(normal, dict) else normal
-        with undisturbed(self.model), torch.no_grad():
-            return output_function(self.modelout_fn)(self.model, None, None, *parts)
+        outputs = output_function(self.modelout_fn)
+        with undisturbed(self.model):
+            return without_graph(
+                self.model, lambda: outputs(self.model, None, None, *parts)
+            )
 
     def _row(self, output: Tensor) -> Tensor:
         with without_autocast():  # which is for forward passes

@@ -2,16 +2,18 @@
 
 import sys
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils import checkpoint
 
 from trak.errors import UnsupportedModuleError
+from trak.gradient_computers.capture import asking
 
+_T = TypeVar("_T")
 _OF_BATCHES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORMALISING = (
     *_OF_BATCHES,
@@ -46,6 +48,32 @@ def undisturbed(model: nn.Module) -> Generator[None]:
         _forgetting(model),
     ):
         yield
+
+
+def without_graph(model: nn.Module, attempt: Callable[[], _T]) -> _T:
+    """Runs a model whose parameters need no gradient.
+
+    Gradients are disabled, unless the model itself takes some by its inputs, as force
+    fields do.
+
+    Args:
+        model: the model.
+        attempt: runs it; may be called again.
+
+    Returns:
+        What it returned.
+
+    Raises:
+        RuntimeError: what it raised.
+    """
+    try:
+        with torch.no_grad():
+            return attempt()
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+    with torch.enable_grad(), asking(model.parameters()):
+        return attempt()
 
 
 def refuse_batch_statistics(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from trak.gradient_computers.capture import HALVES, InputChangedError
 from trak.gradient_computers.lengths import Shapes
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.gradient_computers.plan import EXACT, PLACEMENTS, UNSEEN, Anatomy, Plan, Way
+from trak.gradient_computers.surroundings import without_graph
 from trak.gradient_computers.sweep import Sweep
 
 # per sample, of the parameter's gradient norm and of the largest parameter's
@@ -180,8 +181,7 @@ class Trial:
 
     def _same(self, outputs: Tensor) -> bool:
         if self._plain is None:
-            with torch.no_grad():
-                self._plain = self._outputs().detach()
+            self._plain = without_graph(self._anatomy.model, self._outputs).detach()
         relative = _COARSE[0] if self._coarse else 1e-4
         bound = relative * float(self._plain.abs().max().double()) + 1e-12
         return float((outputs - self._plain).abs().max().double()) <= bound
