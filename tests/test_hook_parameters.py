@@ -92,6 +92,11 @@ FREE = {
         lambda x, p: functional.softplus(x * functional.softplus(p)),
     ),
     "linear": ((4, 4), (5, 4), functional.linear),
+    "linear by name": (
+        (4, 4),
+        (5, 4),
+        lambda x, p: functional.linear(weight=p, input=x),
+    ),
     "a matrix product": ((4, 4), (5, 4), lambda x, p: x @ p),
     "rows of linear": ((8, 4), (5, 4), lambda x, p: functional.linear(x, p[3:7])),
     "parts of linear": (

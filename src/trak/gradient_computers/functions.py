@@ -158,7 +158,10 @@ class FunctionWatch(TorchFunctionMode):
         see = self._watcher(func)
         if see is None or not isinstance(result, Tensor) or not torch.is_grad_enabled():
             return result
-        return see(result, *args, **kwargs)
+        named = {**kwargs}
+        if "input" in named:  # the first argument of all functions that are watched
+            args = (named.pop("input"), *args)
+        return see(result, *args, **named)
 
     def _watcher(self, func: Any) -> Callable[..., Tensor] | None:
         if func is functional.linear:
