@@ -7,6 +7,7 @@ from tests import runs
 
 from trak.errors import InputError, InputTypeError, ModelIDException
 from trak.modelout_functions import AbstractModelOutput
+from trak.pipeline.methods import group_matrix
 from trak.projectors import NoOpProjector
 from trak.score_computers import BasicScoreComputer
 
@@ -92,6 +93,14 @@ def test_groups_are_means_of_their_targets(method, finished):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16", "uint32", "uint64"])
+def test_groups_may_be_of_any_integers(dtype):
+    group = np.array([3, 0, 1, 4, 2], dtype)
+    for members in (group, group[:2], torch.from_numpy(group)):
+        found = group_matrix([members], M)
+        assert torch.equal(found, group_matrix([members.tolist()], M))
+
+
 @pytest.mark.parametrize("helpful", [True, False])
 @pytest.mark.parametrize("method", ["cosine", "l_relatif"])
 def test_top_scores_are_those_of_all_scores(method, helpful, finished):
@@ -149,7 +158,7 @@ def test_what_cannot_be_asked_for(finished):
             traker.scores("exp", method)
     with pytest.raises(InputError, match=r"method is one of .*got 'dott'"):
         traker.scores("exp", "dott", with_error=True)
-    for groups in (3, iter([[0]])):
+    for groups in (3, iter([[0]]), np.array(3), torch.tensor(3)):
         with pytest.raises(InputTypeError, match="groups must list"):
             traker.scores("exp", "dot", groups=groups)
     for weights in (3, {0: 1, 1: 1}, "12"):

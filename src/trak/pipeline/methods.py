@@ -95,7 +95,8 @@ def group_matrix(groups: Any, num_targets: int) -> Tensor | None:
     """
     if groups is None:
         return None
-    if not isinstance(groups, Sequence | np.ndarray | Tensor):
+    listed = isinstance(groups, Sequence | np.ndarray | Tensor)
+    if not listed or not getattr(groups, "ndim", 1):
         raise InputTypeError(
             "groups must list, for each group, the numbers of its targets, such as "
             f"[[0, 1], [2]]; got {groups!r}."
@@ -112,14 +113,15 @@ def group_matrix(groups: Any, num_targets: int) -> Tensor | None:
                 f"Group {column} must list numbers of targets, each once, from 0 to "
                 f"{num_targets - 1}; got {group!r}."
             )
-        matrix[torch.as_tensor(members, device="cpu"), column] = 1 / len(members)
+        # torch takes uint8 for a mask, and no other small integers
+        matrix[torch.from_numpy(members.astype(np.int64)), column] = 1 / len(members)
     return matrix
 
 
 def _as_array(group: Any) -> NDArray[Any]:
     try:
-        return np.asarray(group)
-    except ValueError:  # lists of other lengths within it
+        return np.asarray(group.cpu() if isinstance(group, Tensor) else group)
+    except (TypeError, ValueError):  # lists of other lengths within it, or no numbers
         return np.empty((0, 0))
 
 
