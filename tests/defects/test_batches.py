@@ -62,6 +62,8 @@ def test_inds_in_further_forms(form, tmp_path):
     ("inds", "message"),
     [
         (torch.tensor([0.5, 1.0, 2.0]), "integers.*float32"),
+        ([torch.tensor(i) for i in (0.0, 1.7, 2.0)], "integers.*float"),
+        ([torch.tensor(True), torch.tensor(False), torch.tensor(True)], "integers.*bool"),
         (["0", "1", "2"], "integers"),
         ([None, 1, 2], "integers"),
         ({"a": 1}, "integers"),

@@ -205,8 +205,8 @@ def _as_integers(inds: Any) -> RowNumbers:
         )
     if isinstance(inds, Tensor):
         inds = inds.detach().cpu().numpy()
-    elif not isinstance(inds, Mapping) and isinstance(inds, Iterable):
-        inds = [int(i) if isinstance(i, Tensor) else i for i in inds]
+    elif isinstance(inds, Iterable) and not isinstance(inds, Mapping | np.ndarray):
+        inds = [i.tolist() if isinstance(i, Tensor) else i for i in inds]
     try:
         numbers = np.asarray(inds).reshape(-1)
     except ValueError as error:
