@@ -135,6 +135,23 @@ def test_errors_of_one_sketch_leave_out_groups_of_columns(finished):
     assert (found.degrees, found.source) == (7, "sketch")
 
 
+@pytest.mark.parametrize("width", [17, 57])
+def test_there_are_eight_groups_of_any_number_of_columns(width, tmp_path):
+    """Their degrees of freedom are counted as seven."""
+    model, train, targets = runs.data("mlp", N, M)
+    traker = runs.make_traker(model, N, tmp_path, proj_dim=width, lambda_reg="2x")
+    runs.whole_run(traker, train, targets, [model.state_dict()])
+    found = traker.scores("exp", with_error=True)
+    (rows,) = runs.oracle(model, train, targets, [model.state_dict()], traker.projector)
+    phi, psi, q = (part.double() for part in rows)
+    replicates = []
+    for group in np.array_split(np.arange(width), 8):
+        keep = np.setdiff1d(np.arange(width), group)
+        tau = solved(phi[:, keep], psi[:, keep], q.reshape(-1), curvature=False)
+        replicates.append(tau * q.reshape(-1, 1))
+    np.testing.assert_allclose(found.errors, jackknife(replicates), rtol=2e-3, atol=1e-7)
+
+
 def test_ranks_are_what_comparing_all_pairs_gives(finished, monkeypatch):
     traker, scores, _ = finished
     monkeypatch.setattr(VariancePass, "stretches", lambda self: cut(self.num_rows, 7))

@@ -58,7 +58,7 @@ def group_contrasts(
             f"proj_dim={width} is too small. Use at least {2 * GROUPS}, or several "
             "checkpoints."
         )
-    groups = torch.arange(width, device="cpu").chunk(GROUPS)
+    groups = torch.arange(width, device="cpu").tensor_split(GROUPS)
     if computer.factor(kept, computer.where(rows)).form == "primal":
         weights = list(_contrasts(_primal(computer, kept, rows, targets, groups)))
         dtype = safe_products([rows], weights)
