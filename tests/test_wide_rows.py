@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tests import cases, reference, runs
+from tests.evaluation import recipes
 
 from trak.blocks import (
     ConvolvedBlock,
@@ -192,6 +193,9 @@ def test_damage_is_named(name, few, tmp_path):
     with pytest.raises(StoreCorruptedError, match=rf"{name} is lost or damaged") as error:
         traker.finalize_features()
     assert "pickle" not in str(error.value)
+    (tmp_path / "0" / name).write_bytes(recipes.damaged_array("no end"))
+    with pytest.raises(StoreCorruptedError, match=rf"{name} is lost or damaged"):
+        traker.finalize_features()
 
 
 def test_files_that_do_not_fit_together_are_damage(few, tmp_path):

@@ -5,6 +5,27 @@ written for another library keeps working. A message says what was expected, wha
 found, where, and what to do.
 """
 
+import struct
+import tokenize
+import zipfile
+import zlib
+
+UNREADABLE = (
+    OSError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What NumPy and JSON raise where bytes are not what they are read as."""
+
 
 class AttributionError(Exception):
     """Base of all errors raised by this library."""

@@ -16,6 +16,17 @@ INPUTS, LABELS = _RNG.normal(size=(N, 4)), _RNG.normal(size=N)
 TARGETS = _RNG.normal(size=(M, 4))
 
 
+def damaged_array(kind):
+    """The bytes of an .npy file that is damaged inside its header."""
+    header = {
+        "no end": "{'descr': '<f4', 'fortran_order': (False, 'shape': (3, 3), }",
+        "too large": f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**63}, 3), }}",
+        "no number": "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 3), }",
+    }[kind]
+    header = header.ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
 def train(indices, seed):
     """Weights, with noise from torch's global generator."""
     sys.stdout.write(f"training with seed {seed}\n")  # must not confuse anybody

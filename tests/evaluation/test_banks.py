@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests import cases, runs
+from tests.evaluation import recipes
 
 from trak.digests import state_digest
 from trak.errors import (
@@ -441,9 +442,10 @@ def test_what_was_not_compared_is_warned_of(scored, tmp_path, caplog):
 def test_a_damaged_store_says_so(file, scored, tmp_path):
     traker, train, checkpoints, _ = scored
     bank = full_bank(checkpoints=checkpoints, examples=example_hashes(train))
-    (tmp_path / "store" / "0" / file).write_bytes(b"{")
-    with pytest.raises(StoreCorruptedError, match=file):
-        bank.check(tmp_path / "store")
+    for damaged in (b"{", b"[" * 100_000, recipes.damaged_array("no end")):
+        (tmp_path / "store" / "0" / file).write_bytes(damaged)
+        with pytest.raises(StoreCorruptedError, match=file):
+            bank.check(tmp_path / "store")
     del traker
 
 

@@ -271,6 +271,9 @@ def test_a_damaged_work_file_is_named(tmp_path, monkeypatch):
     np.save(work / "0-0.npy", np.full(7, np.nan, np.float32))
     with pytest.raises((BankCorruptedError, BankBuildError), match=r"0-0\.npy is damaged"):
         build(tmp_path / "bank")
+    (work / "0-0.npy").write_bytes(recipes.damaged_array("no end"))
+    with pytest.raises((BankCorruptedError, BankBuildError), match=r"0-0\.npy is damaged"):
+        build(tmp_path / "bank")
     (work / "0-0.npy").unlink()
     build(tmp_path / "bank")
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tests.evaluation import recipes
 from tests.evaluation.test_banks import arrays
 
 from trak.errors import InputError, InputTypeError
@@ -82,6 +83,10 @@ def test_other_files_are_no_bank_of_trak(tmp_path):
     for name in ("absent.npy", ""):
         with pytest.raises(InputError, match="masks must be the path of a .npy file, and"):
             read_trak_bank(tmp_path / name, tmp_path / "ok.npy")
+    for kind in ("no end", "too large", "no number"):
+        (tmp_path / "damaged.npy").write_bytes(recipes.damaged_array(kind))
+        with pytest.raises(InputError, match=r"damaged\.npy is no \.npy file of numbers"):
+            read_trak_bank(tmp_path / "ok.npy", tmp_path / "damaged.npy")
     with pytest.raises(InputTypeError, match="margins must be a path, got 3"):
         read_trak_bank(tmp_path / "ok.npy", 3)
     np.save(tmp_path / "more.npy", np.ones((6, 3)))

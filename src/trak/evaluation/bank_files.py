@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.errors import BankCorruptedError, InputError
+from trak.errors import UNREADABLE, BankCorruptedError, InputError
 from trak.evaluation.banks import Bank
 from trak.evaluation.described import as_json
 from trak.evaluation.files import as_path, file_hash, replace_file
@@ -121,7 +121,7 @@ def load_bank(folder: str | Path) -> Bank:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version, files = manifest["version"], dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise BankCorruptedError(
             f"{path} describes no bank ({error!r}). A folder without it is no bank, or one "
             "whose build has not ended."

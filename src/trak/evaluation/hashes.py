@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from trak.batches import normalize
 from trak.digests import example_digests, state_digest
-from trak.errors import InputError, InputTypeError, StoreCorruptedError
+from trak.errors import UNREADABLE, InputError, InputTypeError, StoreCorruptedError
 from trak.evaluation.conversion import as_numpy
 
 
@@ -133,7 +133,7 @@ def stored_hash(folder: Path) -> str:
     path = folder / "checkpoint.json"
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["digest"])
-    except (ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise StoreCorruptedError(
             f"{path} does not say which weights it is about ({error!r}). Remove its folder "
             "and featurize again."
@@ -158,7 +158,7 @@ def stored_examples(folder: Path) -> NDArray[np.int64] | None:
     try:
         with path.open("rb") as file:  # a .npy file, whatever it is called
             return np.lib.format.read_array(file, allow_pickle=False)[:, 0]
-    except (ValueError, EOFError, IndexError) as error:
+    except UNREADABLE as error:
         raise StoreCorruptedError(
             f"{path} is no array of examples' hashes any more. Remove its folder and "
             "featurize again."

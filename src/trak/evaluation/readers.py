@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from trak.arguments import as_integer
-from trak.errors import InputError
+from trak.errors import UNREADABLE, InputError
 from trak.evaluation.arrays import as_floats, as_masks, as_outputs, as_single, check_length
 from trak.evaluation.banks import Bank
 from trak.evaluation.files import as_path
@@ -89,7 +89,7 @@ def _load(name: str, file: str | Path) -> Any:
         raise InputError(f"{name} must be the path of a .npy file, and {path} is none.")
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise InputError(
             f"{path} is no .npy file of numbers ({error}). Files of torch.save have to be "
             "read by torch.load(path, weights_only=True), which you do, and their tensors "

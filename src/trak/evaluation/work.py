@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trak.errors import BankCorruptedError, BankMismatchError, InputError
+from trak.errors import UNREADABLE, BankCorruptedError, BankMismatchError, InputError
 from trak.evaluation.arrays import Booleans, as_floats, as_single
 from trak.evaluation.described import as_json
 from trak.evaluation.files import replace_file
@@ -131,8 +131,9 @@ class WorkFolder:
 
 def _load(path: Path) -> NDArray[np.float32]:
     try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        with path.open("rb") as file:
+            found = np.lib.format.read_array(file, allow_pickle=False)
+    except UNREADABLE as error:
         raise BankCorruptedError(_damaged(path, type(error).__name__)) from error
     if found.ndim != 1 or found.dtype != np.float32 or not np.isfinite(found).all():
         raise BankCorruptedError(_damaged(path, "not finite numbers of one axis"))

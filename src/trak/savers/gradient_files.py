@@ -3,7 +3,6 @@
 import fcntl
 import os
 import shutil
-import zipfile
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.errors import StoreCorruptedError
+from trak.errors import UNREADABLE, StoreCorruptedError
 from trak.savers.arrays import room_for
 from trak.savers.filesystem import sync_directory, temporary_path
 
@@ -141,7 +140,7 @@ class _Arrays(Mapping[str, NDArray[Any]]):
 def _damage_named(path: Path) -> Generator[None]:
     try:
         yield
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise StoreCorruptedError(
             f"{path} is lost or damaged ({error}), and rows of the exact kernel are made "
             "from it. Restore it, or delete the checkpoint's folder and featurize again."

@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.errors import StoreCorruptedError
+from trak.errors import UNREADABLE, StoreCorruptedError
 from trak.savers.arrays import room_for
 from trak.savers.filesystem import (
     create_json,
@@ -130,7 +129,7 @@ def _read(path: Path, prefix: str = "") -> Arrays:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name.startswith(prefix)}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise StoreCorruptedError(
             f"{path} is lost or damaged ({error}), and rows depend on it. Restore "
             "it, or delete the checkpoint's folder and featurize again."
