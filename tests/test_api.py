@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -234,6 +236,18 @@ def test_finalize_scores_returns_a_writable_array_whose_file_stays(finished):
     before = np.array(scores)
     scores *= 0
     assert np.array_equal(traker.scores("exp"), before)
+
+
+def test_warnings_are_seen_where_nobody_sets_up_logging():
+    script = """
+import logging, trak
+log = logging.getLogger("trak.pipeline.ranks_of_scores")
+log.info("hardly worth reading")
+log.warning("mostly noise")
+"""
+    run = [sys.executable, "-c", script]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["mostly noise"]
 
 
 def test_upstreams_readme_keywords(tmp_path):

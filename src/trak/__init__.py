@@ -4,8 +4,6 @@ TRAK (Park et al. 2023, arXiv:2303.14186) under the reference implementation's n
 with nothing to compile.
 """
 
-import logging
-
 from trak import evaluation as evaluation
 from trak import utils
 from trak.attribution import attribute
@@ -30,4 +28,3 @@ __all__ = [
 ]
 
 utils.test_install = test_install  # pyright: ignore[reportAttributeAccessIssue]
-logging.getLogger(__name__).addHandler(logging.NullHandler())
