@@ -224,6 +224,9 @@ def test_quantiles_of_students_t(degrees, level, expected):
     assert critical(0.95, 1_000_000) == pytest.approx(1.95996, rel=1e-4)
     with pytest.raises(InputError, match="between 0 and 1"):
         critical(1.0, degrees)
+    for bad in (0, -0.1, "0.9", None, float("nan")):
+        with pytest.raises(InputError, match="level must be a finite number above 0"):
+            critical(bad, degrees)
 
 
 def ranked(high, source="checkpoints"):
@@ -256,6 +259,9 @@ def test_noise_is_warned_of_and_clear_lists_are_not(caplog):
 
 def test_lists_in_words():
     found = ranked([[1, 7]])
+    for target in (-1, len(found.indices), "0"):
+        with pytest.raises(InputError, match="target must be"):
+            found.describe(target)
     assert found.describe(0).splitlines() == [
         "  1. example 0: 1 +- 1, rank 1",
         "  2. example 1: 1 +- 1, rank could be 1 to 7",

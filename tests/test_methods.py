@@ -161,11 +161,19 @@ def test_what_cannot_be_asked_for(finished):
     for groups in (3, iter([[0]]), np.array(3), torch.tensor(3)):
         with pytest.raises(InputTypeError, match="groups must list"):
             traker.scores("exp", "dot", groups=groups)
-    for weights in (3, {0: 1, 1: 1}, "12"):
+    for weights in (3, {0: 1, 1: 1}, "12", np.array(1.0)):
         with pytest.raises(InputTypeError, match="checkpoint_weights must list"):
             traker.scores("exp", "dot", checkpoint_weights=weights)
-    with pytest.raises(InputTypeError, match="lambda_regs must list"):
-        traker.sweep(["exp"], "3x")
+    for ridges in ("3x", torch.tensor(0.1)):
+        with pytest.raises(InputTypeError, match="lambda_regs must list"):
+            traker.sweep(["exp"], ridges)
+    for names in (3, None, np.array("exp")):
+        with pytest.raises(InputTypeError, match="exp_names must list"):
+            traker.sweep(names)
+    with pytest.raises(InputTypeError, match="model_ids must be a list"):
+        traker.scores("exp", "dot", model_ids=np.array(0))
+    with pytest.raises(ModelIDException, match=r"model_ids is empty: .* \[0, 1\]"):
+        traker.scores("exp", "dot", model_ids=[])
     for k in (0, 2.5, "3", True, None):
         for call in (traker.top_k, traker.top_scores):
             with pytest.raises(InputError, match="k must be an integer"):

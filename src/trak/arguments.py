@@ -1,7 +1,8 @@
 """Numbers as users write them: Python's, NumPy's, or an array or tensor of one number."""
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeGuard
 
 import numpy as np
 from torch import Tensor
@@ -104,6 +105,20 @@ def multiple_of(lambda_reg: Ridge) -> float | None:
         The multiple of the mean squared row norm; None if the ridge is absolute or chosen.
     """
     return float(lambda_reg[:-1]) if isinstance(lambda_reg, str) else None
+
+
+def is_listed(value: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether something lists others.
+
+    Args:
+        value: what the user gave.
+
+    Returns:
+        False for texts, and for arrays and tensors of a single number, which only look
+        iterable.
+    """
+    listed = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+    return listed and getattr(value, "ndim", 1) != 0
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from trak.arguments import is_listed
 from trak.digests import is_plain
 from trak.errors import InputError, InputTypeError, PhaseError
 from trak.gradient_computers import select_parameters
@@ -134,8 +135,8 @@ def _try_batches(
 def _listed(checkpoints: Any, model: nn.Module) -> list[Any]:
     if checkpoints is None:
         return [model]
-    one = isinstance(checkpoints, Mapping | nn.Module | str | bytes)
-    if one or not isinstance(checkpoints, Iterable):
+    one = isinstance(checkpoints, Mapping | nn.Module)
+    if one or not is_listed(checkpoints):
         raise InputTypeError(
             "checkpoints must be a list of state dicts, models, or functions that return "
             f"a state dict, got {type(checkpoints).__name__}. Put a single one into a "

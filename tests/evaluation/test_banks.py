@@ -454,17 +454,29 @@ def test_what_is_no_store_no_weights_and_no_data():
     for scored in (np.ones(3), torch.nn.Linear(2, 2), bank):
         with pytest.raises(InputTypeError, match="scored must be the TRAKer"):
             bank.check(scored)
-    for checkpoints in (3, torch.nn.Linear(2, 2), [torch.nn.Linear(2, 2)], [None]):
+    for checkpoints in (
+        3,
+        np.array(3),
+        torch.nn.Linear(2, 2),
+        [torch.nn.Linear(2, 2)],
+        [None],
+    ):
         with pytest.raises(InputTypeError, match="state dict"):
             bank.check(checkpoints=checkpoints)
     with pytest.raises(InputTypeError, match="data must be"):
         bank.check(data=3)
+    with pytest.raises(InputTypeError, match="data must be"):
+        bank.check(data=np.array(3))
     with pytest.raises(InputTypeError, match="recipe must be a dict"):
         full_bank(recipe=None)
     with pytest.raises(InputError, match="n must be an integer"):
         masks_from_indices([[0, 1]], "3")
-    with pytest.raises(InputTypeError, match="indices must hold"):
-        masks_from_indices(3, 3)
+    for indices in (3, np.array(3), torch.tensor(3)):
+        with pytest.raises(InputTypeError, match="indices must hold"):
+            masks_from_indices(indices, 3)
+    for notes in (3, None, [("rate", 1)]):
+        with pytest.raises(InputTypeError, match="notes must be a dict"):
+            full_bank(notes=notes)
 
 
 def test_a_bank_is_its_own_and_finite():

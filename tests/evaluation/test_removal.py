@@ -114,7 +114,8 @@ def test_bad_input_is_refused():
         with pytest.raises(InputError, match="seed must be an integer"):
             removed_indices(EFFECTS, 0.1, "random", seed=seed)
     one, *others = (
-        removed_indices(EFFECTS, 0.1, "random", seed=s) for s in (3, np.int64(3), [3])
+        removed_indices(EFFECTS, 0.1, "random", seed=s)
+        for s in (3, np.int64(3), [3], np.array(3))
     )
     for other in others:
         np.testing.assert_array_equal(other, one)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trak.arguments import is_listed
 from trak.errors import BankMismatchError, InputError, InputTypeError
 from trak.evaluation.arrays import (
     Booleans,
@@ -65,7 +66,7 @@ class Bank:
         as_text("name", self.name)
         if self.seed_rule is not None:
             as_text("seed_rule", self.seed_rule)
-        check_described(self.recipe, self.data)
+        check_described(self.recipe, self.data, self.notes)
         masks = as_masks("masks", self.masks, axes=("subset", "training example"))
         outputs = as_outputs("outputs", self.outputs, "subset")
         check_length(len(outputs), len(masks), "The subsets of outputs", "masks")
@@ -120,7 +121,7 @@ class Bank:
             hashes = hashes_of(checkpoints)
             self._check_checkpoints({f"number {j}": h for j, h in enumerate(hashes)})
         if data is not None:
-            if not isinstance(data, str | Iterable):
+            if not (isinstance(data, str) or is_listed(data)):
                 raise InputTypeError(
                     "data must be what data_hash gave, or the list of its arguments, got "
                     f"{type(data).__name__}."

@@ -7,12 +7,13 @@ from typing import Any
 from trak.errors import InputError, InputTypeError
 
 
-def check_described(recipe: Any, data: Any) -> None:
+def check_described(recipe: Any, data: Any, notes: Any) -> None:
     """Refuses what cannot be written into a bank.
 
     Args:
         recipe: what JSON can hold, by name.
         data: a hash as `data_hash` gives it, or None.
+        notes: further entries, by name.
 
     Raises:
         InputTypeError: if one is of another kind.
@@ -21,6 +22,8 @@ def check_described(recipe: Any, data: Any) -> None:
         raise InputTypeError(
             f"recipe must be a dict of what training follows from, got {recipe!r}."
         )
+    if not isinstance(notes, Mapping):
+        raise InputTypeError(f"notes must be a dict of further entries, got {notes!r}.")
     if data is not None and not isinstance(data, str):
         raise InputTypeError(
             f"data must be a hash, as data_hash(...) gives it, got {type(data).__name__}."

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.nn import Module
 
+from trak.arguments import is_listed
 from trak.batches import normalize
 from trak.digests import example_digests, state_digest
 from trak.errors import UNREADABLE, InputError, InputTypeError, StoreCorruptedError
@@ -178,7 +179,7 @@ def hashes_of(checkpoints: Any) -> tuple[str, ...]:
         InputTypeError: if a single one was given, or something else.
     """
     single = isinstance(checkpoints, str | Mapping | Module)
-    if single or not isinstance(checkpoints, Iterable):
+    if single or not is_listed(checkpoints):
         raise InputTypeError(
             "checkpoints must be a list of state dicts or hashes, got "
             f"{type(checkpoints).__name__}. Put a single one into a list."

@@ -1,12 +1,11 @@
 """Numbers of training examples, and the masks they make."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.arguments import as_integer
+from trak.arguments import as_integer, is_listed
 from trak.errors import InputError, InputTypeError
 from trak.evaluation.arrays import Booleans, as_floats
 from trak.evaluation.conversion import as_numpy
@@ -27,7 +26,7 @@ def masks_from_indices(indices: Any, n: int) -> Booleans:
         InputTypeError: if there are no lists.
     """
     n = as_integer("n", n, least=1)
-    if not isinstance(indices, Iterable):
+    if not is_listed(indices):
         raise InputTypeError(
             "indices must hold, for each subset, the numbers of its training examples, got "
             f"{type(indices).__name__}."

@@ -65,7 +65,7 @@ class BankPlan:
             for name, value in least.items()
         }
         given["fraction"] = as_number("fraction", self.fraction, zero=False)
-        check_described(self.recipe, self.data)
+        check_described(self.recipe, self.data, {})
         given["recipe"] = json.loads(as_json("recipe", dict(self.recipe)))
         for name, value in given.items():
             object.__setattr__(self, name, value)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.arguments import as_integer, as_number
+from trak.arguments import as_integer, as_number, is_listed
 from trak.errors import InputError
 from trak.evaluation.arrays import Floats, as_floats, as_outputs, check_length
 from trak.evaluation.functions import check_functions
@@ -191,7 +191,8 @@ def removed_indices(
             "and remove some."
         )
     if side == "random":
-        given = seed if isinstance(seed, Sequence | np.ndarray) else [seed]
+        several = isinstance(seed, Sequence | np.ndarray) and is_listed(seed)
+        given = seed if several else [seed]
         words = [as_integer("seed", word, least=0) for word in given]
         rng = np.random.default_rng([*words, CONTROLS, count])
         return [np.sort(rng.permutation(n)[:count])]

@@ -1,6 +1,5 @@
 """The facade's arguments that are no numbers: what each of them may be."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from trak.arguments import is_listed
 from trak.errors import InputError, InputTypeError, UnsupportedModuleError
 
 
@@ -123,7 +123,7 @@ def as_names(grad_wrt: Any) -> list[str] | None:
         return None
     if isinstance(grad_wrt, str):
         return [grad_wrt]
-    names = list(grad_wrt) if isinstance(grad_wrt, Iterable) else [grad_wrt]
+    names = list(grad_wrt) if is_listed(grad_wrt) else [grad_wrt]
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise InputTypeError(

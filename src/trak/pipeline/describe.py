@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trak.arguments import as_integer
+from trak.arguments import as_integer, is_listed
 from trak.errors import InputError, InputTypeError
 from trak.modelout_functions import describe_task
 from trak.projectors import AbstractProjector, BlockProjector, KernelProjector
@@ -61,7 +61,7 @@ def as_model_ids(model_ids: Any) -> list[int]:
         InputTypeError: if it is no iterable.
         InputError: if an id is there twice, since a mean would count it twice.
     """
-    if isinstance(model_ids, str) or not isinstance(model_ids, Iterable):
+    if not is_listed(model_ids):
         raise InputTypeError(f"model_ids must be a list such as [0, 1], got {model_ids!r}.")
     found = [as_model_id(i) for i in model_ids]
     twice = sorted(i for i, count in Counter(found).items() if count > 1)

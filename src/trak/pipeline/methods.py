@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak.arguments import as_number
+from trak.arguments import as_number, is_listed
 from trak.encodings import RowSource
 from trak.errors import InputError, InputTypeError, NumericalError
 from trak.pipeline.losses import loss_sizes
@@ -95,8 +95,7 @@ def group_matrix(groups: Any, num_targets: int) -> Tensor | None:
     """
     if groups is None:
         return None
-    listed = isinstance(groups, Sequence | np.ndarray | Tensor)
-    if not listed or not getattr(groups, "ndim", 1):
+    if not is_listed(groups) or not isinstance(groups, Sequence | np.ndarray | Tensor):
         raise InputTypeError(
             "groups must list, for each group, the numbers of its targets, such as "
             f"[[0, 1], [2]]; got {groups!r}."
@@ -315,7 +314,7 @@ def method_pass(
     Raises:
         InputTypeError: if the weights are no list of numbers.
     """
-    listed = isinstance(weights, Iterable) and not isinstance(weights, str | Mapping)
+    listed = is_listed(weights) and not isinstance(weights, Mapping)
     if weights is not None and not listed:
         raise InputTypeError(
             "checkpoint_weights must list one number a checkpoint, in the order of "

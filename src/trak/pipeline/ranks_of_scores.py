@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trak.arguments import as_integer, as_number
 from trak.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,14 @@ class Ranked:
 
         Returns:
             One line an example.
+
+        Raises:
+            InputError: if there is no such target.
         """
+        if as_integer("target", target, least=0) >= len(self.indices):
+            raise InputError(
+                f"target must be from 0 to {len(self.indices) - 1}, got {target!r}."
+            )
         rows = zip(
             self.indices[target],
             self.scores[target],
@@ -173,7 +181,8 @@ def critical(level: float, degrees: float) -> float:
     Raises:
         InputError: if the level is not between 0 and 1.
     """
-    if not 0 < level < 1:
+    level = as_number("level", level, zero=False)
+    if level >= 1:
         raise InputError(f"level must be between 0 and 1, got {level!r}.")
     # the density of t = sqrt(d) tan(a) is proportional to cos(a)^(d - 1)
     # (below two degrees steep at the end, where steps are short)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trak.arguments import Ridge, as_ridge
+from trak.arguments import Ridge, as_ridge, is_listed
 from trak.encodings import EncodedRows, RowSource
 from trak.errors import InputError, InputTypeError, PhaseError
 from trak.pipeline.losses import loss_sizes
@@ -51,12 +51,16 @@ def score_sets(
 
     Raises:
         InputError: if there is nothing to do, or the score computer has no ridges.
-        InputTypeError: if ridges are not listed.
+        InputTypeError: if experiments or ridges are not listed.
     """
+    if not isinstance(exp_names, str) and not is_listed(exp_names):
+        raise InputTypeError(
+            f"exp_names must list experiments, such as ['test']; got {exp_names!r}."
+        )
     names = [exp_names] if isinstance(exp_names, str) else list(exp_names)
     own = getattr(scorer, "lambda_reg", None)
     regs = [own]
-    if isinstance(lambda_regs, str) or not isinstance(lambda_regs, Iterable | None):
+    if lambda_regs is not None and not is_listed(lambda_regs):
         raise InputTypeError(
             f"lambda_regs must list ridges, such as [None, '3x', 0.1]; got {lambda_regs!r}."
         )
