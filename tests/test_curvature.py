@@ -5,7 +5,7 @@ import pytest
 import torch
 from tests import cases, runs
 
-from trak.errors import InputError
+from trak.errors import InputError, InputTypeError
 from trak.score_computers import BasicScoreComputer, RidgeScoreComputer
 from trak.score_computers.auto_ridge import Situation
 from trak.score_computers.curvature import FLOOR, roots
@@ -121,6 +121,15 @@ def test_losses_of_constant_curvature_are_not_weighted():
     q = torch.tensor([0.0, 0.5, 1.0])
     expected = np.sqrt([FLOOR, 0.375, 0.5])
     np.testing.assert_allclose(roots(q).flatten(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", ["no", "auto", 1, None])
+def test_it_is_true_or_false(value, tmp_path):
+    """Texts are true, `"no"` too."""
+    with pytest.raises(InputTypeError, match="curvature must be True or False"):
+        RidgeScoreComputer(curvature=value)
+    with pytest.raises(InputTypeError, match="curvature must be True or False"):
+        runs.make_traker(runs.data("mlp", N, 2)[0], N, tmp_path, curvature=value)
 
 
 def test_weights_are_the_softmaxs_curvature():

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from torch import Tensor
 
-from trak.errors import InputError
+from trak.errors import InputError, InputTypeError
 
 
 def as_integer(name: str, value: Any, *, least: int | None = None) -> int:
@@ -60,6 +60,25 @@ def as_number(name: str, value: Any, *, zero: bool) -> float:
         limit = "of at least 0" if zero else "above 0"
         raise InputError(f"{name} must be a finite number {limit}, got {value!r}.")
     return float(found)
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """Accepts a yes or no; any text would be a yes, `"no"` too.
+
+    Args:
+        name: the argument, for the message.
+        value: what the user gave.
+
+    Returns:
+        Whether.
+
+    Raises:
+        InputTypeError: if it is no truth value.
+    """
+    found = _plain(value)
+    if not isinstance(found, bool):
+        raise InputTypeError(f"{name} must be True or False, got {value!r}.")
+    return found
 
 
 Ridge = float | str | None

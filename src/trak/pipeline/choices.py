@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trak.arguments import Ridge
+from trak.arguments import Ridge, as_flag
 from trak.encodings import encoding_of
 from trak.errors import InputError, InputTypeError
 from trak.gradient_computers import (
@@ -125,8 +125,9 @@ def make_scorer(
 
     Raises:
         InputError: if an instance and a ridge are given.
-        InputTypeError: if it is no score computer.
+        InputTypeError: if it is no score computer, or `curvature` not True or False.
     """
+    curvature = as_flag("curvature", curvature)
     if isinstance(scorer, AbstractScoreComputer):
         if lambda_reg is not None or curvature:
             raise InputError(

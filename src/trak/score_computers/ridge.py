@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trak.arguments import Ridge, as_ridge, multiple_of
+from trak.arguments import Ridge, as_flag, as_ridge, multiple_of
 from trak.encodings import RowSource, row_encoding
 from trak.errors import InputError
 from trak.score_computers.auto_ridge import Situation, relative_ridge
@@ -55,7 +55,7 @@ class RidgeScoreComputer(LinearScoreComputer):
     ) -> None:
         super().__init__(dtype, device)
         self.lambda_reg = as_ridge(lambda_reg)
-        self.curvature = curvature
+        self.curvature = as_flag("curvature", curvature)
 
     def finalize(self, rows: RowSource, situation: Situation | None = None) -> Kept:
         """Factors the Gram matrix plus ridge, in one pass over the rows.
