@@ -34,6 +34,12 @@ def call(world, folder, **options):
     return trak.attribute(model, save_dir=folder, **(defaults | options))
 
 
+def test_a_single_training_example_warns_of_nothing(world, tmp_path):
+    _, (x, y), *_ = world
+    options = {"train": [(x[:1], y[:1])], "whitening": "auto", "checkpoints": None}
+    assert call(world, tmp_path, **options).shape == (1, M)
+
+
 @pytest.fixture
 def no_rows(monkeypatch):
     def refuse(*_args, **_options):

@@ -144,7 +144,7 @@ def _is_useful(loss: Tensor, logistic: bool | None) -> bool:
     probable = bool(((loss >= 0) & (loss <= 1)).all())
     loss = loss.double()
     wrong = bool(loss.median() > _MOST_WRONG)
-    alike = bool(loss.std() < _ALIKE * loss.mean())
+    alike = len(loss) > 1 and bool(loss.std() < _ALIKE * loss.mean())
     return probable and not (logistic and wrong and alike)
 
 
