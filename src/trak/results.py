@@ -51,7 +51,8 @@ class Results:
 
         Positive where adding the training example raises the target's model output. With
         rows `phi`, targets `psi`, loss weights `q` and `K = Phi^T Phi + lambda I` of a
-        checkpoint; means are over checkpoints:
+        checkpoint, or `Phi^T R Phi + lambda I` with `curvature=True`; means are over
+        checkpoints:
 
         - `"trak"`: `mean(phi^T K^-1 psi) mean(q)`, what `finalize_scores` computed.
         - `"dot"`: `mean(q phi^T psi)`, the product of the training loss's and the target's

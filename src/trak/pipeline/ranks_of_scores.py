@@ -28,8 +28,10 @@ class Ranked:
         scores: their scores, `[m, k]`.
         errors: standard errors of the scores, `[m, k]`.
         rank_low: the best rank that each could have, from 1, `[m, k]`: one more than the
-            number of examples whose score is clearly greater.
-        rank_high: the worst one, `[m, k]`: all but those whose score is clearly less.
+            number of examples whose score is clearly greater (clearly less, where the
+            smallest scores were asked for).
+        rank_high: the worst one, `[m, k]`: all but those whose score is clearly less
+            (greater).
         level: "clearly" means beyond the interval of this level of the difference of two
             scores with independent errors.
         source: what the errors are from: `"checkpoints"` or `"sketch"`.
