@@ -1,5 +1,6 @@
 """The builder: the same bank by one worker and many, resuming, failures, refusals."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -276,6 +277,24 @@ def test_a_damaged_work_file_is_named(tmp_path, monkeypatch):
         build(tmp_path / "bank")
     (work / "0-0.npy").unlink()
     build(tmp_path / "bank")
+
+
+@pytest.mark.parametrize(("used", "expected"), [(True, [0, 1]), (False, [])])
+def test_the_random_states_of_gpus_in_use_are_kept(used, expected, tmp_path, monkeypatch):
+    """`torch.manual_seed` seeds them too."""
+    kept = []
+
+    @contextlib.contextmanager
+    def fork(devices):
+        kept.append(list(devices))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    monkeypatch.setattr(torch, "manual_seed", lambda _seed: None)
+    build(tmp_path)
+    assert kept == [expected] * 10
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -85,7 +85,8 @@ class WorkFolder:
         Raises:
             InputError: if there are more or fewer outputs than those of other models.
         """
-        with torch.random.fork_rng(devices=[]):
+        devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(job.seed)
             model = train(np.flatnonzero(mask), job.seed)
             outputs = evaluate(model)
