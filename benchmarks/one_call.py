@@ -70,7 +70,8 @@ def row_of(name: str, details: list[dict[str, Any]]) -> Row:
         f"{entry['one call']:.3f} against {entry['best plain']:.3f} ({entry['best']})"
         for entry in details
     )
-    seen = "not among those that constants were set on; " if name in UNSEEN else ""
+    how = "not among those that the ridge's constants were set on; "
+    seen = how if name in UNSEEN else ""
     return Row(
         f"LDS of the one call, less tuned plain TRAK's, {name}",
         "at least 0",
