@@ -95,6 +95,26 @@ def test_the_first_checkpoint_is_fitted_once(proj_dim, learned, tmp_path, monkey
     np.testing.assert_array_equal(found, given)
 
 
+@pytest.mark.parametrize(
+    ("whitening", "told"), [("auto", True), (0.25, True), (0.1, False)]
+)
+def test_too_much_whitening_is_told(whitening, told, learned, tmp_path, caplog):
+    model, train, _, states = learned
+    traker = TRAKer(model, TASK, N, tmp_path, whitening=whitening, proj_dim="exact")
+    traker.load_checkpoint(states[0], model_id=0)
+    for batch in runs.split(train, 9):
+        traker.fit_whitening(batch=batch)
+    for batch in runs.split(train, 9):
+        traker.featurize(batch=batch, num_samples=len(batch[0]))
+    traker.finalize_features()
+    said = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert any("Use whitening=0.1" in message for message in said) == told
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        one_call(learned, tmp_path / "attribute")
+    assert "Use whitening" not in caplog.text
+
+
 def two_classes(share):
     """Rows of which about this share of the variance is along the outputs."""
     rng = torch.Generator().manual_seed(0)

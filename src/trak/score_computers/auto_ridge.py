@@ -43,6 +43,7 @@ BY_CURVATURE = 1.2
 """How much larger it is where rows are weighted by curvature."""
 _NOISE, _BY_TRAINING, _BY_SKETCH, _AVERAGED = 0.75, 0.4, 0.8, 0.4
 _SEEN_AVERAGED = 0.7
+_MUCH, _FREE = 0.25, 0.3  # whitening, where growth is as free as this
 USUAL = 2.0
 """The multiple for rows that nothing can be told from."""
 
@@ -156,6 +157,7 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
         )
         for s in samples
     ]
+    _warn_of_much(situation.strength, trainings)
     pairs = zip(samples, trainings, strict=True)
     logs = [math.log(best_ridge(sample, training)) for sample, training in pairs]
     played = math.exp(np.average(logs, weights=[len(s.loss) for s in samples]))
@@ -167,6 +169,17 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
         factor,
     )
     return played * factor if wider is None else math.sqrt(played * factor * wider)
+
+
+def _warn_of_much(strength: float, trainings: Sequence[Training]) -> None:
+    if strength >= _MUCH and all(each.stiffness <= _FREE for each in trainings):
+        logger.warning(
+            "Rows are whitened by %g, which takes away what retrained models would share: "
+            "all outputs grow together in this model, as in many classifiers of two "
+            "classes. Use whitening=0.1 and another save_dir; trak.attribute chooses by "
+            "itself (docs/whitening.md).",
+            strength,
+        )
 
 
 def _by_wide(narrow: Sample, situation: Situation) -> float | None:

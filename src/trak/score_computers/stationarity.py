@@ -45,11 +45,13 @@ class Training:
         ridge: of its objective, for all examples.
         kernel: of its features, `[n, n]`.
         answers: of a regression, `[n]`; None for the logistic loss.
+        stiffness: of growth of all outputs, as `growth_stiffness` says; the kernel has it.
     """
 
     ridge: float
     kernel: Tensor
     answers: Tensor | None
+    stiffness: float = 1.0
 
 
 def training_of(
@@ -103,7 +105,7 @@ def training_of(
         along = kernel @ outputs
         excess = (1 - 1 / stiffness) / float(outputs @ along)
         kernel = kernel - excess * torch.outer(along, along)
-    return Training(ridge * steep, kernel, None)
+    return Training(ridge * steep, kernel, None, stiffness)
 
 
 def growth_stiffness(
