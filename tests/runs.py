@@ -3,6 +3,7 @@
 import torch
 from tests import cases, reference
 
+import trak
 from trak import TRAKer
 
 
@@ -70,3 +71,16 @@ def oracle(model, train, targets, states, projector, names=None):
             rows = [reference.projected_rows(g, projector, model_id) for g in gradients]
         per_checkpoint.append((*rows, reference.loss_weights(model, train)))
     return per_checkpoint
+
+
+def one_call(world, folder, **options):
+    """Scores of a world of `conftest.py` by `trak.attribute`."""
+    model, train, targets, states = world
+    defaults = {
+        "task": "image_classification",
+        "checkpoints": states,
+        "train": split(train, 9),
+        "targets": split(targets, 4),
+        "progress": False,
+    }
+    return trak.attribute(model, save_dir=folder, **(defaults | options))

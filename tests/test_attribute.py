@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tests import runs
+from tests.runs import one_call as call
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -35,17 +36,6 @@ from trak.savers import MmapSaver
 
 N, M = 60, 6
 TASK = "image_classification"
-
-
-def call(world, folder, **options):
-    model, train, targets, states = world
-    defaults = {
-        "checkpoints": states,
-        "train": runs.split(train, 9),
-        "targets": runs.split(targets, 4),
-        "progress": False,
-    }
-    return trak.attribute(model, task=TASK, save_dir=folder, **(defaults | options))
 
 
 def test_it_is_the_steps_of_traker(world, tmp_path):

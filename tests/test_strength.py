@@ -8,7 +8,6 @@ import pytest
 import torch
 from tests import reference, runs
 
-import trak
 from trak import TRAKer
 from trak.batches import normalize
 from trak.pipeline.whiten import Whitener
@@ -28,17 +27,6 @@ def chosen(traker, states, batches):
 def stiff(monkeypatch):
     """Growth of outputs is like other changes."""
     monkeypatch.setattr("trak.strength.stiffness", lambda *_: 1.0)
-
-
-def one_call(world, folder, **options):
-    model, train, targets, states = world
-    defaults = {
-        "checkpoints": states,
-        "train": runs.split(train, 9),
-        "targets": runs.split(targets, 4),
-        "progress": False,
-    }
-    return trak.attribute(model, task=TASK, save_dir=folder, **(defaults | options))
 
 
 @pytest.mark.parametrize("checkpoints", [1, 3])
@@ -86,12 +74,12 @@ def test_the_first_checkpoint_is_fitted_once(proj_dim, learned, tmp_path, monkey
         return real(self, batch, model_id)
 
     monkeypatch.setattr(Whitener, "fit", fit)
-    found = one_call(learned, tmp_path / "a", proj_dim=proj_dim)
+    found = runs.one_call(learned, tmp_path / "a", proj_dim=proj_dim)
     per_id = [sum(size for i, size in fitted if i == model_id) for model_id in range(3)]
     assert per_id == [2 * N if proj_dim == "exact" else N, N, N]
     metadata = json.loads((tmp_path / "a" / "metadata.json").read_text())
     strength = metadata["whitening"]["strength"]
-    given = one_call(learned, tmp_path / "b", proj_dim=proj_dim, whitening=strength)
+    given = runs.one_call(learned, tmp_path / "b", proj_dim=proj_dim, whitening=strength)
     np.testing.assert_array_equal(found, given)
 
 
@@ -111,7 +99,7 @@ def test_too_much_whitening_is_told(whitening, told, learned, tmp_path, caplog):
     assert any("Use whitening=0.1" in message for message in said) == told
     with caplog.at_level(logging.WARNING):
         caplog.clear()
-        one_call(learned, tmp_path / "attribute")
+        runs.one_call(learned, tmp_path / "attribute")
     assert "Use whitening" not in caplog.text
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from trak.gradient_computers.forwards import another_forward
+
 
 class Echo:
     """Remembers what a model answered to its last call, and answers the same call again.
@@ -50,7 +52,7 @@ class Echo:
             self._answered = _versions(pytree.tree_leaves(self._answer))
             return output
 
-        with _forward_of(model, forward):
+        with another_forward(model, forward):
             yield
 
     @contextmanager
@@ -72,7 +74,7 @@ class Echo:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._answer if self._is_known(args, kwargs) else usual(*args, **kwargs)
 
-        with _forward_of(model, forward):
+        with another_forward(model, forward):
             yield
 
     def _is_known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -86,19 +88,6 @@ class Echo:
             and versions == _versions(leaves)
             and self._answered == _versions(pytree.tree_leaves(self._answer))
         )
-
-
-@contextmanager
-def _forward_of(model: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
-    own = model.__dict__.get("forward")
-    model.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del model.__dict__["forward"]
-        else:
-            model.__dict__["forward"] = own
 
 
 def _same(known: Any, other: Any) -> bool:

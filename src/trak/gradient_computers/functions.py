@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from trak.blocks import Block, DenseBlock, FactoredBlock, IndexedBlock
 from trak.gradient_computers.capture import Tape
+from trak.gradient_computers.forwards import another_forward
 from trak.gradient_computers.lengths import Ledger
 from trak.gradient_computers.plan import Anatomy, Plan, Samples
 
@@ -111,20 +112,13 @@ class FunctionWatch(TorchFunctionMode):
     @contextmanager
     def _around(self, owner: nn.Module) -> Generator[None]:
         forward = owner.forward
-        own = owner.__dict__.get("forward")
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             with self:
                 return forward(*args, **kwargs)
 
-        owner.__dict__["forward"] = watched
-        try:
+        with another_forward(owner, watched):
             yield
-        finally:
-            if own is None:
-                del owner.__dict__["forward"]
-            else:
-                owner.__dict__["forward"] = own
 
     def __torch_function__(
         self,
