@@ -44,7 +44,8 @@ from benchmarks.systems import RIDGES, Checkpoint, checkpoint, loss_weights, mom
 from trak.evaluation import lds_difference
 from trak.projectors.choice import make_projector, projection_costs
 from trak.projectors.dimension import chosen_dimension
-from trak.score_computers.auto_ridge import Situation, relative_ridge
+from trak.score_computers.auto_ridge import relative_ridge
+from trak.score_computers.ridge_sample import Situation
 from trak.score_computers.unwhitened import Chosen, Unwhitened
 
 DIMS = (512, 2048, 4096)

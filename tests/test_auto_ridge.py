@@ -17,15 +17,14 @@ from trak.score_computers.auto_ridge import (
     BY_CURVATURE,
     BY_STRENGTH,
     USUAL,
-    Situation,
     _smaller,
     best_ridge,
     noise_factor,
     relative_ridge,
-    sampled,
 )
 from trak.score_computers.curvature import roots, weighted
 from trak.score_computers.retraining import retrained
+from trak.score_computers.ridge_sample import Situation, sampled
 from trak.score_computers.stationarity import EARLY, LEAST, MOST, training_of
 from trak.score_computers.unwhitened import SAMPLE, Chosen, Unwhitened
 

@@ -7,8 +7,8 @@ from tests import cases, runs
 
 from trak.errors import InputError, InputTypeError
 from trak.score_computers import BasicScoreComputer, RidgeScoreComputer
-from trak.score_computers.auto_ridge import Situation
 from trak.score_computers.curvature import FLOOR, roots
+from trak.score_computers.ridge_sample import Situation
 
 N, M = 24, 5
 

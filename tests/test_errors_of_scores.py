@@ -14,9 +14,9 @@ from trak.pipeline.ranks_of_scores import Ranked, critical, noise_limit
 from trak.pipeline.variances import VariancePass, cut
 from trak.projectors import NoOpProjector
 from trak.score_computers import AbstractScoreComputer
-from trak.score_computers.auto_ridge import drawn
 from trak.score_computers.linear import Weighted
 from trak.score_computers.moderation import PEERS
+from trak.score_computers.ridge_sample import drawn
 
 N, M, C = 40, 5, 4
 

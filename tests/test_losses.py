@@ -20,8 +20,9 @@ from trak.modelout_functions import (
     IterativeImageClassificationModelOutput,
 )
 from trak.savers import AbstractSaver, MmapSaver
-from trak.score_computers.auto_ridge import Situation, relative_ridge
+from trak.score_computers.auto_ridge import relative_ridge
 from trak.score_computers.logistic import is_logistic, log_odds
+from trak.score_computers.ridge_sample import Situation
 from trak.score_computers.stationarity import training_of
 
 N, M = 48, 3

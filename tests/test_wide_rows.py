@@ -21,16 +21,8 @@ from trak.pipeline import assembly
 from trak.projectors import BasicProjector, NoOpProjector
 from trak.savers import AbstractSaver, MmapSaver
 from trak.score_computers import BasicScoreComputer, RidgeScoreComputer
-from trak.score_computers.auto_ridge import (
-    SAMPLE,
-    Situation,
-    Wide,
-    best_ridge,
-    drawn,
-    noise_factor,
-    relative_ridge,
-    sampled,
-)
+from trak.score_computers.auto_ridge import best_ridge, noise_factor, relative_ridge
+from trak.score_computers.ridge_sample import SAMPLE, Situation, Wide, drawn, sampled
 from trak.score_computers.stationarity import training_of
 
 N, M = 60, 4

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.banks.objectives import OBJECTIVES, Objective, Task
+from benchmarks.banks.objectives import OBJECTIVES, Objective, Task, margin
+from trak.modelout_functions import ImageClassificationModelOutput
 
 bce = nn.functional.binary_cross_entropy_with_logits
 
@@ -70,7 +71,29 @@ def _hinge(predictions: Tensor, labels: Tensor) -> Tensor:
     return (1 - Hinge.output(predictions, labels)).clamp(min=0).mean()
 
 
+def _counted(*weights: float) -> Objective:
+    task = ImageClassificationModelOutput(class_weights=weights)
+    loss = nn.CrossEntropyLoss(weight=torch.tensor(weights))
+    return Objective(loss, margin, task)
+
+
+def _positive(weight: float) -> Objective:
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        pos_weight = torch.tensor(weight)
+        return bce(logits[:, 0], labels.to(logits), pos_weight=pos_weight)
+
+    def output(logits: Tensor, labels: Tensor) -> Tensor:
+        return (2 * labels - 1) * logits[:, 0]
+
+    return Objective(
+        loss, output, ImageClassificationModelOutput(class_weights=[1, weight])
+    )
+
+
 OBJECTIVES |= {
+    "weights of three": _counted(0.4, 3.0, 6.0),
+    "weights of two": _counted(0.6, 4.0),
+    "positive weight": _positive(9.0),
     "one_logit": Objective(lambda f, y: bce(f[:, 0], y), OneLogit.output, OneLogit),
     "several_labels": Objective(
         lambda f, y: len(y[0]) * bce(f, y), SeveralLabels.output, SeveralLabels

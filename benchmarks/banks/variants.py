@@ -391,6 +391,30 @@ UNSEEN = {
         1e-3,
         task="one_logit",
     ),
+    "class weights": Variant(
+        (15, 48, 3),
+        lambda: blobs(700, 15, 3, 0.02, weights=[0.85, 0.1], class_sep=1.2),
+        30,
+        0.05,
+        1e-3,
+        task="weights of three",
+    ),
+    "class weights, two": Variant(
+        (15, 48, 2),
+        lambda: blobs(600, 15, 2, 0.02, weights=[0.88], class_sep=1.2),
+        60,
+        0.05,
+        1e-4,
+        task="weights of two",
+    ),
+    "positive weight": Variant(
+        (20, 48, 1),
+        lambda: blobs(800, 20, 2, 0.03, weights=[0.9]),
+        30,
+        0.05,
+        1e-3,
+        task="positive weight",
+    ),
     "30 features": Variant((30, 64, 64, 2), lambda: blobs(900, 30, 2, 0.0), 60, 0.1, 0.0),
 }
 VARIANTS |= UNSEEN

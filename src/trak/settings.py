@@ -30,6 +30,7 @@ class RunSettings:
         precision: dtype of the stored rows, e.g. `"float16"`.
         task: the model output's class and scalar settings.
         whitening: strength and damping; None if gradients are not whitened.
+        sample_weights: the task says how much training examples count.
         library: version of this library.
     """
 
@@ -40,6 +41,7 @@ class RunSettings:
     precision: str
     task: Mapping[str, Any]
     whitening: Mapping[str, float] | None = None
+    sample_weights: bool = False
     library: str = LIBRARY_VERSION
 
     def __post_init__(self) -> None:
@@ -57,6 +59,8 @@ class RunSettings:
         found = asdict(self)
         if self.whitening is None:  # stores from before there was any stay readable
             del found["whitening"]
+        if not self.sample_weights:
+            del found["sample_weights"]
         return json.loads(json.dumps(found))
 
     def fingerprint(self) -> str:

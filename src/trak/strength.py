@@ -27,12 +27,12 @@ from trak.projectors import LeadingProjector, NoOpProjector
 from trak.savers.filesystem import read_object
 from trak.score_computers.auto_ridge import (
     BY_STRENGTH,
-    Situation,
     relative_ridge,
     stiffness,
 )
 from trak.score_computers.curvature import roots, weighted
-from trak.score_computers.logistic import sizes
+from trak.score_computers.losses import losses_of
+from trak.score_computers.ridge_sample import Situation
 from trak.whitening import Moments
 from trak.whitening.whitening import STRENGTH
 
@@ -94,9 +94,8 @@ def choose_strength(
     _load(pipeline, states[0])
     weights = [pipeline.maker.loss_weights(batch) for batch in sample]
     logistic = pipeline.losses.tell(sample, weights)
-    useful = _is_useful(
-        sizes(torch.cat([q.flatten() for q in weights]), logistic), logistic
-    )
+    losses = losses_of(*torch.cat(weights).cpu().T).sized(logistic)
+    useful = _is_useful(losses.own, logistic)
     strength = STRENGTH if useful else 0.0
     if useful and enough and logistic is not False:
         free = _fitted_stiffness(pipeline, fitted, count, logistic)
@@ -252,8 +251,9 @@ class Trial:
                 # played for each strength, the largest ridge would win: it is most
                 # reproducible
                 ridge = self.plain * (1 + BY_STRENGTH * strength)
-                r = roots(sizes(loss, self.logistic).cpu()) if self.curvature else None
-                kept.append(_solved(rows, loss, ridge, r))
+                losses = losses_of(*loss.cpu().T).sized(self.logistic)
+                r = roots(losses, curved=self.curvature)
+                kept.append(_solved(rows, loss[:, :1], ridge, r))
         self.pipeline.maker.whitenings.clear()
         return [_agreement(scores) for scores in found]
 
@@ -270,8 +270,7 @@ class Trial:
             total.merge(moments)
             parts.append(rows)
         self.moments[number] = total
-        every = torch.cat(parts)
-        return every[:, :-1], every[:, -1:]
+        return maker.parted(torch.cat(parts))
 
     @full_precision()
     def _whitened(self, rows: Tensor, number: int, strength: float) -> Tensor:
@@ -304,16 +303,17 @@ class Trial:
 
     @full_precision()
     def _ridge(self, rows: Tensor, weights: Tensor) -> float:
-        loss = weights.double().cpu()
+        loss, *counts = weights.double().cpu().T
         situation = Situation(
             checkpoints=self.together,
             columns=self.pipeline.maker.projector.random_dim or None,
             loss=loss,
+            counts=counts[0] if counts else None,
             logistic=self.logistic,
             words=self.pipeline.losses.words,
             curvature=self.curvature,
         )
-        factors = roots(situation.sizes) if self.curvature else None
+        factors = roots(situation.losses, curved=self.curvature)
         return relative_ridge(weighted(rows, factors), situation)
 
 

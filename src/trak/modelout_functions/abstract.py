@@ -23,6 +23,12 @@ class AbstractModelOutput(ABC):
     - `get_out_to_loss_grad(self, model, weights, buffers, batch)`: `Q`, one number a
       sample, `[b]` or `[b, 1]`.
 
+    Where training counts some examples more than others, by weights in its loss or by a
+    sampler that draws them more often, a third one says so:
+
+    - `get_sample_weights(self, batch)`: how much each sample counts, above 0, `[b]` or
+      `[b, 1]`. `Q` is then that of the sample's loss without its weight.
+
     Attributes:
         loss_temperature: divides the logits inside Q.
         loss_is_logistic: whether `Q = 1 / (1 + exp(f))`, as it is for classification, or
@@ -115,6 +121,72 @@ def batch_output_function(task: Any) -> Callable[[Any, Any], Tensor] | None:
     return _returns_tensor(task, "get_batch_output", task.get_batch_output)
 
 
+def sample_weights_function(task: Any) -> Callable[[Any], Any] | None:
+    """A task's `get_sample_weights(batch)`, if it has one.
+
+    Args:
+        task: an instance.
+
+    Returns:
+        The method; None if there is none, so that all examples count once.
+    """
+    found = getattr(task, "get_sample_weights", None)
+    return found if callable(found) else None
+
+
+def one_a_sample(found: Any, size: int, name: str) -> Tensor:
+    """Checks what a task's method returned.
+
+    Args:
+        found: what it returned.
+        size: samples of the batch.
+        name: the method.
+
+    Returns:
+        `[b, 1]`.
+
+    Raises:
+        InputTypeError: if it is no tensor.
+        InputError: if it has another number of values.
+    """
+    if not isinstance(found, Tensor):
+        raise InputTypeError(
+            f"{name} must return a tensor with one number a sample, got "
+            f"{type(found).__name__}."
+        )
+    if found.numel() != size:
+        raise InputError(
+            f"{name} must return one number a sample, [{size}, 1]; got shape "
+            f"{tuple(found.shape)}."
+        )
+    return found.detach().reshape(-1, 1)
+
+
+def counted(found: Any, size: int) -> Tensor:
+    """Checks sample weights.
+
+    Args:
+        found: what `get_sample_weights` returned.
+        size: samples of the batch.
+
+    Returns:
+        `[b, 1]`.
+
+    Raises:
+        InputError: if one is not above 0.
+    """
+    weights = one_a_sample(found, size, "get_sample_weights")
+    wrong = (~((weights > 0) & torch.isfinite(weights))).nonzero()
+    if len(wrong):
+        first = int(wrong[0, 0])
+        raise InputError(
+            f"get_sample_weights must return numbers above 0; sample {first} of the batch "
+            f"has {float(weights[first]):g}. Leave examples that training does not count "
+            "out of the training set."
+        )
+    return weights
+
+
 def _returns_tensor(
     task: Any, name: str, function: Callable[..., Any]
 ) -> Callable[..., Tensor]:
@@ -185,4 +257,6 @@ def describe_task(task: Any) -> dict[str, Any]:
             if isinstance(value, bool | int | float | str) and not name.startswith("_")
         }
     # the bare name: __main__.Task in a script and train.Task when imported are one task
-    return {"class": type(task).__qualname__, **values}
+    described = {"class": type(task).__qualname__, **values}
+    by_class = getattr(task, "_class_weights", None)
+    return described if by_class is None else described | {"class_weights": list(by_class)}

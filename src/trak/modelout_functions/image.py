@@ -8,6 +8,7 @@ from torch import Tensor
 from trak.arguments import as_number
 from trak.errors import InputError
 from trak.modelout_functions.abstract import AbstractModelOutput
+from trak.modelout_functions.class_weights import ClassWeighted, as_class_weights
 from trak.modelout_functions.margin import (
     call,
     check_labels,
@@ -34,18 +35,25 @@ def _parts(
     return (inputs[0],), {}, inputs[1]
 
 
-class ImageClassificationModelOutput(AbstractModelOutput):
+class ImageClassificationModelOutput(ClassWeighted, AbstractModelOutput):
     """The margin of the correct class (Park et al. 2023, Sec. 3.3).
 
     Batches are (images, labels), or a dict whose inputs the model takes by name.
 
     Args:
         temperature: divides the logits inside Q.
+        class_weights: how much an example of each class counts in training, as
+            `torch.nn.CrossEntropyLoss(weight=...)` or a sampler has it; None if all count
+            alike.
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, class_weights: Any = None) -> None:
         super().__init__()
         self.loss_temperature = as_number("temperature", temperature, zero=False)
+        self._class_weights = as_class_weights(class_weights)
+
+    def _labels(self, batch: Any) -> Tensor:
+        return _parts((batch,) if isinstance(batch, Mapping) else tuple(batch))[2]
 
     @staticmethod
     def get_output(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -8,6 +8,7 @@ from torch import Tensor
 from trak.arguments import as_number
 from trak.errors import InputError
 from trak.modelout_functions.abstract import AbstractModelOutput
+from trak.modelout_functions.class_weights import ClassWeighted, as_class_weights
 from trak.modelout_functions.margin import (
     call,
     check_labels,
@@ -36,7 +37,7 @@ def _parts(inputs: tuple[Any, ...]) -> tuple[dict[str, Tensor], Tensor]:
     return dict(zip(names, inputs[:-1], strict=True)), inputs[-1]
 
 
-class TextClassificationModelOutput(AbstractModelOutput):
+class TextClassificationModelOutput(ClassWeighted, AbstractModelOutput):
     """The margin of the correct class, for models that take token tensors by name.
 
     Batches are (input_ids, token_type_ids, attention_mask, labels), the same without
@@ -47,12 +48,24 @@ class TextClassificationModelOutput(AbstractModelOutput):
         temperature: divides the logits inside Q.
         trim_padding: leave out columns that are padding, and put samples of similar length
             together, for Hugging Face models whose outputs do not change by it.
+        class_weights: how much an example of each class counts in training, as
+            `torch.nn.CrossEntropyLoss(weight=...)` or a sampler has it; None if all count
+            alike.
     """
 
-    def __init__(self, temperature: float = 1.0, trim_padding: bool = True) -> None:
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        trim_padding: bool = True,
+        class_weights: Any = None,
+    ) -> None:
         super().__init__()
         self.loss_temperature = as_number("temperature", temperature, zero=False)
+        self._class_weights = as_class_weights(class_weights)
         self._trim_padding = trim_padding  # not a setting: rows are the same
+
+    def _labels(self, batch: Any) -> Tensor:
+        return _parts((batch,) if isinstance(batch, Mapping) else tuple(batch))[1]
 
     @staticmethod
     def get_output(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -28,7 +28,7 @@ from trak.projectors.choice import projection_costs
 from trak.projectors.dimension import USUAL
 from trak.savers import AbstractSaver, MmapSaver
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
-from trak.score_computers.auto_ridge import drawn
+from trak.score_computers.ridge_sample import drawn
 from trak.settings import RunSettings
 
 WIDE = 2048

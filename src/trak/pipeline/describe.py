@@ -12,6 +12,7 @@ from torch import nn
 from trak.arguments import as_integer, is_listed
 from trak.errors import InputError, InputTypeError
 from trak.modelout_functions import describe_task
+from trak.modelout_functions.abstract import sample_weights_function
 from trak.projectors import AbstractProjector, BlockProjector, KernelProjector
 from trak.settings import RunSettings
 from trak.whitening.whitening import DAMPING
@@ -121,6 +122,7 @@ def describe_run(
         projection={**_describe_projector(projector), "proj_dim": proj_dim},
         precision=str(dtype).removeprefix("torch."),
         task=describe_task(task),
+        sample_weights=sample_weights_function(task) is not None,
         whitening={"strength": whitening, "damping": DAMPING} if whitening else None,
     )
 

@@ -15,7 +15,6 @@ from trak.pipeline.scoring import ScorePass
 from trak.pipeline.solving import ScoreSet, block_scorer
 from trak.pipeline.variances import Pairs, Takes, VariancePass, cut
 from trak.score_computers import LinearScoreComputer
-from trak.score_computers.auto_ridge import drawn
 from trak.score_computers.linear import BlockScorer
 from trak.score_computers.moderation import (
     PEERS,
@@ -23,6 +22,7 @@ from trak.score_computers.moderation import (
     Stretch,
     learned,
 )
+from trak.score_computers.ridge_sample import drawn
 from trak.score_computers.stream import decoded
 from trak.score_computers.topk import how_many
 

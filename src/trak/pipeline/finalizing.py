@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from trak.encodings import RowSource
 from trak.errors import ModelIDException
 from trak.pipeline.describe import describe_rows
-from trak.pipeline.losses import LossWatch, loss_sizes, tell_of_strays
+from trak.pipeline.losses import LossWatch, counts_of, loss_sizes, tell_of_strays
 from trak.pipeline.project import RowMaker
 from trak.pipeline.readiness import chosen_ids, current_factor, together
 from trak.pipeline.solving import placed, row_source
@@ -23,7 +24,7 @@ from trak.score_computers import (
     LinearScoreComputer,
     RidgeScoreComputer,
 )
-from trak.score_computers.auto_ridge import Situation, Wide, drawn
+from trak.score_computers.ridge_sample import Situation, Wide, drawn
 from trak.score_computers.stream import decoded
 
 logger = logging.getLogger(__name__)
@@ -71,10 +72,10 @@ def finalize_checkpoints(
             continue
         tell_of_strays(loss_sizes(saver, model_id, decided), model_id)
         wanted[model_id] = Situation(
+            **_losses(saver, model_id),
             checkpoints=len(chosen),
             strength=whitener.strength,
             columns=maker.projector.random_dim or None,
-            loss=rows.array("out_to_loss"),
             logistic=decided["logistic"],
             words=losses.words,
             unwhitened=whitener.unwhitened(model_id),
@@ -89,6 +90,11 @@ def finalize_checkpoints(
         info = {**info, **decided, "together": together(saver, chosen)}
         saver.save_factor(model_id, matrix, info)
     return list(wanted)
+
+
+def _losses(saver: AbstractSaver, model_id: int) -> dict[str, Any]:
+    loss = saver.train_rows(model_id).array("out_to_loss")
+    return {"loss": loss, "counts": counts_of(saver, model_id)}
 
 
 def _refuse_missing(rows: Rows, model_id: int) -> None:

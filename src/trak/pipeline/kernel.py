@@ -90,7 +90,7 @@ class KernelMaker(RowMaker):
             training: training examples, whose gradients are kept; else targets.
 
         Yields:
-            `[b, n + 1]`, float64, and loss weights `[b, 1]`, or None for targets.
+            `[b, n + 1]`, float64, and what `loss_weights` gives, or None for targets.
         """
         found = self._gathered(batch, model_id, numbers, training=training)
         earlier = self._earlier_of(model_id)

@@ -16,7 +16,8 @@ from torch import Tensor
 from trak.batches import Batch, select
 from trak.gradient_computers import AbstractGradientComputer
 from trak.savers import AbstractSaver
-from trak.score_computers.logistic import is_logistic, sizes
+from trak.score_computers.logistic import is_logistic
+from trak.score_computers.losses import Losses, losses_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class LossWatch:
 
         Args:
             outputs: what `outputs` gave, `[c]`.
-            loss: Q of all samples of that batch, `[b, 1]`.
+            loss: of all samples of that batch, as `RowMaker.loss_weights`.
             model_id: the checkpoint.
         """
         pairs = _pairs(outputs, loss)
@@ -85,7 +86,8 @@ class LossWatch:
 
         Args:
             batch: a normalized batch of stored examples.
-            loss: their stored Q, `[b, 1]`.
+            loss: their stored Q, and how much they count if that differs, `[b, 1]` or
+                `[b, 2]`.
             model_id: the checkpoint, whose weights are loaded.
             whole: whether all of its rows are stored, so that no others will tell.
         """
@@ -101,7 +103,7 @@ class LossWatch:
 
         Args:
             batches: normalized batches.
-            losses: their Q, `[b, 1]` each.
+            losses: of each, as `RowMaker.loss_weights`.
 
         Returns:
             Whether the loss is logistic; None if that cannot be told.
@@ -169,9 +171,24 @@ class LossWatch:
         return None if softened and not found else found
 
 
+def counts_of(saver: AbstractSaver, model_id: int) -> NDArray[Any] | None:
+    """How much a checkpoint's training examples count in its training.
+
+    Args:
+        saver: the store.
+        model_id: the checkpoint.
+
+    Returns:
+        `[n, 1]`; None if the task does not say, so that all count once.
+    """
+    if not saver.metadata.get("sample_weights"):
+        return None
+    return saver.train_rows(model_id).array("sample_weights")
+
+
 def loss_sizes(
     saver: AbstractSaver, model_id: int, made: Mapping[str, Any] | None = None
-) -> Tensor:
+) -> Losses:
     """What the curvature of a checkpoint's training examples is told from.
 
     Args:
@@ -181,21 +198,22 @@ def loss_sizes(
             what was found of this checkpoint, if it does not.
 
     Returns:
-        Q, `[n, 1]`, float64, without the signs that it may have if the loss is logistic.
+        Q without the signs that it may have if the loss is logistic.
     """
-    loss = np.asarray(saver.train_rows(model_id).array("out_to_loss"), dtype=np.float64)
+    loss = saver.train_rows(model_id).array("out_to_loss")
     known = made if made and "logistic" in made else saver.loss_record(model_id)
     logistic = (known or {}).get("logistic")
-    return sizes(torch.from_numpy(np.array(loss)), logistic)
+    return losses_of(loss, counts_of(saver, model_id)).sized(logistic)
 
 
-def tell_of_strays(loss: Tensor, model_id: int) -> None:
+def tell_of_strays(losses: Losses, model_id: int) -> None:
     """Says so where a few loss weights are the reason for other settings.
 
     Args:
-        loss: what `loss_sizes` gave.
+        losses: what `loss_sizes` gave.
         model_id: the checkpoint.
     """
+    loss = losses.own
     inside = (loss >= 0) & (loss <= 1)
     share = float(inside.double().mean())
     if _MOSTLY <= share < 1:
@@ -213,5 +231,6 @@ def tell_of_strays(loss: Tensor, model_id: int) -> None:
 
 
 def _pairs(outputs: Tensor, loss: Tensor) -> Tensor:
-    pair = [outputs.detach().flatten(), loss.detach().flatten()[: outputs.numel()]]
+    own = losses_of(*loss.detach().cpu().T).own.flatten()
+    pair = [outputs.detach().flatten(), own[: outputs.numel()]]
     return torch.stack([part.to("cpu", torch.float64) for part in pair], dim=1)

@@ -35,7 +35,11 @@ from trak.pipeline.task_state import prepare_task
 from trak.pipeline.whiten import Whitener
 from trak.precision import full_precision
 from trak.savers import AbstractSaver
-from trak.score_computers import AbstractScoreComputer, LinearScoreComputer
+from trak.score_computers import (
+    AbstractScoreComputer,
+    LinearScoreComputer,
+    RidgeScoreComputer,
+)
 from trak.score_computers.stream import decoded
 from trak.settings import RunSettings
 
@@ -399,7 +403,7 @@ class Pipeline:
             rows = row_source(self.saver.train_rows(model_id))
             if isinstance(self.scorer, LinearScoreComputer):
                 loss = {}
-                if getattr(self.scorer, "curvature", False):
+                if isinstance(self.scorer, RidgeScoreComputer):
                     loss = {"loss": loss_sizes(self.saver, model_id, info)}
                 features = self.scorer.features((matrix, info), rows, **loss)
             else:

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from trak.batches import Batch, batch_size, select
 from trak.blocks import Block, Sink
-from trak.errors import InputError, InputTypeError, NumericalError
+from trak.errors import InputError, NumericalError
 from trak.gradient_computers import AbstractGradientComputer
 from trak.gradient_computers.capture import InputChangedError
 from trak.gradient_computers.memory import is_out_of_memory
+from trak.modelout_functions.abstract import (
+    counted,
+    one_a_sample,
+    sample_weights_function,
+)
 from trak.pipeline.lengths import Trimmer
 from trak.pipeline.losses import LossWatch
 from trak.pipeline.memory import MicroBatches
@@ -80,11 +85,11 @@ class RowMaker:
             with_weights: compute Q too.
 
         Returns:
-            `[b, k]`, finite, float32 or float64, and `[b, 1]` or None.
+            `[b, k]`, finite, float32 or float64, and what `loss_weights` gives, or None.
         """
         if not batch_size(batch):
             blank = self.blank(0, self.projector.proj_dim)
-            return blank, blank[:, :1] if with_weights else None
+            return blank, self.blank(0, self.loss_columns) if with_weights else None
 
         def project(piece: Batch, own: list[int]) -> Tensor:
             del own
@@ -125,7 +130,7 @@ class RowMaker:
             training: training examples; else targets.
 
         Yields:
-            `[b, k]` and, for training examples, loss weights `[b, 1]`.
+            `[b, k]` and, for training examples, what `loss_weights` gives.
         """
         yield self.rows(batch, model_id, numbers, with_weights=training)
 
@@ -149,7 +154,8 @@ class RowMaker:
             with_weights: compute Q too.
 
         Returns:
-            What `project` gave, in the batch's order, and Q or None.
+            What `project` gave, in the batch's order, and what `loss_weights` gives, or
+            None.
         """
 
         def make(bucket: Batch, own: list[int]) -> Tensor:
@@ -175,7 +181,7 @@ class RowMaker:
                 # the task's own checks say more, and see the whole batch
                 self.computer.compute_loss_grad(batch)
             raise
-        return (made[:, :-1], made[:, -1:]) if with_weights else (made, None)
+        return self.parted(made) if with_weights else (made, None)
 
     def with_copies(self, attempt: Callable[[], _T]) -> _T:
         """Tries again, with copies of layers' inputs, where the model changed one.
@@ -196,6 +202,17 @@ class RowMaker:
                 raise
             logger.info("%s Inputs are copied, which takes memory.", error)
             return attempt()
+
+    def parted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes rows apart from the loss weights beside them.
+
+        Args:
+            rows: `[b, k + c]`, with what `loss_weights` gives as the last columns.
+
+        Returns:
+            `[b, k]` and `[b, c]`.
+        """
+        return rows[:, : -self.loss_columns], rows[:, -self.loss_columns :]
 
     def moments(self, batch: Batch) -> Moments:
         """What whitening needs to know of a batch's gradients.
@@ -219,8 +236,8 @@ class RowMaker:
             projector: makes the rows, of blocks; None for no rows.
 
         Returns:
-            The batch's sums, and its rows with the loss weights Q as a last column,
-            `[b, k + 1]`; `[b, 0]` without a projector.
+            The batch's sums, and its rows with what `loss_weights` gives as last columns,
+            `[b, k + c]`; `[b, 0]` without a projector.
         """
         total = Moments()
         if not batch_size(batch):
@@ -292,35 +309,32 @@ class RowMaker:
                 "Look at the sample (NaN in its input?) and at the weights."
             )
 
+    @property
+    def loss_columns(self) -> int:
+        """How many numbers `loss_weights` gives of an example: 2 with sample weights."""
+        return 1 if sample_weights_function(self.computer.modelout_fn) is None else 2
+
     def loss_weights(self, batch: Batch) -> Tensor:
-        """Q of a batch.
+        """Q of a batch, and how much its samples count, where the task says so.
 
         Args:
             batch: a normalized batch.
 
         Returns:
-            `[b, 1]`.
-
-        Raises:
-            InputTypeError: if the task returns no tensor.
-            InputError: if it returns another number of values.
+            `[b, 1]`; of a task with `get_sample_weights` `[b, 2]`, Q times these and these.
         """
-        weights: Any = self.computer.compute_loss_grad(batch)
-        if not isinstance(weights, Tensor):
-            raise InputTypeError(
-                "get_out_to_loss_grad must return a tensor with one number a sample, got "
-                f"{type(weights).__name__}."
-            )
-        if weights.numel() != batch_size(batch):
-            raise InputError(
-                "get_out_to_loss_grad must return one number a sample, "
-                f"[{batch_size(batch)}, 1]; got shape {tuple(weights.shape)}."
-            )
-        return weights.detach().reshape(-1, 1)
+        size = batch_size(batch)
+        found: Any = self.computer.compute_loss_grad(batch)
+        loss = one_a_sample(found, size, "get_out_to_loss_grad")
+        counting = sample_weights_function(self.computer.modelout_fn)
+        if counting is None:
+            return loss
+        counts = counted(counting(batch), size).to(loss)
+        return torch.cat([loss * counts, counts], dim=1)
 
     def _finite_weights(self, batch: Batch, numbers: Sequence[int | str]) -> Tensor:
         weights = self.loss_weights(batch)
-        finite = torch.isfinite(weights).flatten()
+        finite = torch.isfinite(weights).all(dim=1)
         if not finite.all():
             bad = int((~finite).nonzero()[0])
             raise NumericalError(

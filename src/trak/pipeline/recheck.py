@@ -4,7 +4,6 @@ Settings and weights are compared by content; the code of a model and of a task 
 """
 
 import logging
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from trak.batches import Batch
-from trak.gradient_computers import AbstractGradientComputer
 from trak.modes import evaluation_mode
+from trak.pipeline.project import RowMaker
 from trak.pipeline.rows import narrow
 from trak.savers import Rows
 
@@ -25,7 +24,7 @@ _CLOSE, _CLOSE_HALVES = (0.05, 1e-3), (0.3, 0.02)  # relative, absolute
 
 def warn_of_other_code(
     model: nn.Module,
-    computer: AbstractGradientComputer,
+    maker: RowMaker,
     rows: Rows,
     batch: Batch,
     numbers: NDArray[np.int64],
@@ -34,7 +33,7 @@ def warn_of_other_code(
 
     Args:
         model: the model, with the checkpoint's weights.
-        computer: computes Q.
+        maker: computes Q.
         rows: of the checkpoint.
         batch: a normalized batch.
         numbers: its samples' row numbers, `[b]`.
@@ -45,8 +44,8 @@ def warn_of_other_code(
     before = np.asarray(rows.array("out_to_loss")[numbers[known], 0], dtype=np.float64)
     try:
         with torch.inference_mode(False), evaluation_mode(model):
-            found: Any = computer.compute_loss_grad(narrow(batch, known))
-        now = found.detach().double().cpu().numpy().reshape(-1)
+            found = maker.loss_weights(narrow(batch, known))[:, 0]
+        now = found.detach().double().cpu().numpy()
     except Exception:  # what cannot be compared is said where it is needed
         logger.debug("Loss weights of stored rows cannot be compared.", exc_info=True)
         return

@@ -50,7 +50,7 @@ class SamplingMaker(RowMaker):
             training: training examples, some of which get wide rows; else targets.
 
         Yields:
-            `[b, k]` and, for training examples, loss weights `[b, 1]`.
+            `[b, k]` and, for training examples, what `loss_weights` gives.
         """
         files = self._files_of(model_id) if training else None
         chosen = np.isin(numbers, self.sample)

@@ -220,7 +220,7 @@ def block_scorer(
 def _loss_of(
     scorer: LinearScoreComputer, saver: AbstractSaver, model_id: int, kept: Kept
 ) -> dict[str, Any]:
-    if isinstance(scorer, RidgeScoreComputer) and scorer.curvature:
+    if isinstance(scorer, RidgeScoreComputer):
         return {"loss": loss_sizes(saver, model_id, kept[1])}
     return {}
 

@@ -82,7 +82,7 @@ class RowStorer:
         check_examples(numbers, digests, others, kind)
         wanted = missing_rows(rows, numbers)
         if training and not phase.began and len(wanted) < size:
-            warn_of_other_code(self.model, self.maker.computer, rows, normal, numbers)
+            warn_of_other_code(self.model, self.maker, rows, normal, numbers)
         if training and size and not len(wanted):
             self._look_again(phase, rows, normal, numbers)
         phase.began = phase.began or size > 0
@@ -106,7 +106,9 @@ class RowStorer:
         if self.maker.losses is None:
             return
         prepare_task(self.task, self.model, phase.digest)
-        loss, whole = rows.array("out_to_loss")[numbers], bool(rows.done.all())
+        names = ["out_to_loss", "sample_weights"][: self.maker.loss_columns]
+        loss = np.concatenate([rows.array(name)[numbers] for name in names], axis=1)
+        whole = bool(rows.done.all())
         with torch.inference_mode(False), evaluation_mode(self.model):
             self.maker.losses.look_again(batch, loss, phase.model_id, whole=whole)
 
@@ -139,5 +141,7 @@ class RowStorer:
             values = {"examples": digests[:, None]}
             values["grads"] = to_store(made, self.dtype, numbers)
             if weights is not None:
-                values["out_to_loss"] = weights.to(torch.float64).cpu().numpy()
+                loss = weights.to(torch.float64).cpu().numpy()
+                values["out_to_loss"] = loss[:, :1]
+                values |= {"sample_weights": loss[:, 1:]} if loss.shape[1] > 1 else {}
             rows.commit(numbers, values)

@@ -11,6 +11,7 @@ from torch import Tensor
 from trak.encodings import EncodedRows
 from trak.score_computers import RidgeScoreComputer
 from trak.score_computers.linear import Kept
+from trak.score_computers.losses import Losses
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class System:
         model_id: the checkpoint.
         rows: Phi, `[n, k]`.
         loss: Q, `[n, 1]`.
-        sizes: what rows are weighted by if they are weighted by curvature, `[n, 1]`.
+        sizes: what rows are weighted by, if they are.
         scorer: solves; None if the method does not ask for it.
         kept: what the scorer made.
     """
@@ -29,7 +30,7 @@ class System:
     model_id: int
     rows: Tensor | EncodedRows
     loss: NDArray[Any]
-    sizes: Tensor
+    sizes: Losses
     scorer: RidgeScoreComputer | None
     kept: Kept | None
 

@@ -98,7 +98,7 @@ class Whitener:
         self.sums.setdefault(model_id, Moments()).merge(found)
         if len(rows):
             chosen = self.chosen.setdefault(model_id, Chosen())
-            chosen.add(rows[:, :-1], rows[:, -1:])
+            chosen.add(*self.maker.parted(rows))
 
     def save(self, model_id: int) -> None:
         """Writes what this process added up, for others to add to theirs.

@@ -24,15 +24,23 @@ class StoreLayout:
         num_rows: number of training examples, `n`.
         width: projection dimension, `k`.
         encoding: how projected gradients are written.
+        weighted: training examples have sample weights.
     """
 
     def __init__(
-        self, save_dir: Path, num_rows: int, width: int, encoding: RowEncoding
+        self,
+        save_dir: Path,
+        num_rows: int,
+        width: int,
+        encoding: RowEncoding,
+        *,
+        weighted: bool = False,
     ) -> None:
         self.save_dir = save_dir
         self.num_rows = num_rows
         self.width = width
         self.encoding = encoding
+        self.weighted = weighted
         # Q lies in (0, 1] and reaches below float16's range for confident models
         wide = np.float64 if encoding.name == "float64" else np.float32
         self.q_dtype = self.score_dtype = np.dtype(wide)
@@ -68,7 +76,8 @@ class StoreLayout:
 
         Returns:
             `grads` `[n, k]`, `out_to_loss` `[n, 1]` and `examples` `[n, 1]`; and, if
-            rows have scales, `scales` `[n, 1]`.
+            rows have scales, `scales` `[n, 1]`, and, if examples have weights,
+            `sample_weights` `[n, 1]`.
         """
         folder = self.checkpoint(model_id)
         self._refuse_other_writers(folder)
@@ -77,6 +86,9 @@ class StoreLayout:
             "out_to_loss": (folder / "out_to_loss.mmap", 1, self.q_dtype),
             "examples": (folder / "examples.mmap", 1, np.int64),
         }
+        if self.weighted:
+            path = folder / "sample_weights.mmap"
+            arrays["sample_weights"] = (path, 1, self.q_dtype)
         journal = folder / "grads.journal"
         return RowGroup(journal, self.num_rows, arrays, self.encoding)
 
@@ -198,6 +210,8 @@ def lowest_format(metadata: Mapping[str, Any], encoding: RowEncoding) -> int:
     Returns:
         Its number.
     """
+    if metadata.get("sample_weights"):
+        return 4
     projection: Mapping[str, Any] = metadata.get("projection", {})
     if projection.get("kind") in {"kernel", "leading"}:
         return 3

@@ -75,7 +75,10 @@ class MmapSaver(SideFiles):
         default = "float16" if use_half_precision else "float32"
         encoding = encoding_of(self.metadata.get("precision", default))
         self.format = lowest_format(self.metadata, encoding)
-        self._layout = StoreLayout(self.save_dir, train_set_size, proj_dim, encoding)
+        weighted = bool(self.metadata.get("sample_weights"))
+        self._layout = StoreLayout(
+            self.save_dir, train_set_size, proj_dim, encoding, weighted=weighted
+        )
         self._scores = ScoreFiles(self._layout)
         self.model_ids: dict[int, dict[str, int]] = {}
         self.experiments: dict[str, dict[str, Any]] = {}

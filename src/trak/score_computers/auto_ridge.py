@@ -11,28 +11,29 @@ multiplied by what is known of the noise that the linearized model does not have
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak.encodings import RowSource, row_encoding
-from trak.score_computers.curvature import roots as roots_of
-from trak.score_computers.logistic import sizes
+from trak.encodings import RowSource
 from trak.score_computers.retraining import SUBSETS, Halves, retrained
+from trak.score_computers.ridge_sample import (
+    FEWEST,
+    SAMPLE,
+    Sample,
+    Situation,
+    is_curved,
+    sample_of,
+    sampled,
+)
 from trak.score_computers.stationarity import Training, growth_stiffness, training_of
-from trak.score_computers.stream import rows_per_block, stream
 from trak.score_computers.unwhitened import Unwhitened
 
 logger = logging.getLogger(__name__)
 
-SAMPLE = 600
-"""Rows that are played with; of whitened ones `trak.score_computers.unwhitened.SAMPLE`."""
-_SAMPLE_BYTES = 1 << 29  # of them
-_FEWEST = 40  # rows that something can be told from
 _MOST_GAMES = 8  # of halves of few examples
 _RIDGES = np.logspace(-2, 3.5, 45)
 _AS_GOOD = 0.01  # of the correlation
@@ -46,78 +47,6 @@ _SEEN_AVERAGED = 0.7
 _MUCH, _FREE = 0.25, 0.3  # whitening, where growth is as free as this
 USUAL = 2.0
 """The multiple for rows that nothing can be told from."""
-
-
-class Wide(NamedTuple):
-    """Some examples in a wider projection than the rows.
-
-    Attributes:
-        numbers: their row numbers, ascending, `[s]`.
-        rows: `[s, w]`.
-    """
-
-    numbers: NDArray[np.int64]
-    rows: NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Situation:
-    """What the automatic ridge depends on, beside the rows.
-
-    Attributes:
-        checkpoints: over how many the scores will be averaged.
-        strength: of whitening, 0 to 1.
-        columns: projection dimension; None if the rows are not projected.
-        loss: Q, `[n]` or `[n, 1]`; None if unknown.
-        logistic: whether Q is that of a logistic loss of the output; None if unknown.
-        curvature: the rows are weighted by the loss's curvature.
-        unwhitened: some of the examples without whitening, for rows that are whitened.
-        wide: some of the examples in a wider projection, for rows that are not whitened.
-        words: Q is a mean over the words of a text.
-        multiple: the ridge that was chosen already, in mean squared row norms.
-    """
-
-    checkpoints: int = 1
-    strength: float = 0.0
-    columns: int | None = None
-    loss: Any = None
-    logistic: bool | None = None
-    curvature: bool = False
-    unwhitened: Sequence[Unwhitened] = ()
-    wide: Wide | None = None
-    words: bool = False
-    multiple: float | None = None
-
-    @property
-    def sizes(self) -> Tensor | None:
-        """Q without the signs that a logistic loss may have, float64."""
-        if self.loss is None:
-            return None
-        found = torch.as_tensor(np.asarray(self.loss), device="cpu").to(torch.float64)
-        return sizes(found, self.logistic)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Some training examples, with what is known of all of them.
-
-    Attributes:
-        kernel: their rows' inner products, in units of the mean squared row norm and
-            without weights, `[s, s]`, float64.
-        pull: their rows times `Phi^T q` of all examples, in the same units, `[s]`.
-        loss: their loss weights, `[s]`.
-        roots: what their rows are weighted by, `[s]`.
-        signs: what their rows were multiplied by, where Q of a logistic loss had signs,
-            `[s]`.
-        share: of the training set.
-    """
-
-    kernel: Tensor
-    pull: Tensor
-    loss: Tensor
-    roots: Tensor
-    signs: Tensor
-    share: float
 
 
 def relative_ridge(rows: RowSource, situation: Situation) -> float:
@@ -135,8 +64,8 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
     """
     factor = noise_factor(rows.shape[0], situation)
     factor *= 1 + BY_STRENGTH * situation.strength
-    factor *= BY_CURVATURE if _curved(situation) else 1
-    known = situation.loss is not None and rows.shape[0] >= _FEWEST
+    factor *= BY_CURVATURE if is_curved(situation) else 1
+    known = situation.loss is not None and rows.shape[0] >= FEWEST
     samples = _samples(rows, situation) if known else []
     if not samples:
         logger.info(
@@ -152,6 +81,7 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
             s.kernel,
             s.pull,
             s.loss,
+            counts=s.counts,
             logistic=situation.logistic,
             words=situation.words,
         )
@@ -184,7 +114,7 @@ def _warn_of_much(strength: float, trainings: Sequence[Training]) -> None:
 
 def _by_wide(narrow: Sample, situation: Situation) -> float | None:
     # the noise of narrow rows is measured here: they score models that wide ones train
-    if situation.wide is None or len(narrow.loss) < _FEWEST:
+    if situation.wide is None or len(narrow.loss) < FEWEST:
         return None
     rows = torch.from_numpy(situation.wide.rows).to(narrow.kernel) * narrow.signs[:, None]
     kernel = rows @ rows.T
@@ -193,6 +123,7 @@ def _by_wide(narrow: Sample, situation: Situation) -> float | None:
         sample.kernel,
         sample.pull,
         sample.loss,
+        counts=sample.counts,
         logistic=situation.logistic,
         words=situation.words,
         noisy=True,
@@ -201,7 +132,7 @@ def _by_wide(narrow: Sample, situation: Situation) -> float | None:
     seen = best_ridge(narrow, training)
     noise = (seen / whole) ** (situation.checkpoints**-_SEEN_AVERAGED)
     factor = noise_factor(len(narrow.loss), replace(situation, columns=None))
-    factor *= BY_CURVATURE if _curved(situation) else 1
+    factor *= BY_CURVATURE if is_curved(situation) else 1
     logger.info(
         "By wider rows of %d examples: %.3g for a training with a ridge of %.3g; times "
         "%.3g for the rows' width, times %.3g.",
@@ -248,14 +179,14 @@ def best_ridge(sample: Sample, training: Training) -> float:
     """
     # a squared loss is equally curved everywhere, however rows are weighted
     even = training.answers is not None
-    weights = torch.ones_like(sample.roots) if even else sample.roots
+    weights = sample.counts.sqrt() if even else sample.roots
     games = [
         _played(sample, training, weights, seed) for seed in range(_games(len(sample.loss)))
     ]
     values = np.mean([agreements for agreements, _ in games], axis=0)
     good = np.log(_RIDGES[values >= values.max() - _AS_GOOD])
     found = float(np.exp(good.mean()))
-    if even or not bool((sample.roots == 1).all()):
+    if even or sample.curved:
         return found
     return found * _smaller(games[0][1], found * _share(sample))
 
@@ -273,6 +204,7 @@ def _played(
         training.kernel,
         training.ridge * sample.share,
         answers=training.answers,
+        counts=sample.counts,
         seed=seed,
         subsets=SUBSETS if len(sample.loss) <= SAMPLE else SUBSETS // 2,
     )
@@ -312,7 +244,8 @@ def _sums(sample: Sample, roots: Tensor, halves: Halves) -> tuple[list[Tensor], 
     unit = gram.trace() / len(train)
     values, vectors = torch.linalg.eigh(gram / unit)
     across = vectors.T @ (weights * sample.kernel[train][:, held])
-    after = halves.masks @ (vectors * (sample.loss[train][:, None] / weights))
+    loss = (sample.loss * sample.counts)[train][:, None]
+    after = halves.masks @ (vectors * (loss / weights))
     share = _share(sample)
     values = values.clamp(min=0)
     sums = [after @ (across / (values + r * share)[:, None]) for r in _RIDGES]
@@ -324,22 +257,13 @@ def _samples(rows: RowSource, situation: Situation) -> list[Sample]:
     if not situation.strength:
         found = [sampled(rows, situation)]
     else:
-        curved = _curved(situation)
+        curved = is_curved(situation)
         found = [
-            _sample_of(examples, rows.shape[0], situation, curvature=curved)
+            sample_of(examples, rows.shape[0], situation, curvature=curved)
             for examples in situation.unwhitened
-            if len(examples.loss) >= _FEWEST
+            if len(examples.loss) >= FEWEST
         ]
     return [sample for sample in found if sample is not None]
-
-
-def _curved(situation: Situation) -> bool:
-    # losses of constant curvature leave rows as they are
-    return (
-        situation.curvature
-        and situation.loss is not None
-        and roots_of(situation.sizes) is not None
-    )
 
 
 def stiffness(examples: Unwhitened, count: int, logistic: bool | None) -> float:
@@ -353,104 +277,11 @@ def stiffness(examples: Unwhitened, count: int, logistic: bool | None) -> float:
     Returns:
         As `trak.score_computers.stationarity.growth_stiffness`; 1 if nothing can be told.
     """
-    if len(examples.loss) < _FEWEST:
+    if len(examples.loss) < FEWEST:
         return 1.0
-    sample = _sample_of(examples, count, Situation(logistic=logistic), curvature=False)
+    sample = sample_of(examples, count, Situation(logistic=logistic), curvature=False)
     if sample is None:
         return 1.0
-    return growth_stiffness(sample.kernel, sample.pull, sample.loss, logistic=logistic)
-
-
-def _sample_of(
-    examples: Unwhitened, count: int, situation: Situation, *, curvature: bool
-) -> Sample | None:
-    loss, signs = _canonical(examples.loss, situation)
-    kernel = examples.kernel.double() * torch.outer(signs, signs)
-    unit = kernel.diagonal().mean()
-    if not bool(unit > 0) or not bool(loss.any()):
-        return None
-    weights = roots_of(loss) if curvature else None
-    factors = torch.ones_like(loss) if weights is None else weights.flatten()
-    pull = signs * examples.pull * count / unit
-    share = min(1.0, len(loss) / count)
-    return Sample(kernel / unit, pull, loss, factors, signs, share)
-
-
-def _canonical(loss: Tensor, situation: Situation) -> tuple[Tensor, Tensor]:
-    # Q of a logistic loss as if outputs were margins, and what rows are multiplied by then
-    found = sizes(loss, situation.logistic)
-    if found is loss:
-        return loss, torch.ones_like(loss)
-    return found, torch.where(loss < 0, -1.0, 1.0).to(loss)
-
-
-def drawn(count: int, most: int = SAMPLE) -> NDArray[np.int64]:
-    """Which examples the ridge is told from.
-
-    Args:
-        count: examples that there are, `n`.
-        most: how many at most.
-
-    Returns:
-        Row numbers, ascending.
-    """
-    lots = torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")
-    return lots[:most].sort().values.numpy()
-
-
-def sampled(rows: RowSource, situation: Situation) -> Sample | None:
-    """Draws rows, in one pass that also multiplies all by `Phi^T q`.
-
-    Args:
-        rows: Phi, `[n, k]`.
-        situation: knows the loss weights.
-
-    Returns:
-        The sample; None if there is nothing to tell from: rows or loss weights are 0.
-    """
-    count, width = rows.shape
-    signed = (
-        torch.as_tensor(np.asarray(situation.loss), device="cpu").double().flatten().clone()
+    return growth_stiffness(
+        sample.kernel, sample.pull, sample.loss, counts=sample.counts, logistic=logistic
     )
-    loss, signs = _canonical(signed, situation)
-    weights = roots_of(loss) if situation.curvature else None
-    factors = (
-        torch.ones(count, device="cpu").double() if weights is None else weights.flatten()
-    )
-    if situation.wide is None:
-        most = max(_FEWEST, _SAMPLE_BYTES // (4 * width))
-        numbers = torch.from_numpy(drawn(count, min(SAMPLE, most)))
-    else:
-        numbers = torch.from_numpy(situation.wide.numbers)
-    kept, total = _gathered(rows, numbers, signed / factors)
-    kept = kept * (signs / factors)[numbers].to(kept)[:, None]
-    kernel = (kept @ kept.T).double()
-    unit = kernel.diagonal().mean()
-    pull = kept.double() @ total / unit
-    if not bool(unit > 0) or not bool(loss.any()):
-        return None
-    device = kernel.device
-    return Sample(
-        kernel / unit,
-        pull,
-        loss[numbers].to(device),
-        factors[numbers].to(device),
-        signs[numbers].to(device),
-        len(numbers) / count,
-    )
-
-
-def _gathered(rows: RowSource, numbers: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    # some rows, and Phi^T columns
-    double = row_encoding(rows).name == "float64"
-    dtype = torch.float64 if double else torch.float32
-    device = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
-    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=device)
-    kept: list[Tensor] = []
-    block_rows = rows_per_block(rows.shape[1], dtype)
-    for _, start, block in stream([rows], dtype, device, block_rows):
-        part = columns[start : start + len(block)].to(block)
-        total += (block.T @ part).double()
-        own = numbers[(numbers >= start) & (numbers < start + len(block))] - start
-        kept.append(block[own.to(device)].clone())
-    return torch.cat(kept), total

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trak.encodings import RowSource
+from trak.score_computers.losses import losses_of
 
 RULE = "q (1 - q / 2)"
 """What rows are weighted by, as the store notes it down."""
@@ -15,7 +16,7 @@ FLOOR = 1e-4
 """Examples that are fitted perfectly count a little, so that the system stays regular."""
 
 
-def roots(loss: Any) -> Tensor | None:
+def roots(loss: Any, *, curved: bool = True) -> Tensor | None:
     """Square roots of the rows' weights in the Gram matrix.
 
     The Newton step of TRAK's derivation (Park et al. 2023, Sec. 3.1, equation 8) has
@@ -26,21 +27,23 @@ def roots(loss: Any) -> Tensor | None:
     `q (1 - q / 2)` if it is spread over many. The latter is taken: the two differ for
     examples that the model gets wrong, and there it was better, with two classes too
     (docs/whitening.md). Losses of constant curvature, such as the squared one, have
-    `R = I`.
+    `R = I`. An example that counts `w` times has `w` times its curvature.
 
     Args:
-        loss: Q, `[n]` or `[n, 1]`.
+        loss: Q, `[n]` or `[n, 1]`, or `Losses`.
+        curved: take the loss's own curvature; if False, only how much examples count.
 
     Returns:
-        `sqrt(max(q (1 - q / 2), 1e-4))`, `[n, 1]`, float64 (numbers that float32 holds);
-        None if Q is no probability, so that nothing is to be weighted.
+        `sqrt(max(q (1 - q / 2), 1e-4))`, times `sqrt(w)` where examples count differently,
+        `[n, 1]`, float64 (numbers that float32 holds); None if nothing is to be weighted:
+        Q is no probability, or not asked for, and all examples count once.
     """
-    weights = (
-        torch.as_tensor(np.asarray(loss), device="cpu").to(torch.float64).reshape(-1, 1)
-    )
-    if not bool(((weights >= 0) & (weights <= 1)).all()):
-        return None
-    return (weights * (1 - weights / 2)).clamp(min=FLOOR).sqrt().float().double()
+    losses = losses_of(loss)
+    found = losses.counts
+    if curved and losses.are_probable:
+        own = (losses.own * (1 - losses.own / 2)).clamp(min=FLOOR)
+        found = own if found is None else own * found
+    return None if found is None else found.sqrt().float().double()
 
 
 def weighted(rows: RowSource, factors: Tensor | None) -> RowSource:

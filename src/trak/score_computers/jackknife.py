@@ -43,7 +43,7 @@ def group_contrasts(
         kept: the factor of all columns, and its description.
         rows: Phi, `[n, k]`.
         targets: `[m, k]`, float64.
-        loss: Q, `[n, 1]`.
+        loss: Q, `[n, 1]`, or `Losses`.
 
     Returns:
         Functions of first and end row that give contrasts before Q, `[rows, m]`, float64.

@@ -53,6 +53,7 @@ def retrained(
     kernel: Tensor,
     ridge: float,
     answers: Tensor | None = None,
+    counts: Tensor | None = None,
     seed: int = 0,
     subsets: int = SUBSETS,
 ) -> Halves:
@@ -64,6 +65,7 @@ def retrained(
             `lambda / 2 |w|^2`.
         answers: of a regression with half the squared error as its loss, `[n]`. If None,
             the loss is logistic, `log(1 + exp(-f))`.
+        counts: how much each example's loss counts, `[n]`; None if all count once.
         seed: of the halves.
         subsets: how many halves.
 
@@ -84,24 +86,27 @@ def retrained(
     )
     own = train[chosen].to(kernel.device)  # [subsets, half]
     inside = kernel[own[:, :, None], own[:, None, :]]
+    ridges = torch.full_like(inside[:, 0], ridge)
+    if counts is not None:
+        ridges /= counts.to(ridges)[own]  # an example that counts twice has half of it
     if answers is None:
-        duals = _logistic(inside, ridge)
+        duals = _logistic(inside, ridges)
     else:
-        duals = _solve(inside, torch.full_like(inside[:, 0], ridge), answers[own])
+        duals = _solve(inside, ridges, answers[own])
     across = kernel[held.to(kernel.device)][:, own]  # [h, subsets, half]
     outputs = torch.einsum("hsi,si->sh", across, duals)
     device = kernel.device
     return Halves(train.to(device), held.to(device), masks.to(device), outputs)
 
 
-def _logistic(kernels: Tensor, ridge: float) -> Tensor:
+def _logistic(kernels: Tensor, ridges: Tensor) -> Tensor:
     # Newton's method in the dual: (K + ridge / c) duals = f + q / c, c = q (1 - q)
     duals = torch.zeros_like(kernels[:, 0])
     outputs = torch.zeros_like(duals)
     for _ in range(_STEPS):
         weights = torch.sigmoid(-outputs)
         curvature = (weights * (1 - weights)).clamp(min=_LEAST)
-        wanted = _solve(kernels, ridge / curvature, outputs + weights / curvature)
+        wanted = _solve(kernels, ridges / curvature, outputs + weights / curvature)
         moves = (kernels @ (wanted - duals)[..., None])[..., 0]
         farthest = moves.abs().amax(dim=1, keepdim=True)
         share = (_FARTHEST / farthest.clamp(min=_FARTHEST)).to(duals)

@@ -11,7 +11,7 @@ from torch import Tensor
 from trak.arguments import Ridge, as_flag, as_ridge, multiple_of
 from trak.encodings import RowSource, row_encoding
 from trak.errors import InputError
-from trak.score_computers.auto_ridge import Situation, relative_ridge
+from trak.score_computers.auto_ridge import relative_ridge
 from trak.score_computers.curvature import RULE, roots, weighted
 from trak.score_computers.factor import Form, RidgeFactor, factorize, smaller_form
 from trak.score_computers.gram import dual_gram, primal_gram
@@ -21,6 +21,7 @@ from trak.score_computers.linear import (
     LinearScoreComputer,
     product,
 )
+from trak.score_computers.ridge_sample import Situation
 from trak.score_computers.stream import decoded, products_dtype
 
 _LARGE = 100.0  # times the trace: a ridge beside which the Gram matrix loses digits
@@ -73,7 +74,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         auto = situation.multiple
         if auto is None:
             auto = self.choose(rows, situation)
-        rows = self.weighted(rows, situation.sizes)
+        rows = self.weighted(rows, situation.losses)
         form = smaller_form(*rows.shape)
         gram = self._gram(rows, form)
         return self._factored(gram, form, rows, self.lambda_reg, auto)
@@ -89,7 +90,7 @@ class RidgeScoreComputer(LinearScoreComputer):
             In units of the mean squared row norm.
         """
         situation = replace(situation, curvature=self.curvature)
-        return relative_ridge(self.weighted(rows, situation.sizes), situation)
+        return relative_ridge(self.weighted(rows, situation.losses), situation)
 
     def at_ridges(
         self,
@@ -107,7 +108,7 @@ class RidgeScoreComputer(LinearScoreComputer):
             kept: what `finalize` made.
             rows: Phi, `[n, k]`.
             lambda_regs: ridges, as the constructor takes them.
-            loss: Q, `[n, 1]`, for rows weighted by curvature.
+            loss: Q, `[n, 1]`, or `Losses`, for rows that are weighted.
 
         Returns:
             One factor and description a ridge.
@@ -148,7 +149,7 @@ class RidgeScoreComputer(LinearScoreComputer):
             kept: what `finalize` made.
             rows: Phi, `[n, k]`.
             targets: projected gradients of the targets, `[m, k]`.
-            loss: Q, `[n, 1]`, for rows weighted by curvature.
+            loss: Q, `[n, 1]`, or `Losses`, for rows that are weighted.
 
         Returns:
             A function of first and end row that gives scores `[rows, m]`, float64.
@@ -174,7 +175,7 @@ class RidgeScoreComputer(LinearScoreComputer):
             kept: what `finalize` made.
             rows: Phi, `[n, k]`.
             vectors: `[b, k]`.
-            loss: Q, `[n, 1]`, for rows weighted by curvature.
+            loss: Q, `[n, 1]`, or `Losses`, for rows that are weighted.
 
         Returns:
             `[b, k]`, float64.
@@ -213,7 +214,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         Args:
             kept: what `finalize` made.
             rows: Phi, `[n, k]`.
-            loss: Q, `[n, 1]`, for rows weighted by curvature.
+            loss: Q, `[n, 1]`, or `Losses`, for rows that are weighted.
 
         Returns:
             `[n, k]`, float64.
@@ -241,21 +242,21 @@ class RidgeScoreComputer(LinearScoreComputer):
         return factor.solve(grads.to(torch.float64).T).T
 
     def _roots(self, loss: Any) -> Tensor | None:
-        if not self.curvature:
+        if loss is None and not self.curvature:
             return None
         if loss is None:
             raise InputError(
                 "Rows weighted by curvature need the loss weights Q: pass loss=..., or "
                 "make the score computer with curvature=False."
             )
-        return roots(loss)
+        return roots(loss, curved=self.curvature)
 
     def weighted(self, rows: RowSource, loss: Any) -> RowSource:
         """The rows whose Gram matrix is factored.
 
         Args:
             rows: Phi, `[n, k]`.
-            loss: Q, `[n, 1]`, for rows weighted by curvature.
+            loss: Q, `[n, 1]`, or `Losses`, for rows that are weighted.
 
         Returns:
             `R^(1/2) Phi`, or Phi itself.
@@ -270,7 +271,7 @@ class RidgeScoreComputer(LinearScoreComputer):
 
         Args:
             values: `[n, m]`.
-            loss: Q, `[n, 1]`, for rows weighted by curvature.
+            loss: Q, `[n, 1]`, or `Losses`, for rows that are weighted.
 
         Returns:
             `R^(-1/2)` times these, or the values themselves.

@@ -59,6 +59,7 @@ def training_of(
     pull: Tensor,
     loss: Tensor,
     *,
+    counts: Tensor | None = None,
     logistic: bool | None = None,
     words: bool = False,
     noisy: bool = False,
@@ -83,8 +84,9 @@ def training_of(
     Args:
         kernel: `Phi Phi^T` of a sample, in units of the mean squared row norm, `[n, n]`,
             float64.
-        pull: `Phi Phi^T q`, with all training examples in the inner sum, `[n]`.
-        loss: Q, `[n]`.
+        pull: `Phi Phi^T Q`, with all training examples in the inner sum, `[n]`.
+        loss: Q, not counting how much examples count, `[n]`.
+        counts: how much they count, `[n]`; None if all count once.
         logistic: whether Q is that of a logistic loss; None if unknown.
         words: Q is a mean over the words of a text.
         noisy: `pull` comes from narrower rows than the kernel. Least squares, weighted by
@@ -93,14 +95,15 @@ def training_of(
     Returns:
         The training.
     """
-    steep = float((loss * (1 - loss)).mean())
     outputs = _outputs(kernel, loss, logistic)
     if outputs is None:
         bounded = bool(((loss >= 0) & (loss <= 1)).all() and loss.min() < loss.max())
         ridge = _BOUNDED if bounded else _UNKNOWN
         ridge = _OF_WORDS if words else ridge
+        ridge *= 1.0 if counts is None else float(counts.mean())
         return Training(ridge, kernel, pull / ridge + loss)
-    ridge, stiffness = _at_rest(kernel, pull, loss, outputs, noisy=noisy)
+    steep = _steepness(loss, counts)
+    ridge, stiffness = _at_rest(kernel, pull, loss, outputs, steep, noisy=noisy)
     if stiffness != 1:
         along = kernel @ outputs
         excess = (1 - 1 / stiffness) / float(outputs @ along)
@@ -109,7 +112,12 @@ def training_of(
 
 
 def growth_stiffness(
-    kernel: Tensor, pull: Tensor, loss: Tensor, *, logistic: bool | None = None
+    kernel: Tensor,
+    pull: Tensor,
+    loss: Tensor,
+    *,
+    counts: Tensor | None = None,
+    logistic: bool | None = None,
 ) -> float:
     """How strongly growth of all outputs is held back, compared with other directions.
 
@@ -117,6 +125,7 @@ def growth_stiffness(
         kernel: as for `training_of`.
         pull: as for `training_of`.
         loss: as for `training_of`.
+        counts: as for `training_of`.
         logistic: as for `training_of`.
 
     Returns:
@@ -126,14 +135,25 @@ def growth_stiffness(
     outputs = _outputs(kernel, loss, logistic)
     if outputs is None:
         return 1.0
-    return _at_rest(kernel, pull, loss, outputs, noisy=False)[1]
+    steep = _steepness(loss, counts)
+    return _at_rest(kernel, pull, loss, outputs, steep, noisy=False)[1]
+
+
+def _steepness(loss: Tensor, counts: Tensor | None) -> float:
+    own = loss * (1 - loss)
+    return float((own if counts is None else own * counts).mean())
 
 
 def _at_rest(
-    kernel: Tensor, pull: Tensor, loss: Tensor, outputs: Tensor, *, noisy: bool
+    kernel: Tensor,
+    pull: Tensor,
+    loss: Tensor,
+    outputs: Tensor,
+    steep: float,
+    *,
+    noisy: bool,
 ) -> tuple[float, float]:
     # the training's ridge in units of q (1 - q), and the stiffness of growth
-    steep = float((loss * (1 - loss)).mean())
     found, explained = _ridge_of(kernel, pull, outputs, noisy=noisy)
     ridge = found / steep / _DEPTH
     ridge = min(max(ridge, LEAST), MOST) if ridge > 0 else _UNKNOWN

@@ -21,7 +21,7 @@ _SAMPLE_BYTES = 1 << 29  # of their rows
 _STRIP = 256
 PREFIX = "unwhitened/"
 """Of the arrays' names in a file."""
-_PARTS = ("kernel", "pull", "loss")
+_PARTS, _COUNTS = ("kernel", "pull", "loss"), "counts"
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,13 @@ class Unwhitened:
         pull: their rows times the mean of `q phi` over all examples that were seen, `[s]`,
             float64.
         loss: their loss weights Q, `[s]`, float64.
+        counts: how much they count in training, `[s]`, float64; None if all count once.
     """
 
     kernel: Tensor
     pull: Tensor
     loss: Tensor
+    counts: Tensor | None = None
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The same as arrays, for a file.
@@ -45,7 +47,12 @@ class Unwhitened:
         Returns:
             Name to array.
         """
-        return {f"{PREFIX}{part}": getattr(self, part).cpu().numpy() for part in _PARTS}
+        found = {part: getattr(self, part) for part in (*_PARTS, _COUNTS)}
+        return {
+            f"{PREFIX}{part}": tensor.cpu().numpy()
+            for part, tensor in found.items()
+            if tensor is not None
+        }
 
     @classmethod
     def of_arrays(
@@ -63,12 +70,16 @@ class Unwhitened:
         Raises:
             StoreCorruptedError: if they do not fit together.
         """
-        found = {p: arrays[PREFIX + p] for p in _PARTS if PREFIX + p in arrays}
+        parts = (*_PARTS, _COUNTS)
+        found = {p: arrays[PREFIX + p] for p in parts if PREFIX + p in arrays}
         if not found:
             return None
         shapes = {part: array.shape for part, array in found.items()}
         size = len(found.get("loss", ()))
-        if shapes != {"kernel": (size, size), "pull": (size,), "loss": (size,)}:
+        expected = {"kernel": (size, size), "pull": (size,), "loss": (size,)}
+        if _COUNTS in found:
+            expected[_COUNTS] = (size,)
+        if shapes != expected:
             raise StoreCorruptedError(
                 f"{path} is no whole file of whitening sums: its unwhitened examples are "
                 f"of shapes {shapes}. Delete it and call fit_whitening again."
@@ -86,7 +97,8 @@ class Chosen:
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._lots = torch.empty(0, device="cpu")
-        self._loss = torch.empty(0, dtype=torch.float64, device="cpu")
+        self._loss = torch.empty(0, 0, dtype=torch.float64, device="cpu")
+        self._found: Unwhitened | None = None
         self._rows = torch.empty(0, 0, device="cpu")
         self._total = torch.empty(0, dtype=torch.float64, device="cpu")
         self._arrivals = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -97,11 +109,12 @@ class Chosen:
 
         Args:
             rows: `[b, k]`, not whitened.
-            loss: Q, `[b, 1]`.
+            loss: Q, and how much the examples count if that differs, `[b, 1]` or `[b, 2]`.
         """
         if not self._seen:
-            self._start(rows)
-        self._total += (rows.T @ loss.to(rows)).flatten()
+            self._start(rows, loss.shape[1])
+        self._found = None
+        self._total += (rows.T @ loss[:, :1].to(rows)).flatten()
         every = torch.cat([
             self._lots,
             torch.rand(
@@ -115,14 +128,14 @@ class Chosen:
         self._lots[places] = every[len(self._lots) + winners]
         self._arrivals[places] = self._seen + winners
         self._seen += len(rows)
-        self._loss[places] = loss.flatten().to("cpu", torch.float64)[winners]
+        self._loss[places] = loss.to("cpu", torch.float64)[winners]
         self._rows[places.to(rows.device)] = rows[winners.to(rows.device)]
 
-    def _start(self, rows: Tensor) -> None:
+    def _start(self, rows: Tensor, columns: int) -> None:
         # empty places lose against any example, the first ones first
         most = max(1, min(SAMPLE, _SAMPLE_BYTES // (4 * rows.shape[1])))
         self._lots = torch.linspace(2, 1, most, dtype=torch.float64, device="cpu")
-        self._loss = torch.zeros(most, dtype=torch.float64, device="cpu")
+        self._loss = torch.zeros(most, columns, dtype=torch.float64, device="cpu")
         self._arrivals = torch.zeros(most, dtype=torch.int64, device="cpu")
         self._rows = rows.new_zeros(most, rows.shape[1])
         self._total = rows.new_zeros(rows.shape[1], dtype=torch.float64)
@@ -134,6 +147,11 @@ class Chosen:
             The examples in the order in which they came, however they were cut into
             batches; None if there is none, or a row is not finite.
         """
+        if self._found is None:
+            self._found = self._made()
+        return self._found
+
+    def _made(self) -> Unwhitened | None:
         taken, rows = (self._lots < 1).nonzero().flatten(), self._rows
         if not len(taken):
             return None
@@ -144,7 +162,8 @@ class Chosen:
         pull = (rows @ (self._total / self._seen).to(rows)).cpu().double()
         if not bool(torch.isfinite(kernel).all() and torch.isfinite(pull).all()):
             return None
-        return Unwhitened(kernel, pull, self._loss[taken])
+        loss, *counts = self._loss[taken].T.contiguous()
+        return Unwhitened(kernel, pull, loss, counts[0] if counts else None)
 
 
 def _products(rows: Tensor) -> Tensor:

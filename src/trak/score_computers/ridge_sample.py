@@ -1,0 +1,226 @@
+"""Examples that the automatic ridge is told from, and what else it depends on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trak.encodings import RowSource, row_encoding
+from trak.score_computers.curvature import roots as roots_of
+from trak.score_computers.losses import Losses, losses_of
+from trak.score_computers.stream import rows_per_block, stream
+from trak.score_computers.unwhitened import Unwhitened
+
+SAMPLE = 600
+"""Rows that are played with; of whitened ones `trak.score_computers.unwhitened.SAMPLE`."""
+FEWEST = 40
+"""Rows that something can be told from."""
+_SAMPLE_BYTES = 1 << 29  # of the rows that are drawn
+
+
+class Wide(NamedTuple):
+    """Some examples in a wider projection than the rows.
+
+    Attributes:
+        numbers: their row numbers, ascending, `[s]`.
+        rows: `[s, w]`.
+    """
+
+    numbers: NDArray[np.int64]
+    rows: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """What the automatic ridge depends on, beside the rows.
+
+    Attributes:
+        checkpoints: over how many the scores will be averaged.
+        strength: of whitening, 0 to 1.
+        columns: projection dimension; None if the rows are not projected.
+        loss: Q, `[n]` or `[n, 1]`; None if unknown.
+        counts: how much each example counts in training, `[n]` or `[n, 1]`; None if all
+            count once.
+        logistic: whether Q is that of a logistic loss of the output; None if unknown.
+        curvature: the rows are weighted by the loss's curvature.
+        unwhitened: some of the examples without whitening, for rows that are whitened.
+        wide: some of the examples in a wider projection, for rows that are not whitened.
+        words: Q is a mean over the words of a text.
+        multiple: the ridge that was chosen already, in mean squared row norms.
+    """
+
+    checkpoints: int = 1
+    strength: float = 0.0
+    columns: int | None = None
+    loss: Any = None
+    counts: Any = None
+    logistic: bool | None = None
+    curvature: bool = False
+    unwhitened: Sequence[Unwhitened] = ()
+    wide: Wide | None = None
+    words: bool = False
+    multiple: float | None = None
+
+    @property
+    def losses(self) -> Losses | None:
+        """Q without the signs that a logistic loss may have; None if unknown."""
+        if self.loss is None:
+            return None
+        return losses_of(self.loss, self.counts).sized(self.logistic)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some training examples, with what is known of all of them.
+
+    Attributes:
+        kernel: their rows' inner products, in units of the mean squared row norm and
+            without weights, `[s, s]`, float64.
+        pull: their rows times `Phi^T Q` of all examples, in the same units, `[s]`.
+        loss: their loss weights, not counting how much they count, `[s]`.
+        counts: how much they count, `[s]`.
+        roots: what their rows are weighted by, `[s]`.
+        signs: what their rows were multiplied by, where Q of a logistic loss had signs,
+            `[s]`.
+        share: of the training set.
+        curved: the rows are weighted by the loss's curvature, too.
+    """
+
+    kernel: Tensor
+    pull: Tensor
+    loss: Tensor
+    counts: Tensor
+    roots: Tensor
+    signs: Tensor
+    share: float
+    curved: bool
+
+
+def is_curved(situation: Situation) -> bool:
+    """Whether rows are weighted by curvature, which losses of constant one have none of.
+
+    Args:
+        situation: knows the loss weights.
+
+    Returns:
+        False also if nobody asked for it.
+    """
+    losses = situation.losses
+    return situation.curvature and losses is not None and losses.are_probable
+
+
+def sample_of(
+    examples: Unwhitened, count: int, situation: Situation, *, curvature: bool
+) -> Sample | None:
+    """What unwhitened examples say of the training set.
+
+    Args:
+        examples: some of it.
+        count: `n`.
+        situation: knows whether the loss is logistic.
+        curvature: weigh rows by it.
+
+    Returns:
+        The sample; None if there is nothing to tell from: rows or loss weights are 0.
+    """
+    every = losses_of(examples.loss, examples.counts)
+    losses, signs = _canonical(every, situation)
+    kernel = examples.kernel.double() * torch.outer(signs, signs)
+    unit = kernel.diagonal().mean()
+    if not bool(unit > 0) or not bool(losses.own.any()):
+        return None
+    return Sample(
+        kernel / unit,
+        signs * examples.pull * count / unit,
+        losses.own.flatten(),
+        _counts(losses),
+        _factors(losses, curvature=curvature),
+        signs,
+        min(1.0, len(signs) / count),
+        curvature and losses.are_probable,
+    )
+
+
+def _canonical(losses: Losses, situation: Situation) -> tuple[Losses, Tensor]:
+    # Q of a logistic loss as if outputs were margins, and what rows are multiplied by then
+    found, own = losses.sized(situation.logistic), losses.own.flatten()
+    if found.own is losses.own:
+        return found, torch.ones_like(own)
+    return found, torch.where(own < 0, -1.0, 1.0).to(own)
+
+
+def _counts(losses: Losses) -> Tensor:
+    found = losses.counts
+    return (torch.ones_like(losses.own) if found is None else found).flatten()
+
+
+def _factors(losses: Losses, *, curvature: bool) -> Tensor:
+    found = roots_of(losses, curved=curvature)
+    return (torch.ones_like(losses.own) if found is None else found).flatten()
+
+
+def drawn(count: int, most: int = SAMPLE) -> NDArray[np.int64]:
+    """Which examples the ridge is told from.
+
+    Args:
+        count: examples that there are, `n`.
+        most: how many at most.
+
+    Returns:
+        Row numbers, ascending.
+    """
+    lots = torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")
+    return lots[:most].sort().values.numpy()
+
+
+def sampled(rows: RowSource, situation: Situation) -> Sample | None:
+    """Draws rows, in one pass that also multiplies all by `Phi^T q`.
+
+    Args:
+        rows: Phi, `[n, k]`.
+        situation: knows the loss weights.
+
+    Returns:
+        The sample; None if there is nothing to tell from: rows or loss weights are 0.
+    """
+    count, width = rows.shape
+    every = losses_of(situation.loss, situation.counts)
+    losses, signs = _canonical(every, situation)
+    factors = _factors(losses, curvature=situation.curvature)
+    if situation.wide is None:
+        most = max(FEWEST, _SAMPLE_BYTES // (4 * width))
+        numbers = torch.from_numpy(drawn(count, min(SAMPLE, most)))
+    else:
+        numbers = torch.from_numpy(situation.wide.numbers)
+    kept, total = _gathered(rows, numbers, every.total.flatten() / factors)
+    kept = kept * (signs / factors)[numbers].to(kept)[:, None]
+    kernel = (kept @ kept.T).double()
+    unit = kernel.diagonal().mean()
+    pull = kept.double() @ total / unit
+    if not bool(unit > 0) or not bool(losses.own.any()):
+        return None
+    device = kernel.device
+    columns = (losses.own.flatten(), _counts(losses), factors, signs)
+    loss, counts, factors, signs = (each[numbers].to(device) for each in columns)
+    share, curved = len(numbers) / count, is_curved(situation)
+    return Sample(kernel / unit, pull, loss, counts, factors, signs, share, curved)
+
+
+def _gathered(rows: RowSource, numbers: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    # some rows, and Phi^T columns
+    double = row_encoding(rows).name == "float64"
+    dtype = torch.float64 if double else torch.float32
+    device = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=device)
+    kept: list[Tensor] = []
+    block_rows = rows_per_block(rows.shape[1], dtype)
+    for _, start, block in stream([rows], dtype, device, block_rows):
+        part = columns[start : start + len(block)].to(block)
+        total += (block.T @ part).double()
+        own = numbers[(numbers >= start) & (numbers < start + len(block))] - start
+        kept.append(block[own.to(device)].clone())
+    return torch.cat(kept), total

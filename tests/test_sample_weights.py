@@ -1,0 +1,325 @@
+"""Training that counts examples differently: an example of weight 2 is two of weight 1."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tests import cases, reference, runs
+
+import trak
+from trak.errors import InputError, InputTypeError
+from trak.modelout_functions import (
+    ImageClassificationModelOutput,
+    IterativeImageClassificationModelOutput,
+    TextClassificationModelOutput,
+)
+from trak.savers import MmapSaver
+from trak.score_computers.curvature import FLOOR, roots
+from trak.score_computers.losses import losses_of
+from trak.score_computers.retraining import retrained
+from trak.score_computers.ridge_sample import Situation, sampled
+from trak.score_computers.stationarity import training_of
+
+N, M = 24, 5
+WEIGHTS = [1.0, 2.0, 3.0]
+RIDGE = 0.02
+
+
+class Weighted(ImageClassificationModelOutput):
+    """The weight is the third part of a sample."""
+
+    @staticmethod
+    def get_output(model, weights, buffers, image, label, _):
+        return ImageClassificationModelOutput.get_output(
+            model, weights, buffers, image, label
+        )
+
+    def get_batch_output(self, model, batch):
+        return super().get_batch_output(model, batch[:2])
+
+    def get_out_to_loss_grad(self, model, weights, buffers, batch):
+        return super().get_out_to_loss_grad(model, weights, buffers, batch[:2])
+
+    def get_sample_weights(self, batch):
+        return batch[2]
+
+
+def world():
+    model, train, targets = runs.data("mlp", N, M)
+    return model, train, targets, cases.checkpoints("mlp", 2)
+
+
+def repeated(train):
+    counts = torch.tensor(WEIGHTS)[train[1]].long()
+    return counts, tuple(part.repeat_interleave(counts, dim=0) for part in train)
+
+
+def summed(scores, counts):
+    ends = counts.cumsum(0).numpy()
+    return np.stack([
+        part.sum(0) for part in np.split(np.asarray(scores, np.float64), ends[:-1])
+    ])
+
+
+def finished(folder, train, task="image_classification", **options):
+    model, _, targets, states = world()
+    options = {"lambda_reg": RIDGE, "task": task} | options
+    traker = runs.make_traker(model, len(train[0]), folder, **options)
+    return traker, runs.whole_run(traker, train, targets, states)
+
+
+def close(found, expected, rtol=1e-4):
+    np.testing.assert_allclose(
+        found, expected, rtol=rtol, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize("curvature", [False, True])
+@pytest.mark.parametrize("proj_dim", [6, 64, "exact"])
+def test_a_weight_of_two_is_two_examples(proj_dim, curvature, tmp_path):
+    _, train, _, _ = world()
+    counts, copies = repeated(train)
+    options = {"curvature": curvature, "proj_dim": proj_dim}
+    other, expected = finished(tmp_path / "copies", copies, **options)
+    task = ImageClassificationModelOutput(class_weights=WEIGHTS)
+    traker, found = finished(tmp_path / "weights", train, task, **options)
+    close(found, summed(expected, counts))
+    _, plain = finished(tmp_path / "plain", train, **options)
+    assert np.abs(found - plain).max() > 0.1 * np.abs(found).max()
+    more = other.sweep(["exp"], [RIDGE * 7])["exp", RIDGE * 7]
+    close(traker.sweep(["exp"], [RIDGE * 7])["exp", RIDGE * 7], summed(more, counts))
+
+
+@pytest.mark.parametrize("curvature", [False, True])
+def test_scores_equal_the_formula(curvature, tmp_path):
+    model, train, targets, states = world()
+    traker, scores = finished(
+        tmp_path,
+        train,
+        ImageClassificationModelOutput(class_weights=WEIGHTS),
+        curvature=curvature,
+        lambda_reg="2x",
+    )
+    w = torch.tensor(WEIGHTS, dtype=torch.float64)[train[1]][:, None]
+    found, weights = [], []
+    for phi, psi, q in runs.oracle(model, train, targets, states, traker.projector):
+        q = q.reshape(-1, 1)
+        r = w * (q * (1 - q / 2)).clamp(min=FLOOR) if curvature else w
+        gram = phi.T @ (phi * r)
+        gram += 2 * float(gram.trace()) / N * torch.eye(len(gram))
+        found.append(phi @ torch.linalg.inv(gram) @ psi.T)
+        weights.append(w * q)
+    close(scores, (torch.stack(found).mean(0) * torch.stack(weights).mean(0)).numpy())
+
+
+def test_a_task_of_ones_own_says_it_sample_by_sample(tmp_path):
+    _, train, targets, states = world()
+    model = world()[0]
+    weights = torch.linspace(0.5, 2, N + M, dtype=torch.float64)
+    traker = runs.make_traker(model, N, tmp_path, task=Weighted(), lambda_reg=RIDGE)
+    runs.whole_run(traker, (*train, weights[:N]), (*targets, weights[N:]), states)
+    rows = traker.saver.train_rows(1)
+    np.testing.assert_allclose(rows.array("sample_weights")[:, 0], weights[:N], rtol=1e-6)
+    model.load_state_dict(states[1])
+    q = reference.loss_weights(model, train).flatten()
+    np.testing.assert_allclose(rows.array("out_to_loss")[:, 0], q * weights[:N], rtol=1e-5)
+    # Q times weights are no logistic loss's, and yet it is known to be one
+    assert traker.saver.loss_record(1)["logistic"] is True
+
+
+@pytest.mark.parametrize("method", ["dot", "tracin", "relatif", "l_relatif"])
+def test_methods_over_the_same_rows(method, tmp_path):
+    _, train, _, _ = world()
+    counts, copies = repeated(train)
+    whole, _ = finished(tmp_path / "copies", copies)
+    task = ImageClassificationModelOutput(class_weights=WEIGHTS)
+    traker, _ = finished(tmp_path / "weights", train, task)
+    found = np.array(traker.scores("exp", method=method))
+    expected = np.array(whole.scores("exp", method=method))
+    if method in {"dot", "tracin"}:
+        close(found, summed(expected, counts))
+    else:  # a quotient by the row's own length, however often it is there
+        close(found, expected[np.r_[0, counts.cumsum(0).numpy()[:-1]]])
+
+
+def test_self_influence_errors_and_features(tmp_path):
+    _, train, _, _ = world()
+    counts, copies = repeated(train)
+    first = np.r_[0, counts.cumsum(0).numpy()[:-1]]
+    whole, _ = finished(tmp_path / "copies", copies, proj_dim=64, curvature=True)
+    task = ImageClassificationModelOutput(class_weights=WEIGHTS)
+    traker, _ = finished(tmp_path / "weights", train, task, proj_dim=64, curvature=True)
+    close(traker.self_influence(), whole.self_influence()[first] * counts.numpy())
+    close(traker.saver.features(0), whole.saver.features(0)[first])
+    found = traker.scores("exp", with_error=True)
+    expected = whole.scores("exp", with_error=True)
+    close(found.scores, summed(expected.scores, counts))
+
+
+def test_rows_are_kept_and_read_again(tmp_path):
+    _, train, targets, states = world()
+    task = ImageClassificationModelOutput(class_weights=torch.tensor(WEIGHTS))
+    traker, expected = finished(tmp_path, train, task)
+    assert json.loads((tmp_path / "metadata.json").read_text())["format"] == 4
+    assert isinstance(traker.saver, MmapSaver)
+    again, found = finished(
+        tmp_path, train, ImageClassificationModelOutput(class_weights=WEIGHTS)
+    )
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(trak.errors.StoreMismatchError, match="class_weights"):
+        finished(tmp_path, train, ImageClassificationModelOutput(class_weights=[1, 2, 4]))
+    with pytest.raises(trak.errors.StoreMismatchError, match="sample_weights"):
+        finished(tmp_path, train)
+
+
+def test_without_weights_a_store_is_as_it_was(tmp_path):
+    _, train, _, _ = world()
+    finished(tmp_path, train)
+    metadata = json.loads((tmp_path / "metadata.json").read_text())
+    assert metadata["format"] == 1
+    assert "sample_weights" not in metadata
+    assert "class_weights" not in metadata["task"]
+    assert not (tmp_path / "0" / "sample_weights.mmap").exists()
+
+
+@pytest.mark.parametrize("whitening", [0, 0.4, "auto"])
+def test_the_one_call(whitening, tmp_path):
+    model, train, targets = runs.data("mlp", 80, M)
+    every = (model, train, targets, cases.checkpoints("mlp", 2))
+    plain = runs.one_call(every, tmp_path / "plain", whitening=whitening)
+    one = ImageClassificationModelOutput(class_weights=[1, 1, 1])
+    same = runs.one_call(every, tmp_path / "one", whitening=whitening, task=one)
+    close(same, plain, rtol=1e-3)
+    task = ImageClassificationModelOutput(class_weights=[1, 1, 9])
+    found = runs.one_call(every, tmp_path / "weights", whitening=whitening, task=task)
+    # examples of the third class count for more
+    share = [np.abs(s[train[1] == 2]).sum() / np.abs(s).sum() for s in (found, plain)]
+    assert share[0] > 1.5 * share[1]
+    ridges = [
+        json.loads((tmp_path / name / "0" / "factor.json").read_text())["auto"]
+        for name in ("one", "plain")
+    ]
+    np.testing.assert_allclose(*ridges, rtol=1e-6)
+
+
+def test_the_scale_of_weights_does_not_matter_to_ridge_and_ranks(tmp_path):
+    model, train, targets = runs.data("mlp", 80, M)
+    every = (model, train, targets, cases.checkpoints("mlp", 1))
+    weights = np.array([1.0, 2.0, 5.0])
+    found = {}
+    for scale in (1.0, 7.0):
+        task = ImageClassificationModelOutput(class_weights=weights * scale)
+        folder = tmp_path / str(scale)
+        found[scale] = runs.one_call(every, folder, task=task, whitening=0.4)
+        info = json.loads((folder / "0" / "factor.json").read_text())
+        found[scale, "auto"] = info["auto"]
+    np.testing.assert_allclose(found[7.0, "auto"], found[1.0, "auto"], rtol=1e-3)
+    close(found[7.0], found[1.0], rtol=1e-3)
+
+
+def test_linearized_models_count_examples_by_their_weights():
+    rows = torch.randn(40, 6, dtype=torch.float64, generator=torch.manual_seed(0))
+    counts = torch.ones(40, dtype=torch.float64) * 3
+    for answers in (None, torch.linspace(-1, 1, 40, dtype=torch.float64)):
+        weighted = retrained(rows @ rows.T, 0.6, answers, counts)
+        plain = retrained(rows @ rows.T, 0.2, answers)
+        np.testing.assert_allclose(weighted.outputs, plain.outputs, rtol=1e-6, atol=1e-9)
+
+
+def test_a_weighted_training_is_read_off_its_stationary_point():
+    generator = torch.manual_seed(1)
+    phi = torch.randn(300, 20, dtype=torch.float64, generator=generator) / 20**0.5
+    w = torch.rand(300, dtype=torch.float64, generator=generator) * 4 + 0.2
+    theta = torch.zeros(20, dtype=torch.float64)
+    ridge = 3.0
+    for _ in range(200):
+        q = torch.sigmoid(-phi @ theta)
+        hessian = phi.T @ (phi * (w * q * (1 - q))[:, None]) + ridge * torch.eye(20)
+        theta += torch.linalg.solve(hessian, phi.T @ (w * q) - ridge * theta)
+    kernel = phi @ phi.T
+    unit = float(kernel.diagonal().mean())
+    pull = kernel @ (w * q) / unit
+    found = training_of(kernel / unit, pull, q, counts=w, logistic=True)
+    # of networks, whose outputs grow like the 2.5th power of their weights
+    assert found.ridge * unit * 2.5 == pytest.approx(ridge, rel=0.02)
+
+
+def test_a_sample_knows_how_much_its_examples_count():
+    rows = torch.randn(50, 4, dtype=torch.float64, generator=torch.manual_seed(2))
+    q, w = torch.rand(50).double(), torch.rand(50).double() + 0.5
+    situation = Situation(loss=q * w, counts=w, curvature=True, logistic=True)
+    factors = roots(situation.losses)
+    found = sampled(rows * factors, situation)
+    unit = rows.square().sum(1).mean()
+    np.testing.assert_allclose(found.kernel, rows @ rows.T / unit, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.loss, q, rtol=1e-6)
+    np.testing.assert_allclose(found.counts, w)
+    pull = rows @ (rows.T @ (q * w)) / unit
+    np.testing.assert_allclose(found.pull, pull, rtol=1e-5, atol=1e-5)
+
+
+def test_quotients_that_rounding_puts_beyond_one_are_probabilities():
+    w = torch.tensor([[3.3], [0.7]], dtype=torch.float32)
+    found = losses_of(torch.nextafter(w, w + 1), w)
+    assert found.are_probable
+    assert not losses_of(w * 1.01, w).are_probable
+
+
+def test_the_other_tasks_have_it_too():
+    labels = torch.tensor([0, 1, 1])
+    tokens = torch.ones(3, 4, dtype=torch.long)
+    text = TextClassificationModelOutput(class_weights=(0.5, 2))
+    batches = [
+        (tokens, tokens, labels),
+        {"input_ids": tokens, "attention_mask": tokens, "labels": labels},
+    ]
+    for batch in batches:
+        assert text.get_sample_weights(batch).tolist() == [0.5, 2, 2]
+    image = IterativeImageClassificationModelOutput(class_weights=(0.5, 2))
+    assert image.get_sample_weights({"image": tokens, "label": labels}).tolist() == [
+        0.5,
+        2,
+        2,
+    ]
+    assert TextClassificationModelOutput().get_sample_weights is None
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ([1, -1, 2], InputError, r"class_weights\[1\]"),
+        ([1, 0, 2], InputError, r"class_weights\[1\]"),
+        ([1, float("nan"), 2], InputError, r"class_weights\[1\]"),
+        ([1, "2", 2], InputError, r"class_weights\[1\]"),
+        ("balanced", InputTypeError, "list one number a class"),
+        (2.0, InputTypeError, "list one number a class"),
+        ([1], InputError, "two at least"),
+    ],
+)
+def test_class_weights_that_cannot_be(weights, error, message):
+    with pytest.raises(error, match=message):
+        ImageClassificationModelOutput(class_weights=weights)
+
+
+def test_too_few_class_weights_for_the_labels(tmp_path):
+    _, train, _, _ = world()
+    with pytest.raises(InputError, match="label 2, but class_weights has 2"):
+        finished(tmp_path, train, ImageClassificationModelOutput(class_weights=[1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (lambda batch: [1.0] * len(batch[0]), InputTypeError, "must return a tensor"),
+        (lambda batch: torch.ones(len(batch[0]) + 1), InputError, "one number a sample"),
+        (lambda batch: torch.zeros(len(batch[0])), InputError, "sample 0 .* has 0.*Leave"),
+        (lambda batch: torch.full((len(batch[0]),), torch.inf), InputError, "above 0"),
+    ],
+)
+def test_sample_weights_that_cannot_be(returned, error, message, tmp_path):
+    _, train, _, _ = world()
+    task = ImageClassificationModelOutput()
+    wrong = type("Wrong", (type(task),), {"get_sample_weights": lambda _, b: returned(b)})
+    with pytest.raises(error, match=message):
+        finished(tmp_path, train, wrong())
