@@ -1,6 +1,7 @@
 """Training that counts examples differently: an example of weight 2 is two of weight 1."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from trak.modelout_functions import (
 )
 from trak.savers import MmapSaver
 from trak.score_computers.curvature import FLOOR, roots
+from trak.score_computers.logistic import weights_in
 from trak.score_computers.losses import losses_of
 from trak.score_computers.retraining import retrained
 from trak.score_computers.ridge_sample import Situation, sampled
@@ -257,6 +259,31 @@ def test_a_sample_knows_how_much_its_examples_count():
     np.testing.assert_allclose(found.counts, w)
     pull = rows @ (rows.T @ (q * w)) / unit
     np.testing.assert_allclose(found.pull, pull, rtol=1e-5, atol=1e-5)
+
+
+class Exact(ImageClassificationModelOutput):
+    """The weighted loss's exact derivative, which is no logistic loss's."""
+
+    def get_out_to_loss_grad(self, model, weights, buffers, batch):
+        own = super().get_out_to_loss_grad(model, weights, buffers, batch)
+        return own * torch.tensor(WEIGHTS)[batch[1]][:, None]
+
+
+def test_weights_inside_of_q_are_told_of(tmp_path, caplog):
+    _, train, _, _ = world()
+    with caplog.at_level(logging.WARNING):
+        finished(tmp_path, train, Exact())
+    assert "times 1, 2, 3: weights by class?" in caplog.text
+
+
+def test_other_losses_are_not_taken_for_weighted_ones():
+    outputs = torch.linspace(-2, 2, 16)
+    own = torch.sigmoid(-outputs)
+    pattern = torch.tensor([1.0, 4.0]).repeat(8)
+    assert weights_in(outputs, own * pattern) == pytest.approx([1, 4], rel=1e-4)
+    assert weights_in(outputs, own) == []
+    assert weights_in(outputs, own * torch.linspace(1, 2, 16)) == []
+    assert weights_in(outputs, outputs * pattern) == []
 
 
 def test_quotients_that_rounding_puts_beyond_one_are_probabilities():

@@ -1,5 +1,6 @@
 """Sample weights by class, as of `torch.nn.CrossEntropyLoss(weight=...)`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ def as_class_weights(class_weights: Any) -> tuple[float, ...] | None:
     )
 
 
-class ClassWeighted:
+class ClassWeighted(ABC):
     """What image and text classification share of them."""
 
     _class_weights: tuple[float, ...] | None = None
@@ -66,5 +67,6 @@ class ClassWeighted:
         weights = torch.tensor(known, dtype=torch.float64, device="cpu")
         return weights.to(labels.device)[labels.long()]
 
+    @abstractmethod
     def _labels(self, batch: Any) -> Tensor:
-        raise NotImplementedError
+        """Classes of a batch's samples, `[b]`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from trak.batches import Batch, select
 from trak.gradient_computers import AbstractGradientComputer
 from trak.savers import AbstractSaver
-from trak.score_computers.logistic import is_logistic
+from trak.score_computers.logistic import is_logistic, weights_in
 from trak.score_computers.losses import Losses, losses_of
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,8 @@ class LossWatch:
             if len(every) < _ENOUGH
             else self._told(torch.tensor(every, device="cpu").double())
         )
+        if found is False:
+            _tell_of_weights(torch.tensor(every, device="cpu").double())
         told = {"seen": every} if found is None else {"logistic": found}
         self.saver.record_loss(model_id, told)
 
@@ -227,6 +229,18 @@ def tell_of_strays(losses: Losses, model_id: int) -> None:
             100 * (1 - share),
             float(strays.min()),
             float(strays.max()),
+        )
+
+
+def _tell_of_weights(pairs: Tensor) -> None:
+    found = weights_in(pairs[:, 0], pairs[:, 1])
+    if found:
+        logger.warning(
+            "Loss weights Q are those of a logistic loss times %s: weights by class? Then "
+            "let get_out_to_loss_grad leave them out and get_sample_weights(batch) return "
+            "them, or use class_weights of the built-in tasks, and a new save_dir. As it "
+            "is, curvature and automatic ridge do not fit (docs/custom-tasks.md).",
+            ", ".join(f"{each:.3g}" for each in found),
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 FEWEST = 8
 """Examples that it can be told from."""
 _TOLD = (1e-5, 1 - 1e-5)  # beyond, q is mostly rounding
+_SAME, _SHARING = 1e-3, 4  # relative; examples that have each weight, on average
 _OTHER = 0.1  # share of the log-odds' standard deviation that a line may leave
 
 
@@ -49,6 +50,28 @@ def is_logistic(outputs: Tensor, loss: Tensor) -> bool | None:
         found = [_fits(outputs * s, loss.abs()) for s in (signs, -signs)]
         return True if True in found else found[0]
     return _fits(outputs, loss)
+
+
+def weights_in(outputs: Tensor, loss: Tensor) -> list[float]:
+    """Sample weights that loss weights seem to hold, as the exact derivative has them.
+
+    Args:
+        outputs: of the model, `[n]`.
+        loss: their Q, `[n]`.
+
+    Returns:
+        The few different quotients of Q and a logistic loss's Q; nothing if they differ
+        from example to example, or not at all.
+    """
+    loss, outputs = loss.double().flatten(), outputs.double().flatten()
+    own = torch.sigmoid(-outputs)
+    told = (own > _TOLD[0]) & outputs.isfinite() & (loss > 0)
+    if not bool(told.all()) or len(own) < FEWEST:
+        return []
+    quotients = (loss / own).sort().values
+    starts = torch.cat([quotients.new_zeros(1), quotients[:-1]]) * (1 + _SAME) < quotients
+    found = [float(each) for each in quotients[starts]]
+    return found if 1 < len(found) <= len(own) // _SHARING else []
 
 
 def sizes(loss: Tensor, logistic: bool | None) -> Tensor:
