@@ -90,6 +90,23 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, offline, one_thread):
                 exec(compile("\n" * (first_line - 1) + code, page, "exec"), namespace)
 
 
+def test_the_list_that_a_page_shows_is_the_one_that_its_code_prints(
+    monkeypatch, tmp_path, capsys, offline, one_thread
+):
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "errors-of-scores.md"
+    (_, _, code), (info, _, shown), *_ = fences(page.read_text(encoding="utf-8"))
+    assert info == "text"
+    with torch.random.fork_rng():
+        exec(compile(code, page, "exec"), {"__name__": "docs_shown"})
+    numbers = re.compile(r"\d+(?:\.\d+)?")
+    said, printed = (
+        [float(number) for number in numbers.findall(text)]
+        for text in (shown, capsys.readouterr().out)
+    )
+    assert said == pytest.approx(printed, rel=0.02)  # digits differ with the machine
+
+
 def test_fences_name_their_language():
     for page in LINK_PAGES:
         if page.exists():

@@ -82,7 +82,7 @@ def differences(expected: Any, found: Any, path: str = "") -> list[str]:
         path: dotted name of the place, for the messages.
 
     Returns:
-        One sentence a difference, e.g. `projection.seed: store has 0, this run 1`.
+        One sentence a difference, e.g. `projection.seed: the store has 0, this run 1`.
 
     Example:
         >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
