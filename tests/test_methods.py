@@ -141,7 +141,8 @@ def test_examples_without_a_gradient_score_zero(tmp_path):
 
 def test_what_cannot_be_asked_for(finished):
     traker, _ = finished
-    with pytest.raises(InputError, match=r"method is one of .*'cosine'.*got 'cosin'"):
+    message = r"method must be one of .*'cosine'.*got 'cosin'\. Did you mean cosine"
+    with pytest.raises(InputError, match=message):
         traker.scores("exp", "cosin")
     for groups in ([], [[]], [[0, 0]], [[5]], [[-1]], [[0.5]], [0, 1], [[[0], [1, 2]]]):
         with pytest.raises(InputError, match=r"[Gg]roup"):
@@ -154,9 +155,9 @@ def test_what_cannot_be_asked_for(finished):
     with pytest.raises(ModelIDException, match="7"):
         traker.self_influence([7])
     for method in (["dot"], None):
-        with pytest.raises(InputError, match="method is one of"):
+        with pytest.raises(InputError, match="method must be one of"):
             traker.scores("exp", method)
-    with pytest.raises(InputError, match=r"method is one of .*got 'dott'"):
+    with pytest.raises(InputError, match=r"method must be one of .*got 'dott'"):
         traker.scores("exp", "dott", with_error=True)
     for groups in (3, iter([[0]]), np.array(3), torch.tensor(3)):
         with pytest.raises(InputTypeError, match="groups must list"):

@@ -170,4 +170,15 @@ def test_checkpoints_of_a_model_before_torch_compile_and_after(world, tmp_path):
     with pytest.raises(InputError, match=r"name\.replace\('_orig_mod\.', ''\)"):
         call(world, tmp_path / "b", checkpoints=of_compiled)
     with pytest.raises(InputError, match=r"differences\)(?!.*_orig_mod)"):
-        call(world, tmp_path / "c", checkpoints=[{"other": states[0]}])
+        call(world, tmp_path / "c", checkpoints=[{"other": states[0]["0.weight"]}])
+
+
+def test_weights_under_a_name_and_of_a_parallel_model_are_told_apart(world, tmp_path):
+    states = world[3]
+    with pytest.raises(InputError, match=r"pass checkpoint\['model'\]"):
+        call(world, tmp_path / "a", checkpoints=[{"model": states[0], "epoch": 3}])
+    parallel = {f"module.{name}": value for name, value in states[0].items()}
+    with pytest.raises(InputError, match=r"name\.removeprefix\('module\.'\)"):
+        call(world, tmp_path / "b", checkpoints=[parallel])
+    with pytest.raises(InputTypeError, match="progress must be True or False"):
+        call(world, tmp_path / "c", progress="no")

@@ -552,8 +552,8 @@ def test_labels_that_do_not_fit_are_explained(setting, labels, word):
 @pytest.mark.parametrize(
     ("inds", "word"),
     [
-        ([0, 1, 1], "repeat"),
-        ([0, 1], "2 inds for a batch of 3"),
+        ([0, 1, 1], "got 1 more than once"),
+        ([0, 1], "one number a sample, 3 for this batch, got 2"),
         ([0, 1, 20], "Row 20"),
         ([-1, 1, 2], "Row -1"),
         ([0.0, 1.0, 2.0], "integers"),
@@ -566,7 +566,7 @@ def test_inds_that_do_not_fit_are_explained(setting, inds, word):
     traker.load_checkpoint(model.state_dict(), model_id=0)
     with pytest.raises((InputError, InputTypeError), match=word):
         traker.featurize([p[:3] for p in train], inds=inds)
-    with pytest.raises(InputError, match="exactly one"):
+    with pytest.raises(InputError, match="exactly one.*got neither"):
         traker.featurize([p[:3] for p in train])
     with pytest.raises(InputError, match="exactly one"):
         traker.featurize([p[:3] for p in train], inds=[0, 1, 2], num_samples=3)

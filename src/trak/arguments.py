@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -62,12 +63,13 @@ def as_number(name: str, value: Any, *, zero: bool) -> float:
     return float(found)
 
 
-def as_flag(name: str, value: Any) -> bool:
+def as_flag(name: str, value: Any, *, numbers: bool = False) -> bool:
     """Accepts a yes or no; any text would be a yes, `"no"` too.
 
     Args:
         name: the argument, for the message.
         value: what the user gave.
+        numbers: whether 0 and 1 will do, as in arguments that upstream has.
 
     Returns:
         Whether.
@@ -76,9 +78,25 @@ def as_flag(name: str, value: Any) -> bool:
         InputTypeError: if it is no truth value.
     """
     found = _plain(value)
-    if not isinstance(found, bool):
+    if not isinstance(found, bool) and not (
+        numbers and isinstance(found, int) and found in {0, 1}
+    ):
         raise InputTypeError(f"{name} must be True or False, got {value!r}.")
-    return found
+    return bool(found)
+
+
+def meant(word: Any, known: Iterable[str]) -> str:
+    """What a misspelt name may stand for, as a sentence for a message.
+
+    Args:
+        word: what the user gave.
+        known: the names that there are.
+
+    Returns:
+        ` Did you mean ...?`, or nothing if no name is like it.
+    """
+    near = get_close_matches(word, sorted(known), n=2) if isinstance(word, str) else []
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 Ridge = float | str | None

@@ -8,7 +8,6 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from trak.arguments import is_listed
+from trak.arguments import as_flag, is_listed, meant
 from trak.digests import is_plain
 from trak.errors import InputError, InputTypeError, PhaseError
 from trak.gradient_computers import select_parameters
@@ -92,7 +91,7 @@ def attribute(
     with _restored(model) as before:
         states = [_apart(c, model, before) for c in _listed(checkpoints, model)]
         _try_batches(model, states[0], examples, aims, settings)
-        bar, first = _Bar(len(states), progress), None
+        bar, first = _Bar(len(states), as_flag("progress", progress, numbers=True)), None
         if isinstance(whitening, str) and whitening == "auto":
             whitening, first = _chosen(model, states, examples, folder, settings, bar)
         traker = TRAKer(model, save_dir=folder, whitening=whitening, **settings)
@@ -114,11 +113,9 @@ def _check_names(exp_name: Any, options: Mapping[str, Any]) -> None:
     known = {*inspect.signature(TRAKer).parameters, *own}
     for name in options:
         if name not in known:
-            near = get_close_matches(name, sorted(known), n=2)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise InputTypeError(
                 f"attribute has no argument {name!r}, nor has TRAKer, which further ones "
-                f"are handed to.{hint}"
+                f"are handed to.{meant(name, known)}"
             )
 
 

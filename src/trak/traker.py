@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trak.arguments import as_integer, as_ridge
+from trak.arguments import as_flag, as_integer, as_ridge
 from trak.gradient_computers import AbstractGradientComputer, select_parameters
 from trak.lost import names_lost_files
 from trak.modelout_functions import resolve_task
@@ -96,7 +96,9 @@ class TRAKer(Results):
 
     Raises:
         InputError: if an argument cannot be used.
+        InputTypeError: if one is of another kind than it must be.
         StoreMismatchError: if `save_dir` holds a store of other settings.
+        UnsupportedModuleError: if a forward pass of the model changes its weights.
     """
 
     def __init__(
@@ -135,8 +137,11 @@ class TRAKer(Results):
         self.lambda_reg = as_ridge(lambda_reg)
         self.whitening = as_strength(whitening)
         chosen = self._select(grad_wrt)
-        half = use_half_precision and not is_exact(projector, proj_dim)
-        self.dtype = storage_dtype(chosen.values(), half, row_dtype)
+        half = as_flag("use_half_precision", use_half_precision, numbers=True)
+        known = as_flag("load_from_save_dir", load_from_save_dir, numbers=True)
+        checked = as_flag("check_examples", check_examples)
+        fine = is_exact(projector, proj_dim)
+        self.dtype = storage_dtype(chosen.values(), half and not fine, row_dtype)
         self.proj_seed = as_integer("projector_seed", projector_seed)
         self.save_dir = as_folder(save_dir)
         self.gradient_computer = make_computer(gradient_computer, self, chosen)
@@ -149,9 +154,9 @@ class TRAKer(Results):
             self.lambda_reg,
             curvature=curvature,
         )
-        self.load_from_save_dir = load_from_save_dir
-        options = {"logging_level": logging_level, "use_half_precision": use_half_precision}
-        self._open(saver, options, examples_are_checked=check_examples)
+        self.load_from_save_dir = known
+        options = {"logging_level": logging_level, "use_half_precision": half}
+        self._open(saver, options, examples_are_checked=checked)
 
     def _open(
         self, saver: Any, options: dict[str, Any], *, examples_are_checked: bool

@@ -56,6 +56,13 @@ CANNOT_BE = {
     "scorer": ({"score_computer": "basic"}, "score_computer must be a class"),
     "scorer: other": ({"score_computer": MmapSaver}, "score_computer.*class MmapSaver"),
     "saver": ({"saver": "mmap"}, "saver must be a class"),
+    "saver: other": ({"saver": dict}, "saver must be a class with.*dict lacks train_rows"),
+    "computer: other": ({"gradient_computer": dict}, "class dict lacks compute_per_sample"),
+    "task: misspelt": ({"task": "image_clasification"}, "mean image_classification"),
+    "projector: misspelt": ({"projector": "spars"}, "Did you mean sparse"),
+    "examples: text": ({"check_examples": "no"}, "check_examples must be True or False"),
+    "half: text": ({"use_half_precision": "no"}, "use_half_precision must be True or"),
+    "load: text": ({"load_from_save_dir": "no"}, "load_from_save_dir must be True or"),
     "save_dir": ({"save_dir": None}, "save_dir must be a path"),
     "device": ({"device": "gpu"}, "device must be one of torch's.*'gpu'"),
     "grad_wrt: tensors": ({"grad_wrt": net().parameters()}, "grad_wrt must list names"),
@@ -98,6 +105,13 @@ def test_integers_of_other_libraries_work(form, tmp_path):
     found = traker.finalize_scores("exp", model_ids=[form(0)])
     assert_scores(found, oracle(traker, train, targets))
     tracker(tmp_path, projector_seed=1)  # the same settings as with plain integers
+
+
+@pytest.mark.parametrize("yes", [1, True, np.bool_(1), torch.tensor(True)])
+def test_upstreams_flags_may_be_numbers(yes, tmp_path):
+    traker = tracker(tmp_path, use_half_precision=yes, load_from_save_dir=yes)
+    assert traker.dtype is torch.float16
+    assert traker.load_from_save_dir is True
 
 
 @pytest.mark.parametrize("form", [np.float32, np.float64, torch.tensor, np.array])
@@ -164,7 +178,7 @@ def test_a_number_of_targets_that_cannot_be_is_explained(num_targets, tmp_path):
 CALLS = {
     "featurize": (lambda t: t.featurize(data()[0], inds=range(N)), "load_checkpoint"),
     "score": (lambda t: t.score(data()[1], inds=range(M)), "start_scoring_checkpoint"),
-    "finalize_features": (lambda t: t.finalize_features(), "load_checkpoint"),
+    "finalize_features": (lambda t: t.finalize_features(), "No checkpoint.*load_check"),
     "finalize one": (lambda t: t.finalize_features([3]), r"\[3\].*load_checkpoint"),
     "start": (lambda t: t.start_scoring_checkpoint("e", weights(), 0, 5), "model_id=0"),
     "finalize_scores": (lambda t: t.finalize_scores("exp"), "load_checkpoint"),

@@ -27,8 +27,8 @@ def as_numpy(name: str, value: Any, *, bits: bool = False) -> NDArray[Any]:
         The array, of whatever dtype it is.
 
     Raises:
-        InputError: if lists are ragged or endless, or values are no array for another
-            reason.
+        InputError: if lists are ragged or endless, entries are masked, or values are no
+            array for another reason.
     """
     try:
         plain = _without_tensors(name, value, bits=bits)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trak.arguments import meant
 from trak.errors import InputError, InputTypeError
 
 
@@ -218,7 +219,10 @@ def resolve_task(task: Any, by_name: dict[str, type]) -> Any:
     """
     if isinstance(task, str):
         if task not in by_name:
-            raise InputError(f"task is one of {sorted(by_name)}, got {task!r}.")
+            raise InputError(
+                f"task must be one of {sorted(by_name)}, a class or an instance, got "
+                f"{task!r}.{meant(task, by_name)}"
+            )
         return by_name[task]()
     if isinstance(task, type):
         try:

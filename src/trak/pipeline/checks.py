@@ -10,6 +10,15 @@ from torch.nn.parameter import is_lazy
 from trak.arguments import is_listed
 from trak.errors import InputError, InputTypeError, UnsupportedModuleError
 
+_METHODS = {
+    "gradient_computer": ("compute_per_sample_grad", "compute_loss_grad"),
+    "saver": ("train_rows", "target_rows"),
+}
+_BASES = {
+    "gradient_computer": "trak.gradient_computers.AbstractGradientComputer",
+    "saver": "trak.savers.AbstractSaver",
+}
+
 
 def check_model(model: Any) -> None:
     """Refuses what gradients cannot be taken of.
@@ -73,6 +82,13 @@ def check_parts(gradient_computer: Any, projector: Any, saver: Any) -> None:
             raise InputTypeError(
                 f"{name} must be a class, which TRAKer makes an instance of, got "
                 f"{describe(value)}."
+            )
+        lacking = [m for m in _METHODS[name] if not hasattr(value, m)]
+        if isinstance(value, type) and lacking:
+            raise InputTypeError(
+                f"{name} must be a class with the methods {', '.join(_METHODS[name])}; "
+                f"{describe(value)} lacks {', '.join(lacking)}. Derive it from "
+                f"{_BASES[name]}."
             )
     usable = callable(getattr(projector, "project", None))
     is_class = isinstance(projector, type)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak.arguments import as_number, is_listed
+from trak.arguments import as_number, is_listed, meant
 from trak.encodings import RowSource
 from trak.errors import InputError, InputTypeError, NumericalError
 from trak.pipeline.losses import loss_sizes
@@ -75,7 +75,9 @@ def method_named(name: Any) -> Method:
         InputError: lists the names there are.
     """
     if not isinstance(name, str) or name not in METHODS:
-        raise InputError(f"method is one of {sorted(NAMES)}, got {name!r}.")
+        raise InputError(
+            f"method must be one of {sorted(NAMES)}, got {name!r}.{meant(name, NAMES)}"
+        )
     return METHODS[name]
 
 

@@ -10,6 +10,7 @@ from trak.digests import checksum, state_digest
 from trak.errors import InputError, InputTypeError, PhaseError
 
 _COMPILED = "_orig_mod."
+_PARALLEL = "module."
 
 
 def validate_state(model: nn.Module, checkpoint: Any) -> str:
@@ -58,6 +59,14 @@ def _hint(own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
             "The checkpoint is of a model that torch.compile made: take "
             f"{_COMPILED!r} out of its names (name.replace({_COMPILED!r}, '')). "
         )
+    if {str(n).removeprefix(_PARALLEL) for n in checkpoint} == {*own}:
+        return (
+            "The checkpoint is of a model in nn.DataParallel or DistributedDataParallel: "
+            f"take {_PARALLEL!r} off its names (name.removeprefix({_PARALLEL!r})). "
+        )
+    for name, value in checkpoint.items():
+        if isinstance(value, Mapping) and {*own} <= {*value}:
+            return f"The weights are one level down: pass checkpoint[{name!r}]. "
     return ""
 
 

@@ -36,15 +36,20 @@ def chosen_ids(saver: AbstractSaver, model_ids: Iterable[int] | None) -> list[in
     known = saver.model_ids
     chosen = sorted(known) if model_ids is None else as_model_ids(model_ids)
     unknown = [model_id for model_id in chosen if model_id not in known]
-    if known and not chosen:
+    if unknown:
+        raise ModelIDException(
+            f"Checkpoints {unknown} are not in {saver.save_dir}, which "
+            f"holds {sorted(known)}. Register them with load_checkpoint first."
+        )
+    if not chosen and not known:
+        raise ModelIDException(
+            f"No checkpoint of {saver.save_dir} is known here, so there is nothing to work "
+            "on. Call load_checkpoint and featurize first; is save_dir the right one?"
+        )
+    if not chosen:
         raise ModelIDException(
             f"model_ids is empty: name some of the checkpoints {sorted(known)} of "
             f"{saver.save_dir}, or leave it out for all of them."
-        )
-    if unknown or not chosen:
-        raise ModelIDException(
-            f"Checkpoints {unknown or 'to work on'} are not in {saver.save_dir}, which "
-            f"holds {sorted(known)}. Register them with load_checkpoint first."
         )
     return chosen
 

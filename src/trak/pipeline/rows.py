@@ -42,7 +42,11 @@ def row_numbers(
             lie outside.
     """
     if (inds is None) == (num_samples is None):
-        raise InputError("Give exactly one of inds and num_samples.")
+        given = "neither" if inds is None else "both"
+        raise InputError(
+            "Give exactly one of num_samples, the batch's size, for the rows that follow "
+            f"the last ones, and inds, the samples' own row numbers, got {given}."
+        )
     if num_samples is not None:
         if num_samples != size:
             raise InputError(
@@ -53,9 +57,16 @@ def row_numbers(
     else:
         numbers = _as_integers(inds)
         if len(numbers) != size:
-            raise InputError(f"{len(numbers)} inds for a batch of {size} samples.")
-        if len(np.unique(numbers)) != size:
-            raise InputError("inds repeat a row within one batch.")
+            raise InputError(
+                f"inds must hold one number a sample, {size} for this batch, got "
+                f"{len(numbers)}."
+            )
+        found, counts = np.unique(numbers, return_counts=True)
+        if len(found) != size:
+            raise InputError(
+                f"inds must hold each number once, got {found[counts > 1][0]} more than "
+                "once: a row belongs to one sample."
+            )
     outside = numbers[(numbers < 0) | (numbers >= num_rows)]
     if len(outside):
         raise InputError(

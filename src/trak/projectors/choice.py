@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trak.arguments import as_integer
+from trak.arguments import as_integer, meant
 from trak.errors import InputError
 from trak.projectors.abstract import BlockProjector, ProjectionType
 from trak.projectors.dense import BasicProjector
@@ -75,7 +75,8 @@ def make_projector(
     except ValueError:
         names = sorted(known.value for known in ProjectionType)
         raise InputError(
-            f"projector is an instance or one of the names {names}, got {kind!r}."
+            f"projector must be an instance or one of the names {names}, got {kind!r}."
+            f"{meant(kind, names)}"
         ) from None
     if kind == "leading":
         return LeadingProjector(full, proj_dim, device)
