@@ -163,7 +163,11 @@ def test_a_singular_system_without_ridge_is_refused(tmp_path):
     model, train, targets = runs.data("mlp", 60, 4)
     options = {"projector": NoOpProjector(device="cpu"), "lambda_reg": 0.0}
     traker = runs.make_traker(model, 60, tmp_path, **options)
-    with pytest.raises(NumericalError, match=r"singular.*lambda_reg"):
+    with pytest.raises(NumericalError, match=r"singular.*lambda_reg.*softmax model"):
+        runs.whole_run(traker, train, targets, cases.checkpoints("mlp", 1))
+    options = {"score_computer": BasicScoreComputer, "proj_dim": 64, "lambda_reg": 0.0}
+    traker = runs.make_traker(model, 60, tmp_path / "primal", **options)
+    with pytest.raises(NumericalError, match=r"proj_dim exceeds.*examples\. Leave"):
         runs.whole_run(traker, train, targets, cases.checkpoints("mlp", 1))
 
 

@@ -324,8 +324,8 @@ def _chosen(
     fitted = bar.over(some_of(train, count, FITTED), 0, "whitening")
     with tempfile.TemporaryDirectory() as trial:
         traker = TRAKer(model, save_dir=trial, whitening="auto", **settings)
-        exact |= isinstance(traker.projector, KernelProjector)
         if isinstance(traker.projector, KernelProjector):  # agreement is told by a sketch
+            exact = True
             sketched: dict[str, Any] = {**settings, "proj_dim": "auto", "projector": None}
             beside = Path(trial) / "sketch"
             traker = TRAKer(model, save_dir=beside, whitening="auto", **sketched)

@@ -221,6 +221,20 @@ def test_tasks_of_ones_own(task, tmp_path):
     assert_scores(found, oracle(traker, train, targets))
 
 
+@pytest.mark.parametrize("settings", [5, {"weights": torch.ones(2)}, None])
+def test_settings_that_no_store_can_keep_are_explained(settings, tmp_path):
+    task = type("Wrong", (Static,), {"settings": lambda self: settings})
+    with pytest.raises(InputTypeError, match=r"settings\(\) of Wrong must return a dict"):
+        tracker(tmp_path / "store", task=task)
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_iterative_computer_says_which_tasks_it_takes(tmp_path):
+    traker = started(tmp_path, gradient_computer=IterativeGradientComputer)
+    with pytest.raises(InputError, match="whole batch.*iterative_image_classification"):
+        traker.featurize(data()[0], inds=range(N))
+
+
 WRONG = {
     "get_output: number": lambda f: 3.0,
     "get_output: none": lambda f: None,

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from trak.batches import Batch, batch_size, normalize, select
-from trak.errors import InputError
+from trak.errors import AttributionError, InputError
 from trak.gradient_computers.abstract import SelectingGradientComputer
+from trak.gradient_computers.memory import is_out_of_memory
 from trak.gradient_computers.surroundings import forget_kept, undisturbed, without_graph
 from trak.modelout_functions import output_function
 from trak.precision import without_autocast
@@ -38,12 +39,14 @@ class IterativeGradientComputer(SelectingGradientComputer):
     def compute_per_sample_grad(self, batch: Any) -> Tensor:
         """Computes df(z_i)/dtheta for every sample of a batch.
 
+        A task that does not take a whole batch, or does not return one output a sample, is
+        an `InputError`.
+
         Args:
             batch: tuple or dict of tensors whose first axis is the sample axis.
 
         Returns:
-            Rows in the order of the selected parameters, `[b, p]`; `InputError` if the
-            task does not return one output a sample.
+            Rows in the order of the selected parameters, `[b, p]`.
         """
         normal = normalize(batch)
         with undisturbed(self.model):
@@ -55,9 +58,7 @@ class IterativeGradientComputer(SelectingGradientComputer):
         for parameter in frozen:
             parameter.requires_grad_(True)
         try:
-            with torch.enable_grad():
-                get_output = output_function(self.modelout_fn)
-                outputs = get_output(self.model, None, None, *parts)
+            outputs = self._outputs(parts)
             if outputs.shape != (batch_size(normal),):
                 raise InputError(
                     "IterativeGradientComputer needs a task whose get_output takes a "
@@ -71,6 +72,21 @@ class IterativeGradientComputer(SelectingGradientComputer):
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
+
+    def _outputs(self, parts: tuple[Any, ...]) -> Tensor:
+        get_output = output_function(self.modelout_fn)
+        try:
+            with torch.enable_grad():
+                return get_output(self.model, None, None, *parts)
+        except RuntimeError as error:
+            if isinstance(error, AttributionError) or is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"get_output of {type(self.modelout_fn).__name__} fails on a whole batch "
+                f"({error}). IterativeGradientComputer calls get_output(model, None, None, "
+                "*batch): take a task that is made for it, such as "
+                "'iterative_image_classification', or leave gradient_computer out."
+            ) from error
 
     def compute_loss_grad(self, batch: Any) -> Tensor:
         """Computes the loss weight Q of every sample of a batch.

@@ -1,6 +1,7 @@
 """What a task is: the scalar attributed, and how the loss depends on it."""
 
 import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -251,9 +252,21 @@ def describe_task(task: Any) -> dict[str, Any]:
 
     Returns:
         JSON values.
+
+    Raises:
+        InputTypeError: if `settings()` returns something else.
     """
     if callable(getattr(task, "settings", None)):
-        values = dict(task.settings())
+        values = task.settings()
+        try:
+            values = dict(values)
+            json.dumps(values)
+        except (TypeError, ValueError) as error:
+            raise InputTypeError(
+                f"settings() of {type(task).__name__} must return a dict of JSON values "
+                f"(numbers, texts, lists of them), which the store keeps, got "
+                f"{values!r:.80} ({error}). Of a tensor, give tensor.tolist()."
+            ) from error
     else:
         values = {
             name: value

@@ -35,6 +35,9 @@ from trak.settings import differences
 
 logger = logging.getLogger(__name__)
 
+_DERIVED = ("fingerprint:", "JL ", "train set size:")
+"""Keys of `metadata.json` that repeat others, and say nothing where these differ."""
+
 
 class MmapSaver(SideFiles):
     """The store on a local file system.
@@ -139,6 +142,7 @@ class MmapSaver(SideFiles):
             )
         lines = differences({"format": self.format, **metadata}, read_object(path))
         if lines:
+            lines = [line for line in lines if not line.startswith(_DERIVED)] or lines
             shown = "\n".join(f"  - {line}" for line in lines[:12])
             more = f"\n  ... and {len(lines) - 12} more" if len(lines) > 12 else ""
             raise StoreMismatchError(

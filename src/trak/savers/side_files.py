@@ -129,6 +129,10 @@ class SideFiles(AbstractSaver):
     ) -> dict[str, NDArray[Any]]:
         """Reads `{id}/leading.npz`, and writes what `make` gives before the first row.
 
+        Args:
+            model_id: the checkpoint.
+            make: chooses the coordinates, if there is no file yet.
+
         Returns:
             Name to array.
         """

@@ -121,7 +121,7 @@ def factorize(
         if eigenvalues[0] - ridge < rounding:
             _warn_of_rounding(ridge / mean_squared_norm, rounding / mean_squared_norm)
         if ridge < noise and eigenvalues[0] < threshold * eigenvalues[-1]:
-            raise NumericalError(_singular(form, eigenvalues, ridge))
+            raise NumericalError(_singular(form, eigenvalues, ridge, num_rows))
     lower, failed = torch.linalg.cholesky_ex(system)
     if failed:
         raise NumericalError(
@@ -144,15 +144,22 @@ def _warn_of_rounding(ridge: float, rounding: float) -> None:
     )
 
 
-def _singular(form: Form, eigenvalues: Tensor, ridge: float) -> str:
+def _singular(form: Form, eigenvalues: Tensor, ridge: float, num_rows: int) -> str:
     what = "rows than columns" if form == "dual" else "columns than rows"
     size, low, high = len(eigenvalues), float(eigenvalues[0]), float(eigenvalues[-1])
+    if form == "primal" and size > num_rows:
+        what = f"columns than {num_rows} rows need"
+        why = "proj_dim exceeds the number of training examples"
+    else:
+        why = (
+            "examples are the same, or both proj_dim and the number of examples exceed the "
+            "number of parameters, or a softmax model is not projected, whose last layer "
+            "has a direction without gradient"
+        )
     return (
         f"The Gram matrix ({size} x {size}, {form}: no more {what}) is singular to the "
         f"precision of the stored rows: eigenvalues from {low:.3g} to {high:.3g}. With "
         f"lambda_reg={ridge:.3g} its inverse, and every score, would be noise. This "
-        "happens when proj_dim exceeds the number of training examples or of parameters, "
-        "and for unprojected softmax models, whose last layer has a direction without "
-        "gradient. Leave lambda_reg out (a ridge is chosen then), set a "
+        f"happens where {why}. Leave lambda_reg out (a ridge is chosen then), set a "
         "positive one, or lower proj_dim."
     )

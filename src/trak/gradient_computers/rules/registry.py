@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from trak.blocks import Block
+from trak.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +35,24 @@ _RULES: dict[type[nn.Module] | str, Rule] = {}
 
 
 def register(*layer_types: type[nn.Module] | str) -> Callable[[Rule], Rule]:
-    """Registers a rule for layer types.
+    """Registers a rule for layer types; a second one for a type is an `InputError`.
 
     Args:
         layer_types: the types, or `module.Name` of types in packages that may not be
             installed; subclasses that inherit `forward` are included.
 
     Returns:
-        A decorator that returns the rule unchanged, and raises ValueError if one of the
-        types has a rule already.
+        A decorator that returns the rule unchanged.
     """
 
     def keep(rule: Rule) -> Rule:
         for layer_type in layer_types:
             if layer_type in _RULES:
-                raise ValueError(f"{layer_type} has a rule already.")
+                known = getattr(_RULES[layer_type], "__name__", "another function")
+                raise InputError(
+                    f"{layer_type} has a rule already, {known}. Register one for a class "
+                    "of your own that is derived from it and has a forward of its own."
+                )
             _RULES[layer_type] = rule
         return rule
 
