@@ -112,3 +112,37 @@ def make(name: str, size: int, dtype=torch.float64, seed: int = 0):
 def checkpoints(name: str, count: int, dtype=torch.float64):
     """State dicts of differently initialised models."""
     return [make(name, 1, dtype, seed=100 + c)[0].state_dict() for c in range(count)]
+
+
+class Attending(nn.Module):
+    def __init__(self, batch_first, cross=None, weights=False, mask=False, **kwargs):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=batch_first, **kwargs)
+        self.batch_first, self.cross, self.weights = batch_first, cross, weights
+        self.mask = mask
+        self.memory = nn.Linear(6, kwargs.get("kdim") or 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        memory = self.memory(x)
+        padding = None
+        if self.mask:
+            padding = torch.zeros(x.shape[:2], dtype=torch.bool)
+            padding[:, -1] = True
+        causal = torch.ones(len(x[0]), len(x[0]), dtype=torch.bool).triu(1)
+        if not self.batch_first:
+            x, memory = x.transpose(0, 1), memory.transpose(0, 1)
+        key, value = {
+            None: (x, x),
+            "memory": (memory, memory),
+            "both": (memory, memory * 2),
+        }[self.cross]
+        out, _ = self.attention(
+            x,
+            key,
+            value,
+            key_padding_mask=padding,
+            need_weights=self.weights,
+            attn_mask=causal if self.mask else None,
+        )
+        return self.head(torch.tanh(out).mean(1 if self.batch_first else 0))

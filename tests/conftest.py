@@ -24,3 +24,14 @@ def learned(world):
     with torch.no_grad():
         found = [(x, model(x).argmax(1)) for x, _ in (train, targets)]
     return model, *found, states
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """Model, training batch, targets, and a maker of TRAKers over one store."""
+    model, train, targets = runs.data("mlp", 20, 5)
+
+    def make(**options):
+        return runs.make_traker(model, 20, tmp_path, **options)
+
+    return model, train, targets, make

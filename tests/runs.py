@@ -1,5 +1,6 @@
 """Whole runs for the tests: featurize, finalize and score cases from tests/cases.py."""
 
+import numpy as np
 import torch
 from tests import cases, reference
 
@@ -84,3 +85,13 @@ def one_call(world, folder, **options):
         "progress": False,
     }
     return trak.attribute(model, save_dir=folder, **(defaults | options))
+
+
+def other_weights(model):
+    return {name: value + 0.1 for name, value in model.state_dict().items()}
+
+
+def expect(traker, train, targets, states, found):
+    per_checkpoint = oracle(traker.model, train, targets, states, traker.projector)
+    expected = reference.trak_scores(per_checkpoint)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)

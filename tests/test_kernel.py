@@ -1,9 +1,6 @@
 """The exact kernel, against explicit gradients and against rows of them."""
 
 import json
-import logging
-import shutil
-from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -11,9 +8,7 @@ import torch
 from tests import cases, reference, runs
 from torch import nn
 
-import trak
-from trak import TRAKer
-from trak.blocks import ConvolvedBlock, DenseBlock, FactoredBlock, IndexedBlock
+from trak.blocks import FactoredBlock
 from trak.errors import (
     InputError,
     NumericalError,
@@ -22,16 +17,15 @@ from trak.errors import (
     StoreMismatchError,
 )
 from trak.gradient_computers import AbstractGradientComputer, FunctionalGradientComputer
-from trak.pipeline import earlier, kernel
-from trak.projectors import KernelProjector, NoOpProjector, dimension, pairs
-from trak.projectors.cholesky import forward, lower_factor
-from trak.projectors.kept import Collector, Part
-from trak.projectors.kernel import kernel_cost
+from trak.pipeline import earlier
+from trak.projectors import KernelProjector, NoOpProjector
 from trak.savers import AbstractSaver
 from trak.savers.gradient_files import GradientFiles
 from trak.savers.journal import Journal
 
 N, M = 23, 5
+
+
 CLOSE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
@@ -411,173 +405,6 @@ def test_layers_are_never_multiplied_out(tmp_path, monkeypatch):
         assert "gradient/first.weight" not in shapes
 
 
-def test_the_cost_is_told_before_the_first_gradient(tmp_path, caplog, monkeypatch):
-    model, train, _, states = world("reader")
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    with caplog.at_level(logging.INFO):
-        traker = kernel_traker(model, tmp_path)
-    most = kernel_cost(shapes, N, 8)
-    assert f"The exact kernel of {N} examples: at most {most}" in caplog.text
-    caplog.clear()
-    told = []
-    monkeypatch.setattr(
-        kernel,
-        "KernelCost",
-        lambda *a: (
-            told.append(most._replace(**dict(zip(most._fields, a, strict=True))))
-            or told[-1]
-        ),
-    )
-    runs.featurize(traker, train, states[0])
-    files = [GradientFiles(tmp_path / "0/kernel").read(i) for i in range(4)]
-    there = 0
-    for each in files:
-        with each as arrays:
-            there += sum(arrays[name].nbytes for name in arrays if arrays[name].ndim)
-    rows = traker.saver.train_rows(0).array("grads")
-    assert len(told) == 1
-    assert there == told[0].gradients < most.gradients
-    assert rows.nbytes == told[0].rows == most.rows
-    assert told[0].products > 0
-
-
-def test_the_formula_of_the_cost():
-    shapes = {"w": (3, 4), "b": (5,)}
-    found = kernel_cost(shapes, 10, 4)
-    assert found == (10 * (4 * 17 + 8), 10 * 11 * 4, 55 * 17, 1000 / 6)
-    assert found.disk == found.gradients + found.rows
-    assert kernel_cost(shapes, 10, 4, positions=1).gradients == 10 * (4 * (7 + 5) + 8)
-    assert kernel_cost(shapes, 10, 8, positions=9).gradients == 10 * (8 * 17 + 8)
-
-
-class Words(nn.Module):
-    """A table, and a layer that is smaller multiplied out."""
-
-    def __init__(self, *, tied=False):
-        super().__init__()
-        self.table = nn.Embedding(400, 8)
-        self.layer = nn.Linear(8, 400 if tied else 3)
-        if tied:
-            self.layer.weight = self.table.weight
-
-    def forward(self, tokens):
-        return self.layer(torch.tanh(self.table(tokens))).mean(1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_table_costs_what_the_store_writes(dtype, tmp_path):
-    model = Words().to(dtype)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    traker = kernel_traker(model, tmp_path)
-    train = torch.randint(0, 400, (N, 6)), torch.randint(0, 3, (N,))
-    runs.featurize(traker, train, model.state_dict())
-    there = 0
-    for path in (tmp_path / "0/kernel").glob("*.npz"):
-        with GradientFiles(tmp_path / "0/kernel").read(int(path.stem)) as arrays:
-            there += sum(arrays[name].nbytes for name in arrays if arrays[name].ndim)
-    size = dtype.itemsize
-    expected = kernel_cost(shapes, N, size, positions=6, tables={"table.weight"})
-    assert there == expected.gradients == N * (6 * (8 + 8 * size) + 27 * size + 8)
-    few = kernel_cost(shapes, N, size, positions=6).gradients
-    assert there < few / 10
-
-
-def test_exact_knows_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr(dimension, "FEW", 1000)
-    options = {"task": "image_classification", "proj_dim": "exact", "device": "cpu"}
-
-    def chosen(model, **more):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        return type(TRAKer(model, save_dir=folder, **options, **more).projector)
-
-    assert chosen(Words(), train_set_size=500) is KernelProjector
-    assert chosen(Words(), train_set_size=4000) is NoOpProjector
-    # a head's gradient has entries everywhere
-    assert chosen(Words(tied=True), train_set_size=500) is NoOpProjector
-    whole = FunctionalGradientComputer
-    assert chosen(Words(), train_set_size=500, gradient_computer=whole) is NoOpProjector
-
-
-def test_a_refusal_of_gradients_names_what_may_fit(tmp_path, monkeypatch):
-    Usage = namedtuple("Usage", "total used free")
-    options = {"task": "image_classification", "proj_dim": "exact", "device": "cpu"}
-    layer = nn.Linear(100, 100)  # at 64 positions smaller multiplied out
-    told = []
-    for free in (10**6, 10**5):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(0, 0, free))
-        with pytest.raises(InputError, match="Unprojected gradients do not fit") as caught:
-            TRAKer(layer, save_dir=tmp_path / "a", train_set_size=100, **options)
-        told.append("KernelProjector(100), as exact" in str(caught.value))
-    assert told == [True, False]
-
-
-def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
-    Usage = namedtuple("Usage", "total used free")
-    model, train, _, states = world("reader")
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    free = kernel_cost(shapes, N, 8).rows
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, free))
-    with pytest.raises(InputError, match="does not fit: at least"):
-        kernel_traker(model, tmp_path / "a")
-    assert not (tmp_path / "a").exists()
-    monkeypatch.undo()
-    traker = kernel_traker(model, tmp_path / "b")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 10_000))
-    with pytest.raises(InputError, match="gradients of 23 examples do not fit"):
-        runs.featurize(traker, train, states[0])
-    assert not traker.saver.train_rows(0).refresh().any()
-    assert not (tmp_path / "b/0/kernel/0.npz").exists()
-
-
-def test_exact_takes_the_smaller_form(tmp_path, monkeypatch):
-    wide, *_ = world("wide", torch.float32)
-    options = {"task": "image_classification", "proj_dim": "exact", "device": "cpu"}
-    assert isinstance(
-        TRAKer(wide, train_set_size=N, save_dir=tmp_path / "a", **options).projector,
-        NoOpProjector,
-    )
-    monkeypatch.setattr(dimension, "FEW", 1000)
-    large = nn.Linear(600, 600)
-    taken = TRAKer(large, train_set_size=50, save_dir=tmp_path / "b", **options)
-    assert isinstance(taken.projector, KernelProjector)
-    assert taken.dtype is torch.float32
-    assert taken.proj_dim == 51
-    small = TRAKer(nn.Linear(6, 3), train_set_size=50, save_dir=tmp_path / "c", **options)
-    assert isinstance(small.projector, NoOpProjector)
-    assert dimension.kernel_is_smaller({"w": (600, 600)}, 50, 4)
-    assert not dimension.kernel_is_smaller({"w": (600, 600)}, 400_000, 4)
-    assert not dimension.kernel_is_smaller({"w": (100, 100)}, 50, 4)  # 64 positions
-    given = kernel_traker(wide, tmp_path / "d", use_half_precision=True)
-    assert given.dtype is torch.float32
-
-
-def test_attribute_with_a_strength_to_choose(tmp_path, monkeypatch):
-    model, train, targets, states = world("wide", n=60)
-    found = []
-    for few in (1, 1 << 40):
-        monkeypatch.setattr(dimension, "FEW", few)
-        monkeypatch.setattr(dimension, "POSITIONS", 1)
-        found.append(
-            trak.attribute(
-                model,
-                task="image_classification",
-                train=runs.split(train, 9),
-                targets=runs.split(targets, 4),
-                checkpoints=states,
-                save_dir=tmp_path / str(few),
-                proj_dim="exact",
-                use_half_precision=False,
-                progress=False,
-            )
-        )
-    kinds = [
-        json.loads((tmp_path / str(few) / "metadata.json").read_text())["JL matrix type"]
-        for few in (1, 1 << 40)
-    ]
-    assert kinds == ["kernel", "na"]
-    close(found[0], found[1], 1e-8)
-
-
 def test_the_store_says_what_it_is(tmp_path):
     model, train, _, states = world("wide")
     traker = kernel_traker(model, tmp_path)
@@ -654,88 +481,3 @@ def test_memory_that_runs_out_half_way(tmp_path, monkeypatch):
     found = runs.whole_run(traker, train, targets, states)
     assert failed
     close(found, expected, 1e-10)
-
-
-FORMS = ["dense", "layer", "long", "table", "convolved"]
-
-
-def block(form, size, dtype=torch.float64, seed=0):
-    """Gradients of a 12 x 8 matrix."""
-    torch.manual_seed(seed + size)
-    if form == "dense":
-        return DenseBlock("w", torch.randn(size, 96, dtype=dtype))
-    if form == "table":
-        indices = torch.randint(0, 12, (size, 5))
-        return IndexedBlock("w", indices, torch.randn(size, 5, 8, dtype=dtype), 12)
-    if form == "convolved":
-        x, back = (torch.randn(size, *shape, dtype=dtype) for shape in ((4, 5), (12, 2)))
-        return ConvolvedBlock("w", x, back, (2,), (2,), (1,))
-    positions = 3 if form == "layer" else 40
-    factors = (torch.randn(size, positions, width, dtype=dtype) for width in (8, 12))
-    return FactoredBlock("w", *factors)
-
-
-@pytest.mark.parametrize("chunk", [7, pairs.CHUNK])
-@pytest.mark.parametrize("one", FORMS)
-@pytest.mark.parametrize("other", FORMS)
-def test_products_of_all_forms(one, other, chunk, monkeypatch):
-    monkeypatch.setattr(pairs, "CHUNK", chunk)
-    first, second = block(one, 4), block(other, 6, seed=9)
-    expected = first.dense().gradient @ second.dense().gradient.T
-    forms = [pairs.smaller(first), pairs.smaller(second)]
-    torch.testing.assert_close(pairs.products(*forms), expected)
-    torch.testing.assert_close(pairs._by_slices(*forms), expected)
-    if not any(isinstance(f, DenseBlock) for f in forms):
-        torch.testing.assert_close(pairs._by_positions(*forms), expected)
-    assert pairs.cost(*forms) <= 1e4
-
-
-@pytest.mark.parametrize(
-    "forms", [["layer", "layer"], ["layer", "table"], ["table", "dense"]]
-)
-def test_parameters_that_are_used_several_times(forms):
-    blocks = [pairs.smaller(block(form, 4, seed=j)) for j, form in enumerate(forms)]
-    found = pairs.merged(blocks)
-    total = sum(b.dense().gradient for b in found)
-    torch.testing.assert_close(total, sum(b.dense().gradient for b in blocks))
-    assert sum(pairs.numbers(b) for b in found) <= 96
-    assert len(found) == 1
-
-
-def test_the_smaller_form_is_kept():
-    kinds = {form: type(pairs.smaller(block(form, 2))) for form in FORMS}
-    assert kinds == {
-        "dense": DenseBlock,
-        "layer": FactoredBlock,
-        "long": DenseBlock,
-        "table": IndexedBlock,
-        "convolved": FactoredBlock,
-    }
-
-
-def test_bfloat16_gradients_keep_their_bits():
-    collector = Collector(None)
-    given = block("layer", 3, torch.bfloat16)
-    collector(given)
-    arrays = collector.arrays()
-    assert arrays["left/w"].dtype == np.uint16
-    (found,) = Part(np.arange(3), arrays).blocks("w", torch.device("cpu"))
-    assert torch.equal(found.backprops, given.backprops)
-    assert torch.equal(found.activations, given.activations)
-    # a sum over positions is float32
-    assert pairs.smaller(block("long", 3, torch.bfloat16)).gradient.dtype is torch.float32
-
-
-def test_a_growing_factor():
-    torch.manual_seed(0)
-    g = torch.randn(9, 30, dtype=torch.float64)
-    g[4], g[7] = 0, g[1] - 2 * g[3]
-    k = g @ g.T
-    lower = lower_factor(k, k.diagonal(), 1e-13)
-    torch.testing.assert_close(lower @ lower.T, k)
-    assert lower[4].abs().sum() == lower[:, 4].abs().sum() == lower[:, 7].abs().sum() == 0
-    strips = [lower[:3, :3], lower[3:5, :5], lower[5:, :]]
-    right = k @ torch.randn(9, 2, dtype=torch.float64)
-    solved = forward(strips, right)
-    torch.testing.assert_close(lower @ solved, right)
-    assert not solved[[4, 7]].any()

@@ -6,7 +6,9 @@ import logging
 import pytest
 import torch
 from tests import cases, reference, runs
-from tests.test_hook_parameters import Attending, Free, Patches, Tokens
+from tests.cases import Attending
+from tests.test_hook_parameters import Free, Patches
+from tests.test_hook_tables import Tokens
 from tests.test_hooks import images
 from torch import nn
 from torch.utils import checkpoint

@@ -1,5 +1,6 @@
-"""A training that worker processes can import: ridge regression with noise of the seed."""
+"""A training that worker processes can import (ridge regression with noise), and banks."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
+
+from trak.evaluation import Bank
 
 N, M = 24, 5
 _RNG = np.random.default_rng(0)
@@ -70,3 +74,52 @@ def train_slowly(indices, seed):
     """Takes a while."""
     time.sleep(0.3)
     return train(indices, seed)
+
+
+def arrays(subsets=6, n=21, seeds=2, m=4):
+    rng = np.random.default_rng(0)
+    outputs = rng.normal(size=(subsets, seeds, m)).astype(np.float32)
+    return {"masks": rng.random((subsets, n)) < 0.5, "outputs": outputs}
+
+
+def full_bank(**changes):
+    given = {
+        **arrays(),
+        "name": "toy",
+        "seeds": np.arange(12).reshape(6, 2),
+        "seed_rule": "any",
+        "recipe": {"epochs": 3},
+        "data": "a" * 64,
+        "examples": np.arange(1, 22),
+        "checkpoints": ("0" * 32, "1" * 32),
+        "notes": {"accuracy": [0.5]},
+        **changes,
+    }
+    return Bank(**given)
+
+
+def states(count=2):
+    torch.manual_seed(0)
+    return [
+        {
+            "weight": torch.randn(3, 2),
+            "half": torch.randn(2).bfloat16(),
+            "single": torch.tensor(1.5, dtype=torch.float64),
+            "steps": torch.tensor([j, 7]),
+            "flags": torch.tensor([True, False]),
+            "empty": torch.zeros(0, 3),
+        }
+        for j in range(count)
+    ]
+
+
+def write_weights(folder, made):
+    folder.mkdir(exist_ok=True)
+    tensors = {f"{j}/{k}": v for j, state in enumerate(made) for k, v in state.items()}
+    save_file(tensors, folder / "checkpoints.safetensors")
+
+
+def assert_equal(one, other):
+    for field in dataclasses.fields(Bank):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b, field.name

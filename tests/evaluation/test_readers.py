@@ -4,15 +4,10 @@ import numpy as np
 import pytest
 import torch
 from tests.evaluation import recipes
-from tests.evaluation.test_banks import arrays
+from tests.evaluation.recipes import arrays
 
 from trak.errors import InputError, InputTypeError
-from trak.evaluation import (
-    bank_from_indices,
-    lds,
-    masks_from_indices,
-    read_trak_bank,
-)
+from trak.evaluation import bank_from_indices, lds, masks_from_indices, read_trak_bank
 
 
 def test_masks_from_indices():
