@@ -21,6 +21,7 @@ from trak.modelout_functions import (
     ImageClassificationModelOutput,
     IterativeImageClassificationModelOutput,
 )
+from trak.projectors import NoOpProjector
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -131,6 +132,22 @@ def test_frozen_parameters_are_left_out_unless_named(make):
     model[0].requires_grad_(True)
     expected = reference.gradient_rows(model, batch, ["0.bias"])
     assert_equal(named, expected, torch.float64)
+
+
+def test_naming_every_parameter_selects_frozen_ones_too(tmp_path):
+    model, train, targets = runs.data("mlp", 12, 3)
+    states = cases.checkpoints("mlp", 1)
+
+    def found(folder, **options):
+        options = {"projector": NoOpProjector(), **options}
+        traker = runs.make_traker(model, 12, tmp_path / folder, **options)
+        return np.array(runs.whole_run(traker, train, targets, states))
+
+    expected = found("all")
+    model[0].requires_grad_(False)
+    names = [name for name, _ in model.named_parameters()]
+    np.testing.assert_allclose(found("named", grad_wrt=names), expected, rtol=1e-9)
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
 
 
 def test_grad_wrt_may_be_a_generator_and_keeps_the_models_order():

@@ -68,6 +68,7 @@ def make_computer(
     Returns:
         An instance.
     """
+    trainable = {n for n, p in parts.model.named_parameters() if p.requires_grad}
     everything = len(chosen) == sum(1 for _ in parts.model.parameters())
     make: Any = given or choose_computer(parts.task)
     return make(
@@ -76,7 +77,7 @@ def make_computer(
         grad_dim=sum(p.numel() for p in chosen.values()),
         dtype=float_dtype(parts.dtype),
         device=parts.device,
-        grad_wrt=None if everything else list(chosen),
+        grad_wrt=None if everything and trainable == {*chosen} else list(chosen),
     )
 
 
