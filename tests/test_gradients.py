@@ -163,6 +163,31 @@ def test_wrong_selections_are_refused(grad_wrt):
         functional(model, grad_wrt)
 
 
+class Spectral(nn.Module):
+    """A filter in the frequency domain, with a complex weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(4, dtype=torch.complex128))
+        self.head = nn.Linear(6, 3).double()
+
+    def forward(self, x):
+        return self.head(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=6))
+
+
+def test_complex_parameters_are_refused_unless_they_are_left_out(tmp_path):
+    _, train, targets = runs.data("mlp", 12, 3)
+    model, options = Spectral(), {"projector": NoOpProjector()}
+    states = [{name: value.clone() for name, value in model.state_dict().items()}]
+    with pytest.raises(InputError, match=r"'filter' has the dtype torch.complex128"):
+        runs.make_traker(model, 12, tmp_path, **options)
+    names = ["head.weight", "head.bias"]
+    traker = runs.make_traker(model, 12, tmp_path, grad_wrt=names, **options)
+    found = runs.whole_run(traker, train, targets, states)
+    rows = runs.oracle(model, train, targets, states, None, names)
+    np.testing.assert_allclose(found, reference.trak_scores(rows), rtol=1e-9)
+
+
 def test_a_model_without_trainable_parameters_is_refused():
     model, _ = cases.make("mlp", 1)
     model.requires_grad_(False)

@@ -204,7 +204,7 @@ def select_parameters(
         Name to parameter, in the model's order.
 
     Raises:
-        InputError: if a name is unknown or nothing is selected.
+        InputError: if a name is unknown, nothing is selected, or a parameter is not real.
     """
     named = dict(model.named_parameters())
     if grad_wrt is None:
@@ -214,7 +214,7 @@ def select_parameters(
                 "No parameter of the model requires a gradient. Unfreeze those to be "
                 "attributed (requires_grad_(True)), or name them in grad_wrt."
             )
-        return chosen
+        return _real(chosen)
     wanted = {grad_wrt} if isinstance(grad_wrt, str) else set(grad_wrt)
     unknown = sorted(wanted - set(named))
     if unknown:
@@ -225,4 +225,17 @@ def select_parameters(
         )
     if not wanted:
         raise InputError("grad_wrt is empty; leave it out to select every parameter.")
-    return {name: p for name, p in named.items() if name in wanted}
+    return _real({name: p for name, p in named.items() if name in wanted})
+
+
+def _real(chosen: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    # rows are real numbers: of a complex gradient, half would be lost
+    for name, parameter in chosen.items():
+        if not parameter.is_floating_point():
+            raise InputError(
+                f"Gradients are taken of real parameters, and {name!r} has the dtype "
+                f"{parameter.dtype}. Leave it out (requires_grad_(False), or the names of "
+                "the others in grad_wrt); or hold complex numbers as a real parameter "
+                "[..., 2], which the forward pass reads by torch.view_as_complex."
+            )
+    return chosen
