@@ -170,15 +170,53 @@ def test_checkpoints_of_a_model_before_torch_compile_and_after(world, tmp_path):
     with pytest.raises(InputError, match=r"name\.replace\('_orig_mod\.', ''\)"):
         call(world, tmp_path / "b", checkpoints=of_compiled)
     with pytest.raises(InputError, match=r"differences\)(?!.*_orig_mod)"):
-        call(world, tmp_path / "c", checkpoints=[{"other": states[0]["0.weight"]}])
+        call(world, tmp_path / "c", checkpoints=[{"other": torch.ones(2)}])
 
 
-def test_weights_under_a_name_and_of_a_parallel_model_are_told_apart(world, tmp_path):
-    states = world[3]
-    with pytest.raises(InputError, match=r"pass checkpoint\['model'\]"):
-        call(world, tmp_path / "a", checkpoints=[{"model": states[0], "epoch": 3}])
-    parallel = {f"module.{name}": value for name, value in states[0].items()}
-    with pytest.raises(InputError, match=r"name\.removeprefix\('module\.'\)"):
-        call(world, tmp_path / "b", checkpoints=[parallel])
+WRAPPED = {
+    "a trainer's module": (
+        lambda state: {f"module.{name}": value for name, value in state.items()},
+        r"removeprefix\('module\.'\)",
+    ),
+    "two wrappers": (
+        lambda state: {f"model.net.{name}": value for name, value in state.items()},
+        r"removeprefix\('model\.net\.'\)",
+    ),
+    "a file with an epoch": (
+        lambda state: {"epoch": 3, "state_dict": state},
+        r"pass checkpoint\['state_dict'\]",
+    ),
+    "a part": (
+        lambda state: dict(list(state.items())[:1]),
+        r"a part of the model's weights.*strict=False",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_checkpoints_in_other_forms_are_told_how_to_be_passed(kind, world, tmp_path):
+    wrapped, message = WRAPPED[kind]
+    states = [wrapped(state) for state in world[-1]]
+    with pytest.raises(InputError, match=message):
+        call(world, tmp_path, checkpoints=states)
+
+
+def test_checkpoints_of_the_module_inside_the_model_are_told_apart(world, tmp_path):
+    model, *rest = world
+    outer = torch.nn.Sequential(model)
+    with pytest.raises(InputError, match=r"begin with '0\.' and the checkpoint's do not"):
+        call((outer, *rest), tmp_path)
+
+
+def test_files_of_adapters_are_told_how_to_be_loaded(world, tmp_path):
+    inner = torch.nn.ModuleDict({"default": torch.nn.Linear(2, 2)})
+    model = torch.nn.Module()
+    model.base, model.lora_A = world[0], inner
+    part = {"lora_A.weight": torch.ones(2, 2), "lora_A.bias": torch.ones(2)}
+    with pytest.raises(InputError, match="set_peft_model_state_dict"):
+        call((model, *world[1:]), tmp_path, checkpoints=[part])
+
+
+def test_progress_is_true_or_false(world, tmp_path):
     with pytest.raises(InputTypeError, match="progress must be True or False"):
-        call(world, tmp_path / "c", progress="no")
+        call(world, tmp_path, progress="no")

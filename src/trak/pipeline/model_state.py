@@ -10,7 +10,6 @@ from trak.digests import checksum, state_digest
 from trak.errors import InputError, InputTypeError, PhaseError
 
 _COMPILED = "_orig_mod."
-_PARALLEL = "module."
 
 
 def validate_state(model: nn.Module, checkpoint: Any) -> str:
@@ -59,15 +58,45 @@ def _hint(own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
             "The checkpoint is of a model that torch.compile made: take "
             f"{_COMPILED!r} out of its names (name.replace({_COMPILED!r}, '')). "
         )
-    if {str(n).removeprefix(_PARALLEL) for n in checkpoint} == {*own}:
-        return (
-            "The checkpoint is of a model in nn.DataParallel or DistributedDataParallel: "
-            f"take {_PARALLEL!r} off its names (name.removeprefix({_PARALLEL!r})). "
-        )
+    return _hint_of_names({*own}, checkpoint)
+
+
+def _hint_of_names(own: set[str], checkpoint: Mapping[Any, Any]) -> str:
     for name, value in checkpoint.items():
-        if isinstance(value, Mapping) and {*own} <= {*value}:
-            return f"The weights are one level down: pass checkpoint[{name!r}]. "
+        if isinstance(value, Mapping) and own & {*value}:
+            return (
+                f"Its entry {name!r} holds weights by the model's names: pass "
+                f"checkpoint[{name!r}]. "
+            )
+    names = {name for name in checkpoint if isinstance(name, str)}
+    if prefix := _prefix(own, names):
+        return (
+            f"Its names begin with {prefix!r}, as those of a model inside another do "
+            "(DistributedDataParallel, a trainer's module): pass {name.removeprefix("
+            f"{prefix!r}): value for name, value in checkpoint.items()}}. "
+        )
+    if prefix := _prefix(names, own):
+        return (
+            f"The model's names begin with {prefix!r} and the checkpoint's do not: pass "
+            "the module that the checkpoint was saved from as the model, or put "
+            f"{prefix!r} before its names. "
+        )
+    if names and names < own | {name.replace(".default.", ".") for name in own}:
+        return (
+            "It holds a part of the model's weights, as files of adapters and of models "
+            "with tied weights do: load it into the model as usual "
+            "(peft.set_peft_model_state_dict, or load_state_dict(part, strict=False)), and "
+            "pass a copy of all, copy.deepcopy(model.state_dict()). "
+        )
     return ""
+
+
+def _prefix(names: set[str], longer: set[str]) -> str:
+    # what all of them would have to begin with to be among the others
+    one = max(names, key=len, default="")
+    found = {name.removesuffix(one) for name in longer if name.endswith(f".{one}")}
+    fits = (p for p in sorted(found) if {f"{p}{name}" for name in names} <= longer)
+    return next(fits, "")
 
 
 def _misfit(value: Any, own: Any) -> str | None:
