@@ -19,6 +19,7 @@ from trak.pipeline import finalizing, methods, scoring, variances
 from trak.pipeline.readiness import scores_with_record
 from trak.pipeline.scoring import ScorePass
 from trak.pipeline.whiten import Whitener
+from trak.projectors import KernelProjector
 from trak.savers import MmapSaver, factor_files
 from trak.savers.filesystem import read_json
 from trak.savers.locks import changing, reading
@@ -381,3 +382,17 @@ def test_the_shared_ridge_is_that_of_the_factor_that_was_found(tmp_path, monkeyp
     )
     trakers[0].finalize_features()
     assert factor_files.load(tmp_path / "1")[1]["auto"] == expected
+
+
+@pytest.mark.parametrize("projector", [None, KernelProjector(N)])
+def test_what_is_written_has_the_modes_of_the_users_umask(projector, tmp_path):
+    model, train, targets = runs.data("mlp", N, M)
+    before = os.umask(0o002)  # of people who share folders with their group
+    try:
+        folder = tmp_path / "store"
+        traker = runs.make_traker(model, N, folder, projector=projector)
+        runs.whole_run(traker, train, targets, [model.state_dict()])
+    finally:
+        os.umask(before)
+    paths = [folder, *folder.rglob("*")]
+    assert [path for path in paths if not path.stat().st_mode & 0o020] == []

@@ -55,7 +55,7 @@ def _opened(path: Path) -> int:
     try:
         with suppress(FileExistsError):
             path.parent.mkdir(parents=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except FileNotFoundError:
         raise
     except OSError as error:

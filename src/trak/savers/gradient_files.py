@@ -99,7 +99,7 @@ class GradientFiles:
         if not self.folder.exists():
             self.folder.mkdir(exist_ok=True)
             sync_directory(self.folder.parent)
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield

@@ -126,7 +126,7 @@ class Journal:
     def _locked(self) -> Generator[int]:
         flags = os.O_RDWR | (0 if self._offset else os.O_CREAT)
         try:
-            descriptor = os.open(self.path, flags, 0o644)
+            descriptor = os.open(self.path, flags, 0o666)
         except FileNotFoundError as error:
             raise self._gone() from error
         try:

@@ -22,7 +22,7 @@ def changing(store: Path) -> Generator[None]:
     Yields:
         Nothing.
     """
-    descriptor = os.open(store / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(store / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _lock(descriptor, fcntl.LOCK_EX)
         yield
