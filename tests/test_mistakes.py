@@ -7,7 +7,7 @@ from tests import cases, runs
 from torch.utils.data import DataLoader, TensorDataset
 
 import trak
-from trak.errors import InputError, InputTypeError, PhaseError
+from trak.errors import InputError, InputTypeError, NumericalError, PhaseError
 from trak.modelout_functions import ImageClassificationModelOutput
 from trak.pipeline.project import RowMaker
 
@@ -171,6 +171,18 @@ def test_checkpoints_of_a_model_before_torch_compile_and_after(world, tmp_path):
         call(world, tmp_path / "b", checkpoints=of_compiled)
     with pytest.raises(InputError, match=r"differences\)(?!.*_orig_mod)"):
         call(world, tmp_path / "c", checkpoints=[{"other": torch.ones(2)}])
+
+
+def test_an_example_that_is_not_finite_leaves_no_strength_behind(learned, tmp_path):
+    x, y = learned[1]
+    broken = x.clone()
+    broken[17, 2] = torch.nan
+    options = {"whitening": "auto"}
+    expected = np.array(call(learned, tmp_path / "a", **options))
+    with pytest.raises(NumericalError, match=r"sample 8 of batch 1 \(of 7"):
+        call(learned, tmp_path / "b", train=runs.split((broken, y), 9), **options)
+    found = call(learned, tmp_path / "b", **options)
+    np.testing.assert_array_equal(found, expected)
 
 
 WRAPPED = {

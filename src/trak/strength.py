@@ -92,7 +92,7 @@ def choose_strength(
     sample = [normalize(batch, device) for batch in batches]
     enough = sum(batch_size(batch) for batch in sample) >= _FEWEST
     _load(pipeline, states[0])
-    weights = [pipeline.maker.loss_weights(batch) for batch in sample]
+    weights = _finite_weights(pipeline, sample)
     logistic = pipeline.losses.tell(sample, weights)
     losses = losses_of(*torch.cat(weights).cpu().T).sized(logistic)
     useful = _is_useful(losses.own, logistic)
@@ -106,6 +106,15 @@ def choose_strength(
     return _by_agreement(
         Trial(pipeline, sample, states, curvature=curvature, logistic=logistic)
     )
+
+
+def _finite_weights(pipeline: Pipeline, sample: list[Batch]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for place, batch in enumerate(sample):
+        which = f"of batch {place} (of {len(sample)} batches spread over train)"
+        numbers = [f"{j} {which}" for j in range(batch_size(batch))]
+        found.append(pipeline.maker.finite_weights(batch, numbers))
+    return found
 
 
 def _by_agreement(trial: "Trial") -> float:

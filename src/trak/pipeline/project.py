@@ -167,7 +167,7 @@ class RowMaker:
                     return part
                 # right after the gradients, whose forward pass may answer for these
                 outputs = self.losses.outputs(piece, model_id) if self.losses else None
-                weights = self._finite_weights(piece, its)
+                weights = self.finite_weights(piece, its)
                 if self.losses and outputs is not None:
                     self.losses.look(outputs, weights, model_id)
                 return torch.cat([part, weights.to(part)], dim=1)
@@ -260,7 +260,7 @@ class RowMaker:
             if projector is not None:
                 numbers = [f"{start + j} of the batch" for j in range(size)]
                 self._check(rows, piece, model_id, numbers)
-                weights = self._finite_weights(piece, numbers)
+                weights = self.finite_weights(piece, numbers)
                 rows = torch.cat([rows, weights.to(rows)], dim=1)
             total.merge(found)
             return rows
@@ -332,7 +332,19 @@ class RowMaker:
         counts = counted(counting(batch), size).to(loss)
         return torch.cat([loss * counts, counts], dim=1)
 
-    def _finite_weights(self, batch: Batch, numbers: Sequence[int | str]) -> Tensor:
+    def finite_weights(self, batch: Batch, numbers: Sequence[int | str]) -> Tensor:
+        """Q of a batch, all of which must be finite.
+
+        Args:
+            batch: a normalized batch.
+            numbers: the samples' row numbers, or what to call them in a message.
+
+        Returns:
+            `[b, 1]`.
+
+        Raises:
+            NumericalError: names the first sample whose Q is not.
+        """
         weights = self.loss_weights(batch)
         finite = torch.isfinite(weights).all(dim=1)
         if not finite.all():
