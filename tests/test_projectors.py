@@ -378,8 +378,9 @@ def test_wrong_widths_kinds_and_nonzeros_are_refused():
         make("normal", 50, 8).project(torch.randn(2, 49), model_id=0)
     with pytest.raises(InputError, match="'cauchy'"):
         BasicProjector(50, 8, 0, "cauchy", "cpu")
-    with pytest.raises(InputError, match="nonzeros"):
-        SparseProjector(50, 8, 0, device="cpu", nonzeros=9)
+    for nonzeros in (9, 1.5, 0):
+        with pytest.raises(InputError, match="nonzeros must be"):
+            SparseProjector(50, 8, 0, device="cpu", nonzeros=nonzeros)
     with pytest.raises(InputError, match="layout"):
         make("normal", 50, 8, layout={"a": 49})
 

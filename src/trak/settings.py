@@ -32,6 +32,9 @@ class RunSettings:
         whitening: strength and damping; None if gradients are not whitened.
         sample_weights: the task says how much training examples count.
         library: version of this library.
+
+    Raises:
+        InputError: if there is no training example.
     """
 
     train_set_size: int

@@ -123,6 +123,9 @@ class BlockProjector(AbstractProjector):
         layout: name to number of scalars of every parameter, in order. Without a layout
             the gradient is one nameless parameter.
         forms_gradients: whether a layer's gradient is multiplied out on the way.
+
+    Raises:
+        InputError: if an argument cannot be used, or the layout is not `grad_dim` long.
     """
 
     forms_gradients = True
@@ -139,7 +142,9 @@ class BlockProjector(AbstractProjector):
         proj_dim = as_integer("proj_dim", proj_dim, least=1)
         if layout is not None and sum(layout.values()) != grad_dim:
             total = sum(layout.values())
-            raise InputError(f"The layout holds {total} scalars, grad_dim {grad_dim}.")
+            raise InputError(
+                f"layout must hold as many scalars as grad_dim={grad_dim}, got {total}."
+            )
         super().__init__(grad_dim, proj_dim, seed, proj_type, device)
         self.layout = None if layout is None else dict(layout)
         self._cached_model_id: int | None = None

@@ -41,6 +41,9 @@ class BasicProjector(BlockProjector):
         model_id: accepted as upstream's name; every call names its own checkpoint.
         layout: name to number of scalars of every parameter.
         max_batch_size: accepted as upstream's name; any batch size is right.
+
+    Raises:
+        InputError: if an argument cannot be used, or the layout is not `grad_dim` long.
     """
 
     def __init__(
@@ -61,7 +64,10 @@ class BasicProjector(BlockProjector):
             self._entries = _ENTRIES[self.proj_type]
         except (ValueError, KeyError):
             names = sorted(kind.value for kind in _ENTRIES)
-            raise InputError(f"proj_type is one of {names}, got {proj_type!r}.") from None
+            raise InputError(
+                f"proj_type must be one of {names}, got {proj_type!r}. Other projections "
+                "are classes of their own (trak.projectors)."
+            ) from None
         super().__init__(grad_dim, proj_dim, seed, self.proj_type, device, layout)
         self.block_size = block_size
         self.dtype = dtype

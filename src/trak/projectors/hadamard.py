@@ -33,6 +33,9 @@ class HadamardProjector(BlockProjector):
         proj_type: `"hadamard"`.
         device: where to project.
         layout: name to number of scalars of every parameter.
+
+    Raises:
+        InputError: if an argument cannot be used, or the layout is not `grad_dim` long.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class HadamardProjector(BlockProjector):
         layout: Mapping[str, int] | None = None,
     ) -> None:
         if proj_type != ProjectionType.hadamard:
-            raise InputError(f"proj_type is 'hadamard' here, got {proj_type!r}.")
+            raise InputError(f"proj_type must be 'hadamard' here, got {proj_type!r}.")
         super().__init__(grad_dim, proj_dim, seed, ProjectionType.hadamard, device, layout)
         self._block = max(_LONGEST, _power_of_two(self.proj_dim))
         self._cache: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}

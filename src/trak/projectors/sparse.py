@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trak.arguments import as_integer
 from trak.blocks import DenseBlock
 from trak.errors import InputError
 from trak.projectors import counter
@@ -43,6 +44,9 @@ class SparseProjector(BlockProjector):
         device: where to project.
         nonzeros: nonzeros of a row, at most `proj_dim`.
         layout: name to number of scalars of every parameter.
+
+    Raises:
+        InputError: if an argument cannot be used, or the layout is not `grad_dim` long.
     """
 
     def __init__(
@@ -56,11 +60,14 @@ class SparseProjector(BlockProjector):
         layout: Mapping[str, int] | None = None,
     ) -> None:
         if proj_type != ProjectionType.sparse:
-            raise InputError(f"proj_type is 'sparse' here, got {proj_type!r}.")
+            raise InputError(f"proj_type must be 'sparse' here, got {proj_type!r}.")
         super().__init__(grad_dim, proj_dim, seed, ProjectionType.sparse, device, layout)
-        if not 1 <= nonzeros <= proj_dim:
-            raise InputError(f"nonzeros is between 1 and {proj_dim}, got {nonzeros}.")
-        self.nonzeros = nonzeros
+        self.nonzeros = as_integer("nonzeros", nonzeros, least=1)
+        if self.nonzeros > self.proj_dim:
+            raise InputError(
+                f"nonzeros must be at most proj_dim={self.proj_dim}, got {nonzeros}: each "
+                "nonzero of a row is in columns of its own."
+            )
         self._cache: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
     def settings(self) -> dict[str, Any]:

@@ -167,6 +167,9 @@ class BasicSingleBlockScoreComputer(AbstractScoreComputer):
         device: where to compute.
         logging_level: accepted so that `TRAKer` can make one.
         lambda_reg: must be 0 or None; this class has no ridge.
+
+    Raises:
+        InputError: if there is a ridge.
     """
 
     def __init__(
