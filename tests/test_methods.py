@@ -212,11 +212,11 @@ def test_scores_of_another_ridge_are_read_with_a_warning(finished, tmp_path, cap
     traker, _ = finished
     model, *_ = runs.data("mlp", N, M)
     traker.scores("exp")
-    assert "not what this run's settings ask for" not in caplog.text
+    assert "not what this run asks for" not in caplog.text
     width = traker.projector.proj_dim
     other = runs.make_traker(model, N, tmp_path, proj_dim=width, lambda_reg="7x")
     other.scores("exp")
-    assert "not what this run's settings ask for (lambda_reg='7x')" in caplog.text
+    assert "RidgeScoreComputer, lambda_reg='7x'). Call" in caplog.text
 
 
 class Regression(AbstractModelOutput):

@@ -183,7 +183,10 @@ class Results:
                 "groups=...), k) with trak.score_computers.top_scores."
             )
         if checkpoint_weights is not None:
-            raise InputError("TRAK averages over checkpoints without weights.")
+            raise InputError(
+                "TRAK averages over checkpoints without weights: leave checkpoint_weights "
+                "out, or use another method, such as 'tracin'."
+            )
         k = as_integer("k", k, least=1)  # without a k, sweep would write all scores
         found = self.sweep([exp_name], top_k=k, helpful=helpful, model_ids=model_ids)
         return next(iter(found.values()))
@@ -244,8 +247,8 @@ class Results:
             method_named(method)
         if method != "trak" or extra:
             raise InputError(
-                "with_error=True is for TRAK's scores of single targets: leave groups and "
-                f"checkpoint_weights out, and method={method!r} at 'trak'."
+                "with_error=True is for TRAK's scores of single targets: leave groups, "
+                f"checkpoint_weights and method out (this is method={method!r})."
             )
 
     @names_lost_files

@@ -260,7 +260,9 @@ class MethodPass:
     def _system(self, model_id: int, *, solved: bool) -> System:
         if solved and not isinstance(self.scorer, RidgeScoreComputer):
             raise InputError(
-                f"This method needs RidgeScoreComputer, not {type(self.scorer).__name__}."
+                "This method solves with RidgeScoreComputer's ridge system, and this run "
+                f"has {type(self.scorer).__name__}. Use 'dot', 'tracin' or 'cosine', or a "
+                "TRAKer without score_computer, and finalize_features() again."
             )
         rows = self.saver.train_rows(model_id)
         source = row_source(rows)

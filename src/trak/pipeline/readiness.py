@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from trak.errors import ModelIDException
 from trak.pipeline.describe import as_model_ids, describe_rows
-from trak.pipeline.solving import ScoreSet
+from trak.pipeline.solving import ScoreSet, asked_for, factor_in_words
 from trak.savers import AbstractSaver
 from trak.score_computers import (
     AbstractScoreComputer,
@@ -163,10 +163,11 @@ def not_ready(
     if problem is not None:
         return problem
     if not _factor_serves(scorer, saver, wanted, model_id):
+        made = factor_in_words(saver.load_factor(model_id)[1])
         return (
-            f"model_id={model_id} was finalized with {saver.load_factor(model_id)[1]}, "
-            "another ridge or score computer than this run's; call finalize_features() "
-            "again (no gradient is recomputed)."
+            f"model_id={model_id} was finalized with {made}; this run asks for "
+            f"{asked_for(scorer)}. Call finalize_features() again (no gradient is "
+            "recomputed)."
         )
     if not saver.has_targets(exp_name, model_id):
         return f"Experiment {exp_name!r} has no targets for model_id={model_id}."
@@ -299,11 +300,11 @@ def warn_of_other_ridge(
     if others:
         logger.warning(
             "The scores of %r were computed as their checkpoints were finalized (model_id="
-            "%d: %s), which is not what this run's settings ask for (lambda_reg=%r). Call "
-            "finalize_features() and finalize_scores(exp_name=%r) for scores of its own.",
+            "%d: %s), which is not what this run asks for (%s). Call finalize_features() "
+            "and finalize_scores(exp_name=%r) for scores of its own.",
             exp_name,
             others[0],
-            saver.load_factor(others[0])[1],
-            getattr(scorer, "lambda_reg", None),
+            factor_in_words(saver.load_factor(others[0])[1]),
+            asked_for(scorer),
             exp_name,
         )

@@ -123,6 +123,40 @@ def placed(rows: RowSource, device: torch.device) -> RowSource:
     return rows.to(device)
 
 
+def factor_in_words(info: Mapping[str, Any]) -> str:
+    """What users set of how a factor was made, for messages.
+
+    Args:
+        info: its description.
+
+    Returns:
+        Arguments of `TRAKer`, and the ridge that came of them.
+    """
+    parts = [f"score_computer={info.get('computer')}"]
+    if "lambda_reg" in info:
+        reg = info["lambda_reg"]
+        parts.append(f"lambda_reg={'auto' if reg is None else reg!r}")
+    if info.get("curvature"):
+        parts.append("curvature=True")
+    if "ridge" in info:
+        parts.append(f"which is a ridge of {info['ridge']:.3g}")
+    return ", ".join(parts)
+
+
+def asked_for(scorer: AbstractScoreComputer) -> str:
+    """The same of a run.
+
+    Args:
+        scorer: its score computer.
+
+    Returns:
+        Arguments of `TRAKer`.
+    """
+    names = [n for n in ("lambda_reg", "curvature") if hasattr(scorer, n)]
+    known = {name: getattr(scorer, name) for name in names}
+    return factor_in_words({"computer": type(scorer).__name__, **known})
+
+
 def kept_factor(scorer: AbstractScoreComputer, saver: AbstractSaver, model_id: int) -> Kept:
     """What a checkpoint is solved with, if it is of the ridge that was asked for.
 
@@ -141,10 +175,10 @@ def kept_factor(scorer: AbstractScoreComputer, saver: AbstractSaver, model_id: i
     if isinstance(scorer, LinearScoreComputer) and not scorer.matches(kept[1]):
         raise PhaseError(
             f"Another process finalized model_id={model_id} of {saver.save_dir} meanwhile, "
-            f"with {kept[1]}; this run asked for lambda_reg="
-            f"{getattr(scorer, 'lambda_reg', None)!r}. Call finalize_features() and this "
-            "again (no gradient is recomputed), and let one process at a time finalize "
-            "with a ridge of its own; sweep(lambda_regs=...) scores at several."
+            f"with {factor_in_words(kept[1])}; this run asks for {asked_for(scorer)}. Call "
+            "finalize_features() and this again (no gradient is recomputed), and let one "
+            "process at a time finalize with a ridge of its own; sweep(lambda_regs=...) "
+            "scores at several."
         )
     return kept
 
