@@ -304,9 +304,8 @@ class FactoredProjector(BlockProjector):
         rows = (0, size)
         return counter.rademacher(self._stream(name, side), rows, rank, self.device)
 
-    def _stream(self, name: str, part: int) -> counter.Stream:
-        # the sides' streams are 0 and 1, the hash's is 2
-        purpose = f"{self.kind}-{('left', 'right', 'hash')[part]}"
+    def _stream(self, name: str, side: int) -> counter.Stream:
+        purpose = f"{self.kind}-{('left', 'right')[side]}"
         return counter.stream(purpose, self.seed, self._cached_model_id or 0, name)
 
     def _hash(self, name: str) -> tuple[Tensor, Tensor]:
