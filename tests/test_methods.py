@@ -162,7 +162,7 @@ def test_what_cannot_be_asked_for(finished):
     for groups in (3, iter([[0]]), np.array(3), torch.tensor(3)):
         with pytest.raises(InputTypeError, match="groups must list"):
             traker.scores("exp", "dot", groups=groups)
-    for weights in (3, {0: 1, 1: 1}, "12", np.array(1.0)):
+    for weights in (3, {0: 1, 1: 1}, "12", np.array(1.0), {1, 2}):
         with pytest.raises(InputTypeError, match="checkpoint_weights must list"):
             traker.scores("exp", "dot", checkpoint_weights=weights)
     for ridges in ("3x", torch.tensor(0.1)):
@@ -197,6 +197,13 @@ def test_weights_belong_to_the_checkpoints_as_they_are_named(finished):
     )
     only = traker.top_scores("exp", 3, method="dot", model_ids=[1])
     np.testing.assert_array_equal(top.indices, only.indices)
+    rates = {1: 1, 0: 0}
+    keyed = traker.scores(
+        "exp", "dot", model_ids=rates.keys(), checkpoint_weights=rates.values()
+    )
+    np.testing.assert_array_equal(keyed, named)
+    with pytest.raises(InputTypeError, match=r"model_ids is a set .* no order"):
+        traker.scores("exp", "dot", model_ids={1, 0}, checkpoint_weights=[1, 0])
 
 
 def test_another_checkpoint_that_is_not_ready(finished):

@@ -316,13 +316,19 @@ def method_pass(
         The pass.
 
     Raises:
-        InputTypeError: if the weights are no list of numbers.
+        InputTypeError: if the weights are no list of numbers, or checkpoints that they are
+            for have no order.
     """
-    listed = is_listed(weights) and not isinstance(weights, Mapping)
+    listed = is_listed(weights) and not isinstance(weights, Mapping | set | frozenset)
     if weights is not None and not listed:
         raise InputTypeError(
             "checkpoint_weights must list one number a checkpoint, in the order of "
             f"model_ids; got {weights!r}."
+        )
+    if weights is not None and isinstance(model_ids, set | frozenset):
+        raise InputTypeError(
+            f"model_ids is a set ({model_ids!r}), which has no order: which of "
+            "checkpoint_weights is whose is not known. Pass a list."
         )
     if exp_name is None:
         pipeline.verify()
