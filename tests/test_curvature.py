@@ -143,7 +143,7 @@ def test_weights_are_the_softmaxs_curvature():
 
 def test_bad_input(tmp_path):
     model, _, _ = runs.data("mlp", N, M)
-    with pytest.raises(InputError, match="does not weigh rows"):
+    with pytest.raises(InputError, match="does not weigh rows. Use curvature=False"):
         runs.make_traker(
             model, N, tmp_path, score_computer=BasicScoreComputer, curvature=True
         )

@@ -148,7 +148,7 @@ def make_scorer(
     if curvature:
         if not issubclass(cls, RidgeScoreComputer):
             raise InputError(
-                f"{cls.__name__} does not weigh rows. Leave curvature out, or use "
+                f"{cls.__name__} does not weigh rows. Use curvature=False, or "
                 "RidgeScoreComputer."
             )
         extra = {"curvature": True}
