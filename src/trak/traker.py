@@ -243,8 +243,8 @@ class TRAKer(Results):
         Between `load_checkpoint` and the first `featurize`, for every batch of the training
         set or of a sample of it; a few hundred examples do. Which examples they are counts,
         and not in which batches they come; but for layers that few examples use, such as
-        experts, a little (docs/whitening.md). A checkpoint whose rows are in the store
-        already asks for nothing: see `whitening_is_fitted`.
+        experts, and for batches of a single example (docs/whitening.md). A checkpoint whose
+        rows are in the store already asks for nothing: see `whitening_is_fitted`.
 
         Args:
             batch: as for `featurize`.
