@@ -232,3 +232,16 @@ def test_files_of_adapters_are_told_how_to_be_loaded(world, tmp_path):
 def test_progress_is_true_or_false(world, tmp_path):
     with pytest.raises(InputTypeError, match="progress must be True or False"):
         call(world, tmp_path, progress="no")
+
+
+def test_a_checkpoint_of_untied_weights_does_not_fit_a_model_that_ties_them(tmp_path):
+    model, train, targets = runs.data("tied", N, M)
+    world = (model, train, targets, cases.checkpoints("tied", 1))
+    assert call(world, tmp_path / "a").shape == (N, M)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["head.weight"] += 1
+    before = model.head.weight.detach().clone()
+    message = r"head\.weight: other numbers than embed\.weight, with which the model shares"
+    with pytest.raises(InputError, match=message):
+        call(world, tmp_path / "b", checkpoints=[state])
+    torch.testing.assert_close(model.head.weight.detach(), before, rtol=0, atol=0)

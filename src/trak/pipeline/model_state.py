@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trak.digests import checksum, state_digest
+from trak.digests import checksum, is_plain, state_digest
 from trak.errors import InputError, InputTypeError, PhaseError
 
 _COMPILED = "_orig_mod."
@@ -37,6 +37,7 @@ def validate_state(model: nn.Module, checkpoint: Any) -> str:
     for name, value in checkpoint.items():
         problem = _misfit(value, own[name]) if name in own else None
         problems += [f"{name}: {problem}"] if problem else []
+    problems = problems or _untied(own, checkpoint)
     if problems:
         shown = "\n".join(f"  - {line}" for line in problems[:10])
         raise InputError(
@@ -107,6 +108,30 @@ def _misfit(value: Any, own: Any) -> str | None:
     if value.shape != own.shape:
         return f"shape {tuple(value.shape)}, the model has {tuple(own.shape)}"
     return "on the meta device, so that it holds no numbers" if value.is_meta else None
+
+
+def _untied(own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> list[str]:
+    # names of one tensor of the model, of which the last one loaded would win
+    first: dict[Any, str] = {}
+    problems: list[str] = []
+    for name, value in own.items():
+        if not isinstance(value, Tensor) or not is_plain(value) or not value.numel():
+            continue
+        place = value.data_ptr(), value.shape, value.stride(), value.dtype
+        other = first.setdefault(place, name)
+        if other != name and _differ(checkpoint[other], checkpoint[name], value):
+            problems.append(
+                f"{name}: other numbers than {other}, with which the model shares them"
+            )
+    return problems
+
+
+def _differ(one: Tensor, other: Tensor, like: Tensor) -> bool:
+    if not is_plain(one) or not is_plain(other):
+        return False
+    wide = torch.float64 if like.is_floating_point() else like.dtype
+    pair = (value.detach().to(like).to(wide) for value in (one, other))
+    return not torch.allclose(*pair, rtol=0, atol=0, equal_nan=True)
 
 
 class WeightWatch:
