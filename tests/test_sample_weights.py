@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -16,11 +17,12 @@ from trak.modelout_functions import (
     TextClassificationModelOutput,
 )
 from trak.savers import MmapSaver
+from trak.score_computers.auto_ridge import _RIDGES, _sums
 from trak.score_computers.curvature import FLOOR, roots
 from trak.score_computers.logistic import weights_in
 from trak.score_computers.losses import losses_of
 from trak.score_computers.retraining import retrained
-from trak.score_computers.ridge_sample import Situation, sampled
+from trak.score_computers.ridge_sample import Sample, Situation, sampled
 from trak.score_computers.stationarity import training_of
 
 N, M = 24, 5
@@ -159,6 +161,32 @@ def test_self_influence_errors_and_features(tmp_path):
     close(found.scores, summed(expected.scores, counts))
 
 
+@pytest.mark.parametrize("proj_dim", [6, 64])
+def test_features_without_curvature(proj_dim, tmp_path):
+    _, train, _, _ = world()
+    counts, copies = repeated(train)
+    first = np.r_[0, counts.cumsum(0).numpy()[:-1]]
+    whole, _ = finished(tmp_path / "copies", copies, proj_dim=proj_dim)
+    task = ImageClassificationModelOutput(class_weights=WEIGHTS)
+    traker, _ = finished(tmp_path / "weights", train, task, proj_dim=proj_dim)
+    close(traker.saver.features(1), whole.saver.features(1)[first])
+
+
+def test_a_store_is_gone_on_with_in_silence(tmp_path, caplog):
+    _, train, _, _ = world()
+    task = ImageClassificationModelOutput(class_weights=WEIGHTS)
+    traker, expected = finished(tmp_path, train, task)
+    assert traker.saver.loss_record(0)["logistic"] is True
+    for name in ("loss.json", "seen.json"):
+        (tmp_path / "0" / name).unlink(missing_ok=True)
+    with caplog.at_level(logging.WARNING):
+        again, found = finished(tmp_path, train, task)
+    assert "loss weight Q" not in caplog.text
+    # what the lost file said is told from the stored weights
+    assert again.saver.loss_record(0)["logistic"] is True
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_rows_are_kept_and_read_again(tmp_path):
     _, train, targets, states = world()
     task = ImageClassificationModelOutput(class_weights=torch.tensor(WEIGHTS))
@@ -218,6 +246,59 @@ def test_the_scale_of_weights_does_not_matter_to_ridge_and_ranks(tmp_path):
         found[scale, "auto"] = info["auto"]
     np.testing.assert_allclose(found[7.0, "auto"], found[1.0, "auto"], rtol=1e-3)
     close(found[7.0], found[1.0], rtol=1e-3)
+
+
+def test_the_scale_of_weights_does_not_matter_to_the_agreement(tmp_path, caplog):
+    model, train, targets = runs.data("mlp", 80, M)
+    every = (model, train, targets, cases.checkpoints("mlp", 2))
+    said = []
+    for scale in (1.0, 7.0):
+        task = ImageClassificationModelOutput(class_weights=[scale] * 3)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            runs.one_call(
+                every, tmp_path / str(scale), task=task, logging_level=logging.INFO
+            )
+        told = [m for m in caplog.messages if "Automatic ridge" in m or "agree" in m]
+        # the ridge of the training itself is in units of the weights
+        said.append([re.sub(r"with a ridge of [^;]*", "", m) for m in told])
+    assert len(said[0]) > 1
+    assert said[0] == said[1]
+
+
+def test_weighted_sums_equal_the_formula():
+    generator = torch.manual_seed(3)
+    phi = torch.randn(40, 6, dtype=torch.float64, generator=generator)
+    phi /= phi.square().sum(1).mean().sqrt()
+    q = torch.rand(40, dtype=torch.float64, generator=generator)
+    w = torch.rand(40, dtype=torch.float64, generator=generator) * 5 + 0.1
+    kernel, one = phi @ phi.T, torch.ones(40, dtype=torch.float64)
+    sample = Sample(kernel, kernel @ (w * q), q, w, w.sqrt(), one, 1.0, curved=False)
+    halves = retrained(kernel, 0.1, counts=w)
+    sums, _ = _sums(sample, sample.roots, halves)
+    train, held = halves.train, halves.held
+    gram = phi[train].T @ (phi[train] * w[train, None])
+    unit = float(gram.trace()) / len(train)  # that sums are in
+    ridge = _RIDGES[20] * len(train) / 40 * unit
+    inverse = torch.linalg.inv(gram + ridge * torch.eye(6))
+    scores = phi[train] @ inverse @ phi[held].T * (w * q)[train, None]
+    expected = halves.masks @ scores * unit
+    np.testing.assert_allclose(sums[20], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_ridge_of_other_losses_follows_the_weights():
+    phi = torch.randn(30, 4, dtype=torch.float64, generator=torch.manual_seed(4))
+    kernel, residuals = phi @ phi.T, torch.linspace(-1, 1, 30, dtype=torch.float64)
+    plain = training_of(kernel, kernel @ residuals, residuals, logistic=False)
+    tenfold = training_of(
+        kernel,
+        kernel @ residuals * 10,
+        residuals,
+        counts=torch.full_like(residuals, 10),
+        logistic=False,
+    )
+    assert tenfold.ridge == pytest.approx(10 * plain.ridge)
+    np.testing.assert_allclose(tenfold.answers, plain.answers)
 
 
 def test_linearized_models_count_examples_by_their_weights():
