@@ -8,13 +8,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tests import cases, runs
 
 import trak
-from trak.errors import PhaseError, StoreMismatchError
+from trak.errors import PhaseError, StoreMismatchError, StoreNotWritableError
 from trak.pipeline import finalizing, methods, scoring, variances
 from trak.pipeline.readiness import scores_with_record
 from trak.pipeline.scoring import ScorePass
@@ -28,6 +29,7 @@ N, M = 24, 4
 
 WORKER = """
 import sys
+from pathlib import Path
 import numpy as np
 import torch
 import trak
@@ -396,3 +398,18 @@ def test_what_is_written_has_the_modes_of_the_users_umask(projector, tmp_path):
         os.umask(before)
     paths = [folder, *folder.rglob("*")]
     assert [path for path in paths if not path.stat().st_mode & 0o020] == []
+
+
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EROFS])
+def test_a_store_that_may_not_be_written_is_told(reason, world, tmp_path, monkeypatch):
+    runs.one_call(world, tmp_path)
+    opened = os.open
+
+    def refusing(path, flags, *rest, **named):
+        if Path(path).name == "lock" and flags & os.O_RDWR:
+            raise OSError(reason, os.strerror(reason), str(path))
+        return opened(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(StoreNotWritableError, match=r"lock cannot be .* use the copy as"):
+        runs.one_call(world, tmp_path)

@@ -55,6 +55,10 @@ class StoreCorruptedError(AttributionError, RuntimeError):
     """A file of the store is damaged: the message names it and the place."""
 
 
+class StoreNotWritableError(AttributionError, PermissionError):
+    """A store may be read but not written."""
+
+
 class BankMismatchError(AttributionError, ValueError):
     """A bank was made from other data or checkpoints, or by another recipe."""
 
