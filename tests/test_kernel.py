@@ -469,7 +469,7 @@ def test_memory_that_runs_out_half_way(tmp_path, monkeypatch):
     model, train, targets, states = world("wide")
     expected = runs.whole_run(kernel_traker(model, tmp_path / "a"), train, targets, states)
     traker = kernel_traker(model, tmp_path / "b")
-    real, failed = type(traker.pipeline.maker)._finite_weights, []
+    real, failed = type(traker.pipeline.maker).finite_weights, []
 
     def fails(self, batch, numbers):  # after the gradients of the piece were kept
         if len(batch[0]) > 2:
@@ -477,7 +477,7 @@ def test_memory_that_runs_out_half_way(tmp_path, monkeypatch):
             raise torch.cuda.OutOfMemoryError
         return real(self, batch, numbers)
 
-    monkeypatch.setattr(type(traker.pipeline.maker), "_finite_weights", fails)
+    monkeypatch.setattr(type(traker.pipeline.maker), "finite_weights", fails)
     found = runs.whole_run(traker, train, targets, states)
     assert failed
     close(found, expected, 1e-10)

@@ -75,5 +75,5 @@ def losses_of(total: Any, counts: Any = None) -> Losses:
 
 
 def _column(values: Any) -> Tensor:
-    found = torch.as_tensor(np.asarray(values), device="cpu")
-    return found.to(torch.float64).reshape(-1, 1)
+    found = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    return found.detach().to("cpu", torch.float64).reshape(-1, 1)
