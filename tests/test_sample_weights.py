@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests import cases, reference, runs
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import trak
 from trak.errors import InputError, InputTypeError
@@ -355,6 +356,22 @@ def test_weights_inside_of_q_are_told_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         finished(tmp_path, train, Exact())
     assert "times 1, 2, 3: weights by class?" in caplog.text
+
+
+def test_a_sampler_that_weighs_is_told_of(tmp_path):
+    model, train, targets, states = world()
+    sampler = WeightedRandomSampler(torch.ones(N), N)
+    loader = DataLoader(TensorDataset(*train), batch_size=6, sampler=sampler)
+    with pytest.raises(InputError, match=r"shuffle=False.*get_sample_weights"):
+        runs.one_call((model, train, targets, states), tmp_path / "a", train=loader)
+    traker = runs.make_traker(model, N, tmp_path / "b")
+    traker.load_checkpoint(states[0], model_id=0)
+    with pytest.raises(InputError, match=r"shuffle=False.*get_sample_weights"):
+        for batch in loader:
+            traker.featurize(batch=batch, num_samples=len(batch[0]))
+    mixed = DataLoader(TensorDataset(*train), batch_size=6, shuffle=True)
+    with pytest.raises(InputError, match=r"drop_last=False\.$"):
+        runs.one_call((model, train, targets, states), tmp_path / "c", train=mixed)
 
 
 def test_other_losses_are_not_taken_for_weighted_ones():

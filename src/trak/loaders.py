@@ -16,6 +16,7 @@ from torch.utils.data import (
 
 from trak.batches import batch_size, normalize
 from trak.errors import InputError, InputTypeError
+from trak.pipeline.order import weighing
 
 
 def ordered(name: str, batches: Any) -> Any:
@@ -41,10 +42,11 @@ def ordered(name: str, batches: Any) -> Any:
                 f"dataset, or a list of batches (list({name}), if it fits into memory)."
             )
         if not _in_order(batches):
+            sampler = getattr(batches.batch_sampler, "sampler", None)
             raise InputError(
                 f"{name} must give every example in the same order each time, so that row "
                 "i is example i: make its DataLoader with a batch size, shuffle=False and "
-                "drop_last=False."
+                f"drop_last=False.{weighing(sampler)}"
             )
         return batches
     if isinstance(batches, Iterator):

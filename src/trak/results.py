@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trak.arguments import Ridge, as_integer
 from trak.errors import InputError
-from trak.lost import names_lost_files
+from trak.lost import tells_of_files
 from trak.pipeline import (
     CheckpointInfo,
     ExperimentInfo,
@@ -35,7 +35,7 @@ class Results:
     saver: AbstractSaver
     _pipeline: Pipeline
 
-    @names_lost_files
+    @tells_of_files
     @full_precision()
     def scores(
         self,
@@ -97,7 +97,7 @@ class Results:
         taken = method_pass(self._pipeline, model_ids, exp_name, checkpoint_weights)
         return taken.scores(exp_name, chosen, averages)
 
-    @names_lost_files
+    @tells_of_files
     @full_precision()
     def self_influence(self, model_ids: Iterable[int] | None = None) -> NDArray[Any]:
         """How much each training example moves its own model output.
@@ -128,7 +128,7 @@ class Results:
         k = as_integer("k", k, least=1)
         return top_scores(self.scores(exp_name), k, helpful=helpful)
 
-    @names_lost_files
+    @tells_of_files
     @full_precision()
     def top_scores(
         self,
@@ -191,7 +191,7 @@ class Results:
         found = self.sweep([exp_name], top_k=k, helpful=helpful, model_ids=model_ids)
         return next(iter(found.values()))
 
-    @names_lost_files
+    @tells_of_files
     def sweep(
         self,
         exp_names: Iterable[str],
@@ -251,7 +251,7 @@ class Results:
                 f"checkpoint_weights and method out (this is method={method!r})."
             )
 
-    @names_lost_files
+    @tells_of_files
     def checkpoints(self) -> list[CheckpointInfo]:
         """Lists the checkpoints of the store.
 
@@ -260,7 +260,7 @@ class Results:
         """
         return list_checkpoints(self.saver)
 
-    @names_lost_files
+    @tells_of_files
     def experiments(self) -> list[ExperimentInfo]:
         """Lists the experiments of the store.
 

@@ -31,7 +31,7 @@ from trak.score_computers.auto_ridge import (
     stiffness,
 )
 from trak.score_computers.curvature import roots, weighted
-from trak.score_computers.losses import losses_of
+from trak.score_computers.losses import losses_beside
 from trak.score_computers.ridge_sample import Situation
 from trak.whitening import Moments
 from trak.whitening.whitening import STRENGTH
@@ -94,7 +94,7 @@ def choose_strength(
     _load(pipeline, states[0])
     weights = _finite_weights(pipeline, sample)
     logistic = pipeline.losses.tell(sample, weights)
-    losses = losses_of(*torch.cat(weights).cpu().T).sized(logistic)
+    losses = losses_beside(torch.cat(weights)).sized(logistic)
     useful = _is_useful(losses.own, logistic)
     strength = STRENGTH if useful else 0.0
     if useful and enough and logistic is not False:
@@ -260,7 +260,7 @@ class Trial:
                 # played for each strength, the largest ridge would win: it is most
                 # reproducible
                 ridge = self.plain * (1 + BY_STRENGTH * strength)
-                losses = losses_of(*loss.cpu().T).sized(self.logistic)
+                losses = losses_beside(loss).sized(self.logistic)
                 r = roots(losses, curved=self.curvature)
                 kept.append(_solved(rows, loss[:, :1], ridge, r))
         self.pipeline.maker.whitenings.clear()

@@ -12,7 +12,7 @@ from torch import nn
 
 from trak.arguments import as_flag, as_integer, as_ridge
 from trak.gradient_computers import AbstractGradientComputer, select_parameters
-from trak.lost import names_lost_files
+from trak.lost import tells_of_files
 from trak.modelout_functions import resolve_task
 from trak.pipeline import (
     Pipeline,
@@ -217,7 +217,7 @@ class TRAKer(Results):
         loaded = phase is not None and phase.kind == "featurize"
         return phase.model_id if phase and loaded else "no ckpt loaded"
 
-    @names_lost_files
+    @tells_of_files
     def load_checkpoint(
         self,
         checkpoint: Any,
@@ -236,7 +236,7 @@ class TRAKer(Results):
         """
         self._pipeline.load(checkpoint, model_id)
 
-    @names_lost_files
+    @tells_of_files
     def fit_whitening(self, batch: Any) -> None:
         """Adds a batch of training examples to what whitening is made of.
 
@@ -251,7 +251,7 @@ class TRAKer(Results):
         """
         self._pipeline.fit_whitening(batch)
 
-    @names_lost_files
+    @tells_of_files
     def save_whitening(self) -> None:
         """Writes what this process has fitted to the store, where several processes fit.
 
@@ -261,13 +261,13 @@ class TRAKer(Results):
         self._pipeline.save_whitening()
 
     @property
-    @names_lost_files
+    @tells_of_files
     def whitening_is_fitted(self) -> bool:
         """Whether the loaded checkpoint asks for no `fit_whitening` (any more)."""
         phase = self._pipeline.phase
         return phase is not None and self._pipeline.whitener.fitted(phase.model_id)
 
-    @names_lost_files
+    @tells_of_files
     def featurize(
         self, batch: Any, inds: Any = None, num_samples: int | None = None
     ) -> None:
@@ -284,7 +284,7 @@ class TRAKer(Results):
         """
         self._pipeline.featurize(batch, inds, num_samples)
 
-    @names_lost_files
+    @tells_of_files
     def finalize_features(
         self, model_ids: Iterable[int] | None = None, del_grads: bool = False
     ) -> None:
@@ -299,7 +299,7 @@ class TRAKer(Results):
         """
         self._pipeline.finalize_features(model_ids, del_grads=del_grads)
 
-    @names_lost_files
+    @tells_of_files
     def start_scoring_checkpoint(
         self, exp_name: str, checkpoint: Any, model_id: int, num_targets: int
     ) -> None:
@@ -313,7 +313,7 @@ class TRAKer(Results):
         """
         self._pipeline.start_scoring(exp_name, checkpoint, model_id, num_targets)
 
-    @names_lost_files
+    @tells_of_files
     def score(self, batch: Any, inds: Any = None, num_samples: int | None = None) -> None:
         """Computes and stores the projected gradients of a batch of targets.
 
@@ -324,7 +324,7 @@ class TRAKer(Results):
         """
         self._pipeline.score(batch, inds, num_samples)
 
-    @names_lost_files
+    @tells_of_files
     def finalize_scores(
         self,
         exp_name: str,

@@ -17,7 +17,7 @@ from trak.batches import Batch, select
 from trak.gradient_computers import AbstractGradientComputer
 from trak.savers import AbstractSaver
 from trak.score_computers.logistic import is_logistic, weights_in
-from trak.score_computers.losses import Losses, losses_of
+from trak.score_computers.losses import Losses, losses_beside, losses_of
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +245,6 @@ def _tell_of_weights(pairs: Tensor) -> None:
 
 
 def _pairs(outputs: Tensor, loss: Tensor) -> Tensor:
-    own = losses_of(*loss.detach().cpu().T).own.flatten()
+    own = losses_beside(loss).own.flatten()
     pair = [outputs.detach().flatten(), own[: outputs.numel()]]
     return torch.stack([part.to("cpu", torch.float64) for part in pair], dim=1)

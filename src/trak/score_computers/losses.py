@@ -74,6 +74,18 @@ def losses_of(total: Any, counts: Any = None) -> Losses:
     return Losses(torch.where(beyond, own.sign(), own), weights)
 
 
+def losses_beside(columns: Tensor) -> Losses:
+    """The same from columns beside each other.
+
+    Args:
+        columns: Q, and how much the examples count if that differs, `[n, 1]` or `[n, 2]`.
+
+    Returns:
+        The losses.
+    """
+    return losses_of(*columns.T)
+
+
 def _column(values: Any) -> Tensor:
     found = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
     return found.detach().to("cpu", torch.float64).reshape(-1, 1)
