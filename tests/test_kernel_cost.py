@@ -11,7 +11,6 @@ from tests import runs
 from tests.test_kernel import N, close, kernel_traker, world
 from torch import nn
 
-import trak
 from trak import TRAKer
 from trak.errors import InputError
 from trak.gradient_computers import FunctionalGradientComputer
@@ -162,24 +161,13 @@ def test_exact_takes_the_smaller_form(tmp_path, monkeypatch):
 
 
 def test_attribute_with_a_strength_to_choose(tmp_path, monkeypatch):
-    model, train, targets, states = world("wide", n=60)
+    wide = world("wide", n=60)
     found = []
     for few in (1, 1 << 40):
         monkeypatch.setattr(dimension, "FEW", few)
         monkeypatch.setattr(dimension, "POSITIONS", 1)
-        found.append(
-            trak.attribute(
-                model,
-                task="image_classification",
-                train=runs.split(train, 9),
-                targets=runs.split(targets, 4),
-                checkpoints=states,
-                save_dir=tmp_path / str(few),
-                proj_dim="exact",
-                use_half_precision=False,
-                progress=False,
-            )
-        )
+        options = {"proj_dim": "exact", "use_half_precision": False}
+        found.append(runs.one_call(wide, tmp_path / str(few), **options))
     kinds = [
         json.loads((tmp_path / str(few) / "metadata.json").read_text())["JL matrix type"]
         for few in (1, 1 << 40)
