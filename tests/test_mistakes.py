@@ -1,5 +1,7 @@
 """Mistakes in a call of `attribute` are told before its work, and do not stay."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -232,6 +234,20 @@ def test_files_of_adapters_are_told_how_to_be_loaded(world, tmp_path):
 def test_progress_is_true_or_false(world, tmp_path):
     with pytest.raises(InputTypeError, match="progress must be True or False"):
         call(world, tmp_path, progress="no")
+
+
+@pytest.mark.parametrize("level", ["verbose", True, 2.5, None])
+def test_levels_of_logging_that_there_are_not(level, world, tmp_path):
+    before = logging.getLogger("trak").level
+    with pytest.raises(InputError, match=r"logging_level must be .*, got"):
+        call(world, tmp_path, logging_level=level)
+    assert logging.getLogger("trak").level == before
+
+
+def test_levels_of_logging_by_name(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("trak"), "level", logging.INFO)
+    call(world, tmp_path, logging_level="warning")
+    assert logging.getLogger("trak").level == logging.WARNING
 
 
 def test_a_checkpoint_of_untied_weights_does_not_fit_a_model_that_ties_them(tmp_path):

@@ -1,5 +1,6 @@
 """Numbers as users write them: Python's, NumPy's, or an array or tensor of one number."""
 
+import logging
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -83,6 +84,29 @@ def as_flag(name: str, value: Any, *, numbers: bool = False) -> bool:
     ):
         raise InputTypeError(f"{name} must be True or False, got {value!r}.")
     return bool(found)
+
+
+def as_level(value: Any) -> int:
+    """Accepts a level of `logging`, by number or by name.
+
+    Args:
+        value: what the user gave.
+
+    Returns:
+        The number.
+
+    Raises:
+        InputError: if it is none.
+    """
+    found = _plain(value)
+    if isinstance(found, str):
+        found = logging.getLevelName(found.upper())  # of an unknown one a text
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise InputError(
+            "logging_level must be a level of Python's logging, such as logging.INFO, "
+            f"30 or 'WARNING', got {value!r}."
+        )
+    return found
 
 
 def meant(word: Any, known: Iterable[str]) -> str:

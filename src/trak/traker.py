@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trak.arguments import as_flag, as_integer, as_ridge
+from trak.arguments import as_flag, as_integer, as_level, as_ridge
 from trak.gradient_computers import AbstractGradientComputer, select_parameters
 from trak.lost import tells_of_files
 from trak.modelout_functions import resolve_task
@@ -114,7 +114,7 @@ class TRAKer(Results):
         saver: type[AbstractSaver] | None = None,
         score_computer: type[AbstractScoreComputer] | AbstractScoreComputer | None = None,
         proj_dim: int | str = "auto",
-        logging_level: int = logging.INFO,
+        logging_level: int | str = logging.INFO,
         use_half_precision: bool = True,
         proj_max_batch_size: int = 32,
         projector_seed: int = 0,
@@ -127,6 +127,7 @@ class TRAKer(Results):
         curvature: bool = False,
     ) -> None:
         self.logger = logging.getLogger("trak")
+        logging_level = as_level(logging_level)
         self.logger.setLevel(logging_level)
         check_model(model)
         check_parts(gradient_computer, projector, saver)
