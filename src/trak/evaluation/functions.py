@@ -4,13 +4,13 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
 from trak.errors import InputError, InputTypeError
 
-_SCRIPT = "__bank_script__"  # what a script is called where it is not the main program
+_SCRIPT = "__mp_main__"  # what multiprocessing calls a script that is not the main program
 
 
 def check_functions(train: Any, evaluate: Any, progress: Any) -> None:
@@ -98,15 +98,17 @@ def find(named: dict[str, str]) -> Callable[..., Any]:
         ) from error
 
 
+@cache
 def _script(file: str) -> Any:
-    if _SCRIPT not in sys.modules:
-        spec = importlib.util.spec_from_file_location(_SCRIPT, file)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{file} is no Python file.")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[_SCRIPT] = module
-        spec.loader.exec_module(module)
-    return sys.modules[_SCRIPT]
+    spec = importlib.util.spec_from_file_location(_SCRIPT, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file.")
+    module = importlib.util.module_from_spec(spec)
+    # as multiprocessing does it, whose processes then find what training hands them
+    module.__spec__ = None
+    sys.modules["__main__"] = sys.modules[_SCRIPT] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _is_there(module: str, name: str, function: Any) -> bool:

@@ -1,0 +1,50 @@
+"""Trainings that do what a library does not expect: processes, folders, closed output."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from trak.evaluation import load_bank
+
+SCRIPT = """
+import sys
+from torch.utils.data import DataLoader, Dataset
+from trak.evaluation import BankPlan, build_bank
+
+class Indices(Dataset):
+    def __init__(self, indices):
+        self.indices = indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, place):
+        return int(self.indices[place])
+
+def train(indices, seed):
+    loader = DataLoader(
+        Indices(indices), num_workers=1, multiprocessing_context=sys.argv[2]
+    )
+    return sum(int(batch) for batch in loader)
+
+def evaluate(model):
+    return [model]
+
+if __name__ == "__main__":
+    plan = BankPlan(n=9, recipe={}, subsets=3)
+    build_bank(sys.argv[1], train, evaluate, plan, workers=2)
+"""
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_training_in_a_script_may_start_processes(start, tmp_path):
+    """By spawn they import the script, and unpickle what it defines."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    run = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "bank"), start]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    bank = load_bank(tmp_path / "bank")
+    sums = [np.flatnonzero(mask).sum() for mask in bank.masks]
+    assert bank.outputs[:, 0, 0].tolist() == sums
