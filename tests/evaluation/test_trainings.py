@@ -1,12 +1,16 @@
 """Trainings that do what a library does not expect: processes, folders, closed output."""
 
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from tests.evaluation import recipes
 
-from trak.evaluation import load_bank
+from trak.evaluation import BankPlan, build_bank, load_bank
+
+PLAN = BankPlan(n=recipes.N, recipe={"ridge": 1}, subsets=3)
 
 SCRIPT = """
 import sys
@@ -48,3 +52,17 @@ def test_training_in_a_script_may_start_processes(start, tmp_path):
     bank = load_bank(tmp_path / "bank")
     sums = [np.flatnonzero(mask).sum() for mask in bank.masks]
     assert bank.outputs[:, 0, 0].tolist() == sums
+
+
+def test_training_may_change_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def train(indices, seed):
+        os.chdir(elsewhere)
+        return recipes.train(indices, seed)
+
+    bank = build_bank("bank", train, recipes.evaluate, PLAN)
+    assert not list(elsewhere.iterdir())
+    recipes.assert_equal(load_bank(tmp_path / "bank"), bank)

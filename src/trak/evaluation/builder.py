@@ -80,7 +80,7 @@ def build_bank(
     count = as_integer("workers", workers, least=1)
     threads = as_integer("threads", threads, least=1)
     bank = _empty(plan, name, examples, checkpoints)  # checked before hours of work
-    folder = prepared(folder, bank)
+    folder = prepared(folder, bank).absolute()  # training may change the directory
     if (folder / MANIFEST).exists():
         _log.info("%s is finished: it is read, and nothing is trained.", folder)
     else:
