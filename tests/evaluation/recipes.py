@@ -1,6 +1,8 @@
 """A training that worker processes can import (ridge regression with noise), and banks."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import signal
 import subprocess
@@ -68,6 +70,16 @@ def read_input(indices, seed):
     subprocess.run([sys.executable, "-c", "import sys; sys.stdin.read()"], check=True)
     assert not sys.stdin.readline()
     return train(indices, seed)
+
+
+def close_output(indices, seed):
+    """Leaves nothing to print to, as daemons do."""
+    with contextlib.redirect_stdout(sys.stderr):
+        made = train(indices, seed)
+    sys.stdout = io.StringIO() if seed else None
+    if seed:
+        sys.stdout.close()
+    return made
 
 
 def train_slowly(indices, seed):

@@ -66,3 +66,11 @@ def test_training_may_change_the_working_directory(tmp_path, monkeypatch):
     bank = build_bank("bank", train, recipes.evaluate, PLAN)
     assert not list(elsewhere.iterdir())
     recipes.assert_equal(load_bank(tmp_path / "bank"), bank)
+
+
+def test_training_may_close_its_output(tmp_path):
+    one = build_bank(tmp_path / "one", recipes.train, recipes.evaluate, PLAN)
+    two = build_bank(
+        tmp_path / "two", recipes.close_output, recipes.evaluate, PLAN, workers=2
+    )
+    np.testing.assert_array_equal(one.outputs, two.outputs)

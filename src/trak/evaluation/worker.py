@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,7 +48,8 @@ def main() -> None:
 
 def _answer(answers: TextIO, error: str | None) -> None:
     value: dict[str, Any] = {"error": error}
-    sys.stdout.flush()  # the parent ends the process as soon as it has its answer
+    with suppress(AttributeError, OSError, ValueError):  # training may have closed it
+        sys.stdout.flush()  # the parent ends the process as soon as it has its answer
     answers.write(json.dumps(value) + "\n")
     answers.flush()
 
