@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from trak.errors import InputError, InputTypeError
 from trak.evaluation import removal_curve, removal_curve_from_outputs, removed_indices
@@ -107,7 +108,7 @@ def test_bad_input_is_refused():
     for fraction in (-0.2, np.nan, np.inf, "a", None, [0.1, 0.2]):
         with pytest.raises(InputError, match="fraction must be a finite number"):
             removed_indices(EFFECTS, fraction, "top")
-    for side in ("Top", "", None):
+    for side in ("Top", "", None, EFFECTS, ["top"]):
         with pytest.raises(InputError, match="side must be one of"):
             removed_indices(EFFECTS, 0.1, side)
     for seed in (-1, 1.5, "3", None):
@@ -151,7 +152,11 @@ def test_bad_input_is_refused():
         with pytest.raises(InputTypeError, match=message):
             removal_curve(EFFECTS, fractions=[0.1], **given)
     assert not trained
-    for sides in (["bottom"], ["top", "left"]):
+    for together in ("no", None, 2, EFFECTS):
+        with pytest.raises(InputTypeError, match="together must be True or False"):
+            removal_curve(EFFECTS, train, evaluate, [0.1], together=together)
+    several = (["bottom"], ["top", "left"], "top", b"top", None, torch.ones(2), [EFFECTS])
+    for sides in several:
         with pytest.raises(InputError, match="with 'top'"):
             removal_curve(EFFECTS, train, evaluate, [0.1], sides=sides)
     with pytest.raises(InputError, match="length must be 3, as in the columns of scores"):

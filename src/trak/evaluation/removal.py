@@ -1,14 +1,14 @@
 """Counterfactual removal: what happens without the examples that scores point at?"""
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.arguments import as_integer, as_number, is_listed
+from trak.arguments import as_flag, as_integer, as_number, is_listed
 from trak.errors import InputError
 from trak.evaluation.arrays import Floats, as_floats, as_outputs, check_length
 from trak.evaluation.functions import check_functions
@@ -97,9 +97,10 @@ def removal_curve(
     """
     Bootstrap.of(level, draws, seed)  # refused before anything is trained
     check_functions(train, evaluate, progress)
+    at_once = as_flag("together", together)
     numbers = as_floats("scores", scores, axes=("training example", "target"))
     repeats = as_integer("seeds", seeds, least=1)
-    ranked = numbers.sum(axis=1, keepdims=True) if together else numbers
+    ranked = numbers.sum(axis=1, keepdims=True) if at_once else numbers
     plan = _plan(ranked, fractions, sides, repeats, seed)
     runs = _Runs(train, evaluate, len(numbers), numbers.shape[1], progress)
     runs.total = repeats + sum(
@@ -180,7 +181,8 @@ def removed_indices(
     Raises:
         InputError: if nothing or everything would be removed, or there is no such side.
     """
-    if side not in SIDES:
+    asked: Any = side
+    if not isinstance(asked, str) or asked not in SIDES:
         raise InputError(f"side must be one of {SIDES}, got {side!r}.")
     numbers = as_floats("scores", scores, axes=("training example", "target"))
     n = len(numbers)
@@ -202,9 +204,9 @@ def removed_indices(
 
 
 def _plan(scores: Floats, fractions: Any, sides: Any, seeds: int, seed: int) -> _Plan:
-    listed = isinstance(sides, Collection) and not isinstance(sides, str)
-    wanted: list[Side] = [side for side in SIDES if listed and side in sides]
-    if "top" not in wanted or any(side not in SIDES for side in sides):
+    given = list(sides) if is_listed(sides) else []
+    wanted: list[Side] = [side for side in SIDES if side in map(str, given)]
+    if "top" not in wanted or not {str(side) for side in given} <= {*SIDES}:
         raise InputError(f"sides must be some of {SIDES}, with 'top', got {sides!r}.")
     return {
         side: [
