@@ -139,3 +139,10 @@ def test_one_seed_without_an_axis():
         1,
         4,
     )
+
+
+@pytest.mark.parametrize("bank", [None, "bank", {"masks": [[True]]}, np.ones(3)])
+def test_only_banks_are_saved(bank, tmp_path):
+    with pytest.raises(InputTypeError, match=r"bank must be a Bank, .* got (N|s|d|n)"):
+        save_bank(bank, tmp_path / "bank")
+    assert not (tmp_path / "bank").exists()

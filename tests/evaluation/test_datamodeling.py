@@ -302,3 +302,12 @@ def test_the_other_scores_are_checked_too():
         lds_difference(
             given["scores"], given["scores"][:, :3], given["masks"], given["outputs"]
         )
+
+
+def test_outputs_of_one_axis_are_told_which_there_may_be():
+    scores, masks = np.ones((4, 1)), np.eye(4)
+    for outputs in (np.arange(4.0), 3.0):
+        with pytest.raises(
+            InputError, match=r"\[subset, target\], or \[subset, seed, target"
+        ):
+            lds(scores, masks, outputs)

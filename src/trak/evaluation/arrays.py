@@ -94,8 +94,16 @@ def as_outputs(name: str, value: Any, first: str) -> Floats:
 
     Returns:
         `[first, seeds, m]`, float64.
+
+    Raises:
+        InputError: if there are fewer or more axes.
     """
     found = as_numpy(name, value)
+    if found.ndim not in {2, 3}:
+        raise InputError(
+            f"{name} must have the axes [{first}, target], or [{first}, seed, target], got "
+            f"shape {found.shape}."
+        )
     if found.ndim == 2:
         return as_floats(name, found, axes=(first, "target"))[:, None]
     return as_floats(name, found, axes=(first, "seed", "target"))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.errors import UNREADABLE, BankCorruptedError, InputError
+from trak.errors import UNREADABLE, BankCorruptedError, InputError, InputTypeError
 from trak.evaluation.banks import Bank
 from trak.evaluation.described import as_json
 from trak.evaluation.files import as_path, file_hash, replace_file
@@ -55,7 +55,16 @@ def save_bank(bank: Bank, folder: str | Path) -> None:
     Args:
         bank: the bank.
         folder: created if absent; a bank in it is replaced.
+
+    Raises:
+        InputTypeError: if it is no bank.
     """
+    given: Any = bank
+    if not isinstance(given, Bank):
+        raise InputTypeError(
+            f"bank must be a Bank, as load_bank or build_bank gives it, got "
+            f"{type(given).__name__}."
+        )
     folder = prepared(folder, bank)
     manifest = _manifest(bank)
     as_json("recipe and notes", manifest)
