@@ -181,6 +181,20 @@ def test_what_cannot_be_asked_for(finished):
                 call("exp", k)
 
 
+@pytest.mark.parametrize("answer", ["no", None, 2])
+def test_flags_are_yes_or_no(answer, finished):
+    traker, _ = finished
+    calls = {
+        "helpful": [traker.top_k, traker.top_scores],
+        "with_error": [traker.scores, traker.top_scores],
+        "allow_skip": [traker.finalize_scores],
+    }
+    for name, functions in calls.items():
+        for call in functions:
+            with pytest.raises(InputTypeError, match=f"{name} must be True or False"):
+                call("exp", **{name: answer})
+
+
 def test_lists_hold_what_there_is(finished):
     traker, _ = finished
     for method in ("trak", "dot"):

@@ -6,7 +6,7 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak.arguments import Ridge, as_integer
+from trak.arguments import Ridge, as_flag, as_integer
 from trak.errors import InputError
 from trak.lost import tells_of_files
 from trak.pipeline import (
@@ -84,7 +84,7 @@ class Results:
         """
         num_targets = self.saver.experiment(exp_name)["num_targets"]
         averages = group_matrix(groups, num_targets)
-        if with_error:
+        if as_flag("with_error", with_error):
             extra = groups is not None or checkpoint_weights is not None
             self._refuse_error_of(method, extra=extra)
             if model_ids is None:
@@ -125,7 +125,7 @@ class Results:
         Returns:
             `indices` and `scores`, each `[m, k]`, strongest first.
         """
-        k = as_integer("k", k, least=1)
+        k, helpful = as_integer("k", k, least=1), as_flag("helpful", helpful)
         return top_scores(self.scores(exp_name), k, helpful=helpful)
 
     @tells_of_files
@@ -164,7 +164,8 @@ class Results:
         Raises:
             InputError: if arguments do not go together.
         """
-        if with_error:
+        helpful = as_flag("helpful", helpful)
+        if as_flag("with_error", with_error):
             extra = groups is not None or checkpoint_weights is not None
             self._refuse_error_of(method, extra=extra)
             taken = error_pass(self._pipeline, exp_name, model_ids)
@@ -224,8 +225,8 @@ class Results:
             lambda_regs,
             model_ids,
             top_k=top_k,
-            helpful=helpful,
-            allow_skip=allow_skip,
+            helpful=as_flag("helpful", helpful),
+            allow_skip=as_flag("allow_skip", allow_skip),
         )
 
     def _written(

@@ -343,4 +343,5 @@ class TRAKer(Results):
             Scores, `[n, m]`, float32 (float64 where rows are), backed by a plain
             `.npy` file; changing the array does not change the file.
         """
-        return self._pipeline.finalize_scores(exp_name, model_ids, allow_skip=allow_skip)
+        skips = as_flag("allow_skip", allow_skip, numbers=True)
+        return self._pipeline.finalize_scores(exp_name, model_ids, allow_skip=skips)
