@@ -68,6 +68,20 @@ def test_masks_and_margins_of_trak_are_read(repeated, tmp_path):
             read_trak_bank(*read)
 
 
+def test_models_of_one_mask_that_lie_apart_are_no_subsets(tmp_path):
+    masks = np.tile(np.eye(4, 9, dtype=bool), (2, 1))[[0, 1, 2, 3, 6, 5]]
+    np.save(tmp_path / "mask.npy", masks)
+    np.save(tmp_path / "margins.npy", np.ones((6, 3)))
+    read = tmp_path / "mask.npy", tmp_path / "margins.npy"
+    with pytest.raises(InputError, match="Subsets 2 and 4 have .* follow each other"):
+        read_trak_bank(*read)
+    with pytest.raises(InputError, match="equal in groups of seeds=2"):
+        read_trak_bank(*read, seeds=2)
+    np.save(tmp_path / "mask.npy", masks[:4])
+    np.save(tmp_path / "margins.npy", np.ones((4, 3)))
+    assert len(read_trak_bank(*read).masks) == 4
+
+
 def test_other_files_are_no_bank_of_trak(tmp_path):
     np.save(tmp_path / "ok.npy", np.ones((4, 3)))
     torch.save(torch.ones(4, 3), tmp_path / "t.pt")

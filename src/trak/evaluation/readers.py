@@ -7,7 +7,14 @@ import numpy as np
 
 from trak.arguments import as_integer
 from trak.errors import UNREADABLE, InputError
-from trak.evaluation.arrays import as_floats, as_masks, as_outputs, as_single, check_length
+from trak.evaluation.arrays import (
+    Booleans,
+    as_floats,
+    as_masks,
+    as_outputs,
+    as_single,
+    check_length,
+)
 from trak.evaluation.banks import Bank
 from trak.evaluation.files import as_path
 from trak.evaluation.indices import masks_from_indices
@@ -33,7 +40,7 @@ def read_trak_bank(
 
     Raises:
         InputError: if a file is no such array, the numbers of rows do not fit, the rows of
-            one subset differ, or those of neighbours are equal: models of one mask that
+            one subset differ, or those of two subsets are equal: models of one mask that
             count as independent subsets make intervals too narrow.
     """
     repeats = as_integer("seeds", seeds, least=1)
@@ -51,13 +58,7 @@ def read_trak_bank(
             )
         rows = grouped[:, 0]
     check_length(len(rows), subsets, "The rows of masks", "margins")
-    again = np.flatnonzero((rows[1:] == rows[:-1]).all(axis=1))
-    if len(again):
-        raise InputError(
-            f"Subsets {again[0]} and {again[0] + 1} have the same mask, with "
-            f"seeds={repeats} models each. Models of one mask are no further subsets: say "
-            "in seeds how many models each mask has."
-        )
+    _refuse_equal(rows, repeats)
     outputs = as_single("margins", values).reshape(subsets, repeats, -1)
     return Bank(masks=rows, outputs=outputs, name=name)
 
@@ -81,6 +82,19 @@ def bank_from_indices(outputs: Any, indices: Any, n: int, *, name: str = "") -> 
     masks = masks_from_indices(indices, as_integer("n", n, least=1))
     values = as_single("outputs", as_outputs("outputs", outputs, "subset"))
     return Bank(masks=masks, outputs=values, name=name)
+
+
+def _refuse_equal(masks: Booleans, repeats: int) -> None:
+    packed = np.packbits(masks, axis=1)
+    _, first, which = np.unique(packed, axis=0, return_index=True, return_inverse=True)
+    earlier = first[which.reshape(-1)]  # NumPy 2.0 gives it further axes
+    again = np.flatnonzero(earlier < np.arange(len(masks)))
+    if len(again):
+        raise InputError(
+            f"Subsets {earlier[again[0]]} and {again[0]} have the same mask, with "
+            f"seeds={repeats} models each. Models of one mask are no further subsets: say "
+            "in seeds how many models each mask has, and let their rows follow each other."
+        )
 
 
 def _load(name: str, file: str | Path) -> Any:
