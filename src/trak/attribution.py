@@ -291,7 +291,8 @@ def _selection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _projection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
     # no projection where rows are few
-    if settings["proj_dim"] != "auto" or settings.get("projector") is not None:
+    free = _says(settings["proj_dim"], "auto")
+    if not free or settings.get("projector") is not None:
         return {}
     chosen = select_parameters(model, settings["grad_wrt"])
     width = sum(p.numel() for p in chosen.values())
@@ -302,6 +303,10 @@ def _projection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]
     said = {"row_dtype", "use_half_precision"} & set(settings)
     fits = 4 * numbers <= EXACT_UP_TO
     return whole | ({"row_dtype": "float32"} if fits and not said else {})
+
+
+def _says(proj_dim: Any, word: str) -> bool:
+    return isinstance(proj_dim, str) and proj_dim == word  # arrays are compared by entries
 
 
 def _chosen(
@@ -316,7 +321,7 @@ def _chosen(
     known = known_strength(folder)
     if known is not None:  # a call that goes on must not choose anew
         return known, None
-    count, exact = settings["train_set_size"], settings["proj_dim"] == EXACT
+    count, exact = settings["train_set_size"], _says(settings["proj_dim"], EXACT)
     if exact:  # the trial's folder may have less room
         settings = {**settings, "proj_dim": "auto"}
         settings |= _projection(model, settings)

@@ -15,6 +15,7 @@ from trak.pipeline import (
     Pipeline,
     error_pass,
     group_matrix,
+    is_trak,
     list_checkpoints,
     list_experiments,
     method_named,
@@ -90,7 +91,7 @@ class Results:
             if model_ids is None:
                 model_ids = self.saver.experiment(exp_name).get("model_ids")
             return error_pass(self._pipeline, exp_name, model_ids).scores()
-        if method == "trak":
+        if is_trak(method):
             chosen_here = model_ids is not None or checkpoint_weights is not None
             return self._written(exp_name, averages, chosen_here=chosen_here)
         chosen = method_named(method)
@@ -172,7 +173,7 @@ class Results:
             ranked = taken.top(k, helpful=helpful)
             ranked.warn_of_noise()
             return ranked
-        if method != "trak":
+        if not is_trak(method):
             num_targets = self.saver.experiment(exp_name)["num_targets"]
             averages = group_matrix(groups, num_targets)
             chosen = method_named(method)
@@ -244,9 +245,9 @@ class Results:
 
     @staticmethod
     def _refuse_error_of(method: str, *, extra: bool) -> None:
-        if method != "trak":
+        if not is_trak(method):
             method_named(method)
-        if method != "trak" or extra:
+        if not is_trak(method) or extra:
             raise InputError(
                 "with_error=True is for TRAK's scores of single targets: leave groups, "
                 f"checkpoint_weights and method out (this is method={method!r})."

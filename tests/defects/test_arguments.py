@@ -18,7 +18,8 @@ from tests.defects.helpers import (
 )
 from torch import nn
 
-from trak.errors import AttributionError, InputError, PhaseError
+from trak import attribute
+from trak.errors import AttributionError, InputError, InputTypeError, PhaseError
 from trak.gradient_computers import FunctionalGradientComputer
 from trak.modelout_functions import (
     CLIPModelOutput,
@@ -67,6 +68,7 @@ CANNOT_BE = {
     "device": ({"device": "gpu"}, "device must be one of torch's.*'gpu'"),
     "grad_wrt: tensors": ({"grad_wrt": net().parameters()}, "grad_wrt must list names"),
     "grad_wrt: a number": ({"grad_wrt": 3}, "grad_wrt must list names.*3"),
+    "width: many": ({"proj_dim": np.ones(2)}, "proj_dim must be an integer of at least 1"),
     "size: float": ({"train_set_size": float(N)}, "train_set_size must be an integer"),
     "size: text": ({"train_set_size": "24"}, "train_set_size must be an integer"),
     "size: none": ({"train_set_size": None}, "train_set_size must be an integer"),
@@ -105,6 +107,30 @@ def test_integers_of_other_libraries_work(form, tmp_path):
     found = traker.finalize_scores("exp", model_ids=[form(0)])
     assert_scores(found, oracle(traker, train, targets))
     tracker(tmp_path, projector_seed=1)  # the same settings as with plain integers
+
+
+def test_arrays_where_one_thing_is_due_are_explained(tmp_path):
+    train, targets = data()
+    traker = tracker(tmp_path)
+    whole_run(traker, train, targets, [weights()])
+    for read in (traker.scores, traker.top_scores):
+        with pytest.raises(InputError, match="method must be one of"):
+            read("exp", method=np.array(["dot", "trak"]))
+    with pytest.raises(InputTypeError, match="exp_names must list names"):
+        traker.sweep([["exp"]])
+    traker.load_checkpoint(weights(), model_id=1)
+    for wrong in (np.ones(2), torch.ones(2), "24"):
+        with pytest.raises(InputError, match="num_samples must be a finite number"):
+            traker.featurize(train, num_samples=wrong)
+    with pytest.raises(InputError, match="proj_dim must be an integer"):
+        attribute(
+            net(),
+            task="image_classification",
+            train=[train],
+            targets=[targets],
+            save_dir=tmp_path / "other",
+            proj_dim=np.ones(2),
+        )
 
 
 @pytest.mark.parametrize("yes", [1, True, np.bool_(1), torch.tensor(True)])

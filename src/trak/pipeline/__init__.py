@@ -12,7 +12,7 @@ from trak.pipeline.inventory import (
     list_checkpoints,
     list_experiments,
 )
-from trak.pipeline.methods import group_matrix, method_named, method_pass
+from trak.pipeline.methods import group_matrix, is_trak, method_named, method_pass
 from trak.pipeline.model_state import validate_state
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker
@@ -36,6 +36,7 @@ __all__ = [
     "describe_run",
     "error_pass",
     "group_matrix",
+    "is_trak",
     "list_checkpoints",
     "list_experiments",
     "make_computer",

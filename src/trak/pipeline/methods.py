@@ -62,6 +62,18 @@ METHODS = {
 NAMES = ("trak", *METHODS)
 
 
+def is_trak(name: Any) -> bool:
+    """Whether TRAK's own scores are meant.
+
+    Args:
+        name: a method's.
+
+    Returns:
+        False for every other name, and for what is none.
+    """
+    return isinstance(name, str) and name == "trak"
+
+
 def method_named(name: Any) -> Method:
     """Looks a method up.
 

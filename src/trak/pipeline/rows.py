@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trak.arguments import as_number
 from trak.batches import Batch, batch_size, select
 from trak.digests import example_digests
 from trak.encodings import encoding_of
@@ -48,7 +49,7 @@ def row_numbers(
             f"the last ones, and inds, the samples' own row numbers, got {given}."
         )
     if num_samples is not None:
-        if num_samples != size:
+        if as_number("num_samples", num_samples, zero=True) != size:
             raise InputError(
                 f"num_samples={num_samples}, but the batch holds {size} samples. Pass "
                 "the batch's own size (the last batch of a loader is often shorter)."

@@ -58,6 +58,8 @@ def score_sets(
             f"exp_names must list experiments, such as ['test']; got {exp_names!r}."
         )
     names = [exp_names] if isinstance(exp_names, str) else list(exp_names)
+    if not all(isinstance(name, str) for name in names):
+        raise InputTypeError(f"exp_names must list names of experiments, got {names!r}.")
     own = getattr(scorer, "lambda_reg", None)
     regs = [own]
     if lambda_regs is not None and not is_listed(lambda_regs):

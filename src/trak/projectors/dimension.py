@@ -126,7 +126,7 @@ def is_exact(projector: Any, proj_dim: Any) -> bool:
         The answer.
     """
     return isinstance(projector, KernelProjector) or (
-        projector is None and proj_dim == EXACT
+        projector is None and isinstance(proj_dim, str) and proj_dim == EXACT
     )
 
 
