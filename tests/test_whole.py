@@ -16,6 +16,7 @@ from trak.errors import (
 )
 from trak.gradient_computers import FunctionalGradientComputer, HookGradientComputer
 from trak.modelout_functions import ImageClassificationModelOutput
+from trak.projectors import NoOpProjector
 
 N = 40
 
@@ -193,6 +194,37 @@ def test_a_buffer_that_the_forward_pass_writes_is_named(tmp_path):
     traker = runs.make_traker(model, 9, tmp_path)
     with pytest.raises(PhaseError, match=r"buffers \['calls'\].*forward pass"):
         runs.featurize(traker, batch, model.state_dict(), size=3)
+
+
+class Rotating(nn.Linear):
+    """Writes the same numbers into its buffers in every pass, as rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__(6, 3)
+        self.register_buffer("written", torch.rand(6), persistent=False)
+        self.register_buffer("replaced", torch.rand(6), persistent=False)
+        self.known = self.written.clone(), self.replaced.clone()
+
+    def forward(self, x):
+        self.written.copy_(self.known[0].to(x))
+        self.register_buffer("replaced", self.known[1].to(x).clone(), persistent=False)
+        return super().forward(x * self.written + self.replaced)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_buffers_that_are_written_with_the_same_numbers(size, tmp_path):
+    model = Rotating().double().eval()
+    model.known = model.written.clone(), model.replaced.clone()
+    data = torch.randn(N, 6).double(), torch.randint(0, 3, (N,))
+    state = model.state_dict()
+    traker = runs.make_traker(model, N, tmp_path, projector=NoOpProjector())
+    runs.featurize(traker, data, state, size=size)
+    rows = np.array(traker.saver.train_rows(0).array("grads"))
+    expected = reference.flat_rows(reference.gradient_rows(model, data)).numpy()
+    np.testing.assert_allclose(rows, expected, rtol=1e-8, atol=1e-10)
+    model.known[0][0] += 1
+    with pytest.raises(PhaseError, match=r"buffers \['written'\]"):
+        runs.featurize(traker, data, state, model_id=1, size=size)
 
 
 def test_a_table_with_sparse_gradients(tmp_path):

@@ -1,6 +1,7 @@
 """Loading weights without half-loading them, and noticing when they change."""
 
 from collections.abc import Iterable, Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from trak.digests import checksum, is_plain, state_digest
 from trak.errors import InputError, InputTypeError, PhaseError
 
 _COMPILED = "_orig_mod."
+_COPIED = 1 << 16  # bytes of a buffer
 
 
 def validate_state(model: nn.Module, checkpoint: Any) -> str:
@@ -138,7 +140,9 @@ class WeightWatch:
     """Remembers the weights to notice when they change.
 
     Other tensors in their place, in-place changes by torch's version counters, and, since
-    fused optimizers and `parameter.data` go round these, a checksum of the numbers.
+    fused optimizers and `parameter.data` go round these, a checksum of the numbers. Small
+    buffers may be written or replaced, as rotary embeddings do in every forward pass, as
+    long as their numbers stay.
 
     Args:
         model: the model, just loaded.
@@ -149,6 +153,12 @@ class WeightWatch:
         self._tensors = _tensors(model)
         self._versions = [_version(t) for t in self._tensors]
         self._checksum = checksum(self._tensors)
+        buffers = range(len(list(model.parameters())), len(self._tensors))
+        self._copies = {
+            j: self._tensors[j].clone()
+            for j in buffers
+            if is_plain(self._tensors[j]) and self._tensors[j].nbytes <= _COPIED
+        }
 
     def check(self) -> None:
         """Refuses to go on with other weights than those that were loaded.
@@ -157,14 +167,19 @@ class WeightWatch:
             PhaseError: if a parameter or buffer was changed or replaced.
         """
         found = _tensors(self._model)
-        same = len(found) == len(self._tensors) and all(
-            tensor is known and _version(tensor) == version
-            for tensor, known, version in zip(
-                found, self._tensors, self._versions, strict=True
-            )
-        )
+        same = len(found) == len(self._tensors) and all(map(self._stayed, count(), found))
         if not same or not torch.equal(checksum(found), self._checksum):
             raise PhaseError(self._complaint(found))
+
+    def _stayed(self, place: int, tensor: Tensor) -> bool:
+        if tensor is self._tensors[place] and _version(tensor) == self._versions[place]:
+            return True
+        copy = self._copies.get(place)
+        return (
+            copy is not None
+            and (tensor.dtype, tensor.device) == (copy.dtype, copy.device)
+            and torch.equal(tensor, copy)
+        )
 
     def _complaint(self, found: list[Tensor]) -> str:
         parameters = len(list(self._model.parameters()))
@@ -186,8 +201,7 @@ class WeightWatch:
 
     def _differs(self, found: list[Tensor], places: Iterable[int]) -> bool:
         return any(
-            found[j] is not self._tensors[j]
-            or _version(found[j]) != self._versions[j]
+            not self._stayed(j, found[j])
             or not torch.equal(checksum([found[j]])[0], self._checksum[j])
             for j in places
         )
