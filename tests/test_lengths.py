@@ -136,6 +136,75 @@ def test_models_that_look_at_padding_keep_it(tmp_path, caplog):
     assert sum("Padding is kept" in r.getMessage() for r in caplog.records) == 1
 
 
+class Gated(Summing):
+    """Adapters that begin at zero look at padding: no output shows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(4, 2, bias=False)
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, input_ids, token_type_ids, attention_mask):
+        found = self.embed(input_ids)
+        real = torch.tanh(found * attention_mask.unsqueeze(-1)).sum(1)
+        return self.head(real) + self.gate(found.sum(1))
+
+
+class Fixed(Summing):
+    """Takes sixteen tokens and no fewer."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(16))
+
+    def forward(self, input_ids, token_type_ids, attention_mask):
+        shares = (attention_mask * self.places).unsqueeze(-1)
+        return self.head((self.embed(input_ids) * shares).sum(1))
+
+
+class Scaled(Summing):
+    """Changes its mind below nine tokens, as some rotary embeddings do."""
+
+    def forward(self, input_ids, token_type_ids, attention_mask):
+        found = torch.tanh(self.embed(input_ids) * attention_mask.unsqueeze(-1))
+        return self.head(found.sum(1) * (2 if input_ids.shape[1] < 9 else 1))
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [(Gated, "outputs change by 0, gradients by"), (Fixed, "the model fails without it")],
+)
+def test_padding_is_kept_where_gradients_or_shapes_need_it(build, said, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "trak"):
+        compare(build().double(), batch_of(SHORT), tmp_path)
+    assert said in caplog.text
+
+
+def test_other_lengths_are_looked_at_when_they_come(tmp_path, caplog):
+    torch.manual_seed(0)
+    model, found = Scaled().double(), {}
+    batches = [batch_of(lengths) for lengths in ([10, 9], [12, 11], [4, 3])]
+    for trim in (False, True):
+        traker = TRAKer(
+            model,
+            TextClassificationModelOutput(trim_padding=trim),
+            6,
+            tmp_path / str(trim),
+            device="cpu",
+            projector=NoOpProjector(device="cpu"),
+            row_dtype="float64",
+        )
+        traker.load_checkpoint(model.state_dict(), model_id=0)
+        with caplog.at_level(logging.INFO, "trak"):
+            for batch in batches:
+                traker.featurize(batch, num_samples=2)
+        found[trim] = np.array(traker.saver.train_rows(0).array("grads"))
+    np.testing.assert_allclose(found[True], found[False], rtol=1e-9, atol=1e-12)
+    messages = [r.getMessage() for r in caplog.records]
+    assert sum("Padding is left out" in m for m in messages) == 1
+    assert sum("Padding is kept from now on" in m for m in messages) == 1
+
+
 class Flattening(Summing):
     """Looks tokens up in one row, by a view of the batch."""
 

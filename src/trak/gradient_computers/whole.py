@@ -78,7 +78,7 @@ def disagreeing(
     by_rule = {n for n, way in plan.items() if way.kind not in {"exact", "unseen"}}
     names = [n for n in anatomy.parameters if n in by_rule - sweep.refused]
     signs = _signs(batch_size(samples))
-    exact = _summed(anatomy, names, lambda: outputs(samples), signs)
+    exact = summed(anatomy, names, lambda: outputs(samples), signs)
     if exact is None:
         return set()
     sizes = {n: float(r.double().square().sum().sqrt()) for n, r in rows.items()}
@@ -119,7 +119,7 @@ def reached(
     asked = sorted(names)
     if size < 2 or not asked:
         return set()
-    found = _summed(anatomy, asked, outputs, _weights(size))
+    found = summed(anatomy, asked, outputs, random_weights(size))
     if found is None:
         return set(asked)
     return {n for n, g in found.items() if g is not None and bool(g.to_dense().any())}
@@ -151,19 +151,40 @@ def _swept(
     return rows, sweep
 
 
-def _weights(size: int) -> Tensor:
+def random_weights(size: int) -> Tensor:
+    """Draws weights that no two samples' gradients cancel under.
+
+    Args:
+        size: of the batch, `b`.
+
+    Returns:
+        The same ones every time, `[b]`, float64.
+    """
     generator = torch.Generator().manual_seed(0)
     return torch.randn(size, generator=generator, device="cpu").double()
 
 
 def _signs(size: int) -> Tensor:
-    return _weights(size).sign()
+    return random_weights(size).sign()
 
 
-def _summed(
+def summed(
     anatomy: Anatomy, names: list[str], outputs: Callable[[], Tensor], weights: Tensor
 ) -> dict[str, Tensor | None] | None:
-    # the gradient of a weighted sum of outputs; None if torch cannot compute it
+    """The gradient of a weighted sum of outputs, by one ordinary backward pass.
+
+    Args:
+        anatomy: the model's parameters.
+        names: those that are wanted.
+        outputs: runs the model, `[b]`.
+        weights: of the outputs, `[b]`.
+
+    Returns:
+        Name to gradient, None where it is not reached; None if torch cannot compute it.
+
+    Raises:
+        RuntimeError: if memory runs out.
+    """
     chosen = [anatomy.parameters[name] for name in names]
     if not chosen:
         return {}

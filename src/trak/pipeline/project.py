@@ -52,7 +52,8 @@ class RowMaker:
         scale: rows are divided by it (the square root of the number of parameters).
         device: where to project.
         micro: splits batches that do not fit into memory.
-        ignores_padding: checkpoint to whether the model's outputs are the same without.
+        ignores_padding: checkpoint to the lengths between which padding does nothing; None
+            if it does something.
         whitenings: checkpoint to what is done to its gradients before they are projected.
         losses: is shown the first training examples; None for nobody.
     """
@@ -64,7 +65,9 @@ class RowMaker:
     scale: float
     device: torch.device
     micro: MicroBatches = field(default_factory=MicroBatches)
-    ignores_padding: dict[int, bool] = field(default_factory=dict[int, bool])
+    ignores_padding: dict[int, tuple[int, int] | None] = field(
+        default_factory=dict[int, tuple[int, int] | None]
+    )
     whitenings: dict[int, Whitening] = field(default_factory=dict[int, Whitening])
     losses: LossWatch | None = None
 
@@ -275,7 +278,8 @@ class RowMaker:
         make: Callable[[Batch, list[int]], Tensor],
     ) -> Tensor:
         # rows in the order of the batch, whatever the order in which they are made
-        trimmer = Trimmer(self.model, self.computer.modelout_fn, self.ignores_padding)
+        task, names = self.computer.modelout_fn, tuple(self.layout)
+        trimmer = Trimmer(self.model, task, names, self.ignores_padding)
         buckets = trimmer.buckets(batch, model_id)
         made = [make(bucket, [numbers[j] for j in own]) for own, bucket in buckets]
         if len(made) == 1:
