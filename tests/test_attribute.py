@@ -50,6 +50,7 @@ def test_it_is_the_steps_of_traker(world, tmp_path):
         row_dtype="float32",
         whitening=0.5,
         curvature=True,
+        loss_power="auto",
     )
     for model_id, state in enumerate(states):
         traker.load_checkpoint(state, model_id=model_id)

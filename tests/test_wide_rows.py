@@ -302,11 +302,13 @@ def test_checkpoints_share_the_median_ridge(tmp_path):
         own.append(
             scorer.choose(torch.from_numpy(np.array(rows.array("grads"))), situation)
         )
-    assert len({round(ridge, 6) for ridge in own}) > 1
+    assert len({round(found.multiple, 6) for found in own}) > 1
     traker.finalize_features()
     for model_id in range(3):
         info = traker.saver.load_factor(model_id)[1]
-        assert info["auto"] == pytest.approx(float(np.median(own)), rel=1e-6)
+        assert info["auto"] == pytest.approx(
+            float(np.median([found.multiple for found in own])), rel=1e-6
+        )
         unit = info["mean_squared_norm"]
         assert info["ridge"] == pytest.approx(info["auto"] * unit, rel=1e-6)
 

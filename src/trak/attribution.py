@@ -49,6 +49,7 @@ def attribute(
     exp_name: str = "targets",
     whitening: float | str | None = "auto",
     curvature: bool = True,
+    loss_power: float | str = "auto",
     lambda_reg: float | str | None = "auto",
     proj_dim: int | str = "auto",
     progress: bool = True,
@@ -72,6 +73,7 @@ def attribute(
         exp_name: name of this set of targets.
         whitening: 0 to 1; `"auto"` chooses (`trak.strength`).
         curvature: weigh training examples by the curvature of their loss.
+        loss_power: exponent of their loss weights Q; `"auto"` tells how training went.
         lambda_reg: the ridge, as for `TRAKer`.
         proj_dim: as for `TRAKer`; `"auto"` does not project up to 256 MiB of rows.
         progress: show progress bars.
@@ -85,9 +87,9 @@ def attribute(
     examples, aims = ordered("train", train), ordered("targets", targets)
     count = count_of("training examples", examples)
     settings: dict[str, Any] = {"task": task, "train_set_size": count, **options}
-    settings["proj_dim"] = proj_dim
+    settings |= {"lambda_reg": lambda_reg, "proj_dim": proj_dim}
+    settings |= {"curvature": curvature, "loss_power": loss_power}
     settings |= _selection(model, settings)
-    settings |= {"lambda_reg": lambda_reg, "curvature": curvature}
     with _restored(model) as before:
         states = [_apart(c, model, before) for c in _listed(checkpoints, model)]
         _try_batches(model, states[0], examples, aims, settings)

@@ -176,9 +176,8 @@ class Results:
         if not is_trak(method):
             num_targets = self.saver.experiment(exp_name)["num_targets"]
             averages = group_matrix(groups, num_targets)
-            chosen = method_named(method)
-            taken = method_pass(self._pipeline, model_ids, exp_name, checkpoint_weights)
-            return taken.top(exp_name, chosen, averages, k, helpful=helpful)
+            found = method_pass(self._pipeline, model_ids, exp_name, checkpoint_weights)
+            return found.top(exp_name, method_named(method), averages, k, helpful=helpful)
         if groups is not None:
             raise InputError(
                 "For groups of targets by TRAK: top_scores(traker.scores(exp_name, "

@@ -93,6 +93,8 @@ class TRAKer(Results):
         curvature: weigh the training examples in the Gram matrix by the curvature of
             their loss, `q (1 - q / 2)`; TRAK's derivation has such weights, and leaves
             them out at last.
+        loss_power: exponent of the loss weights Q that scores are multiplied by, where they
+            are probabilities: 1 for TRAK, down to 0, or `"auto"` (docs/choices.md).
 
     Raises:
         InputError: if an argument cannot be used.
@@ -125,6 +127,7 @@ class TRAKer(Results):
         row_dtype: str | torch.dtype | None = None,
         whitening: float | str | None = None,
         curvature: bool = False,
+        loss_power: float | str = 1.0,
     ) -> None:
         self.logger = logging.getLogger("trak")
         logging_level = as_level(logging_level)
@@ -154,6 +157,7 @@ class TRAKer(Results):
             logging_level,
             self.lambda_reg,
             curvature=curvature,
+            loss_power=loss_power,
         )
         self.load_from_save_dir = known
         options = {"logging_level": logging_level, "use_half_precision": half}

@@ -17,6 +17,7 @@ from trak.gradient_computers import (
 from trak.pipeline.checks import describe
 from trak.projectors import LeadingProjector
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
+from trak.score_computers.loss_power import as_power
 
 
 def storage_dtype(
@@ -108,6 +109,7 @@ def make_scorer(
     lambda_reg: Ridge,
     *,
     curvature: bool = False,
+    loss_power: float | str = 1.0,
 ) -> AbstractScoreComputer:
     """The score computer that the facade's arguments stand for.
 
@@ -116,23 +118,23 @@ def make_scorer(
         dtype: dtype of the stored rows.
         device: where to compute.
         logging_level: handed to the class.
-        lambda_reg: the ridge; None lets `RidgeScoreComputer` choose and is 0, upstream's
-            default, for other classes, which know no relative ones.
+        lambda_reg: the ridge; None lets `RidgeScoreComputer` choose, and is 0 elsewhere.
         curvature: weigh rows by the loss's curvature.
+        loss_power: exponent of loss weights; `"auto"` is 1 where it cannot be chosen.
 
     Returns:
         An instance.
 
     Raises:
-        InputError: if an instance and a ridge are given.
+        InputError: if an instance and settings are given.
         InputTypeError: if it is no score computer, or `curvature` not True or False.
     """
-    curvature = as_flag("curvature", curvature)
+    curvature, power = as_flag("curvature", curvature), as_power(loss_power)
     if isinstance(scorer, AbstractScoreComputer):
-        if lambda_reg is not None or curvature:
+        if lambda_reg is not None or curvature or power not in {None, 1}:
             raise InputError(
-                "score_computer is an instance with settings of its own; leave lambda_reg "
-                "and curvature out, or pass the class."
+                "score_computer is an instance with settings of its own; leave lambda_reg, "
+                "curvature and loss_power out, or pass the class."
             )
         return scorer
     cls: Any = RidgeScoreComputer if scorer is None else scorer
@@ -144,14 +146,14 @@ def make_scorer(
         )
     if not issubclass(cls, RidgeScoreComputer) and lambda_reg is None:
         lambda_reg = 0.0
-    extra = {}
-    if curvature:
-        if not issubclass(cls, RidgeScoreComputer):
-            raise InputError(
-                f"{cls.__name__} does not weigh rows. Use curvature=False, or "
-                "RidgeScoreComputer."
-            )
-        extra = {"curvature": True}
+    extra: dict[str, Any] = {}
+    if issubclass(cls, RidgeScoreComputer):
+        extra |= {"curvature": True} if curvature else {}
+        extra |= {"loss_power": loss_power} if power != 1 else {}
+    elif curvature or power not in {None, 1}:
+        raise InputError(
+            f"{cls.__name__} does not weigh rows. Use curvature=False and loss_power=1."
+        )
     return cls(
         dtype=float_dtype(dtype),
         device=device,

@@ -24,6 +24,7 @@ from trak.score_computers import (
     LinearScoreComputer,
     RidgeScoreComputer,
 )
+from trak.score_computers.auto_ridge import Choice
 from trak.score_computers.ridge_sample import Situation, Wide, drawn
 from trak.score_computers.stream import decoded
 
@@ -40,10 +41,10 @@ def finalize_checkpoints(
 ) -> list[int]:
     """Factors the Gram matrix of every checkpoint that needs it.
 
-    The automatic ridge is the median of what the rows of all that are asked for say, so
-    that one of which too little can be told does not outweigh the others. It depends on
-    nothing else: not on other checkpoints of the store, nor on which of these were
-    finalized before a call was interrupted.
+    The automatic ridge, and exponent of Q, are medians of what the rows of all that are
+    asked for say, so that one of which too little can be told does not outweigh the others.
+    They depend on nothing else: not on other checkpoints of the store, nor on which of
+    these were finalized before a call was interrupted.
 
     Args:
         scorer: the score computer.
@@ -59,7 +60,7 @@ def finalize_checkpoints(
     saver.refresh()
     chosen = chosen_ids(saver, model_ids)
     wanted: dict[int, Situation] = {}
-    multiple: float | None = None
+    found: Choice | None = None
     decided = {"logistic": losses.together(chosen)}
     for model_id in chosen:
         rows = saver.train_rows(model_id)
@@ -68,7 +69,7 @@ def finalize_checkpoints(
         kept = current_factor(scorer, saver, model_id, chosen) if finalized else None
         if kept is not None:
             logger.info("model_id=%s is finalized already.", model_id)
-            multiple = kept.get("auto")
+            found = Choice(kept["auto"], kept.get("power", 1.0)) if "auto" in kept else None
             continue
         tell_of_strays(loss_sizes(saver, model_id, decided), model_id)
         wanted[model_id] = Situation(
@@ -82,10 +83,10 @@ def finalize_checkpoints(
             wide=_wide(saver, model_id, len(rows.done)),
         )
     sources = {model_id: row_source(saver.train_rows(model_id)) for model_id in wanted}
-    if multiple is None:
-        multiple = _chosen_together(scorer, sources, wanted, maker.device)
+    if found is None:
+        found = _chosen_together(scorer, sources, wanted, maker.device)
     for model_id, situation in wanted.items():
-        settled = replace(situation, multiple=multiple)
+        settled = replace(situation, **(found._asdict() if found else {}))
         matrix, info = finalize_rows(scorer, sources[model_id], maker.device, settled)
         info = {**info, **decided, "together": together(saver, chosen)}
         saver.save_factor(model_id, matrix, info)
@@ -112,11 +113,12 @@ def _chosen_together(
     sources: dict[int, RowSource],
     situations: dict[int, Situation],
     device: torch.device,
-) -> float | None:
+) -> Choice | None:
     if not isinstance(scorer, RidgeScoreComputer) or not situations:
         return None
     found = [scorer.choose(placed(sources[i], device), s) for i, s in situations.items()]
-    return math.exp(np.median(np.log(found)))
+    multiples, powers = zip(*found, strict=True)
+    return Choice(math.exp(np.median(np.log(multiples))), float(np.median(powers)))
 
 
 def _wide(saver: AbstractSaver, model_id: int, count: int) -> Wide | None:

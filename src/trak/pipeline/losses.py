@@ -17,6 +17,7 @@ from trak.batches import Batch, select
 from trak.gradient_computers import AbstractGradientComputer
 from trak.savers import AbstractSaver
 from trak.score_computers.logistic import is_logistic, weights_in
+from trak.score_computers.loss_power import powered
 from trak.score_computers.losses import Losses, losses_beside, losses_of
 
 logger = logging.getLogger(__name__)
@@ -206,6 +207,28 @@ def loss_sizes(
     known = made if made and "logistic" in made else saver.loss_record(model_id)
     logistic = (known or {}).get("logistic")
     return losses_of(loss, counts_of(saver, model_id)).sized(logistic)
+
+
+def score_weights(
+    saver: AbstractSaver, model_id: int, made: Mapping[str, Any]
+) -> NDArray[np.floating]:
+    """What scores of a checkpoint's training examples are multiplied by.
+
+    Args:
+        saver: the store.
+        model_id: the checkpoint.
+        made: how its factor was made.
+
+    Returns:
+        Q, `[n, 1]`; to the power that was chosen, if one was.
+    """
+    loss = saver.train_rows(model_id).array("out_to_loss")
+    power = made.get("power", 1.0)
+    if power == 1:
+        return loss
+    sizes = loss_sizes(saver, model_id, made)
+    losses = losses_of(loss, counts_of(saver, model_id))
+    return powered(losses, sizes, power).numpy()
 
 
 def tell_of_strays(losses: Losses, model_id: int) -> None:

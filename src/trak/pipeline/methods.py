@@ -17,7 +17,7 @@ from torch import Tensor
 from trak.arguments import as_number, is_listed, meant
 from trak.encodings import RowSource
 from trak.errors import InputError, InputTypeError, NumericalError
-from trak.pipeline.losses import loss_sizes
+from trak.pipeline.losses import loss_sizes, score_weights
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.readiness import finalized_ids
 from trak.pipeline.solving import ScoreSet, kept_factor, row_source
@@ -282,7 +282,7 @@ class MethodPass:
             source = source.to(self.device)
         scorer = self.scorer if isinstance(self.scorer, RidgeScoreComputer) else None
         kept = kept_factor(self.scorer, self.saver, model_id) if solved else None
-        loss = rows.array("out_to_loss")
+        loss = score_weights(self.saver, model_id, kept[1] if kept else {})
         sizes = loss_sizes(self.saver, model_id, kept[1] if kept else None)
         return System(model_id, source, loss, sizes, scorer, kept)
 

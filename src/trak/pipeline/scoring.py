@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trak.encodings import RowSource, row_encoding
 from trak.errors import NumericalError
+from trak.pipeline.losses import score_weights
 from trak.pipeline.solving import ScoreSet, kept_factor, placed, row_source, solve
 from trak.savers import AbstractSaver
 from trak.score_computers import (
@@ -171,7 +172,7 @@ class ScorePass:
         return np.float64 if row_encoding(rows).name == "float64" else np.float32
 
     def _q(self) -> Multiplier:
-        weights = [self.saver.train_rows(i).array("out_to_loss") for i in self.model_ids]
+        weights = [score_weights(self.saver, i, self.kept[i][1]) for i in self.model_ids]
 
         @lru_cache(maxsize=1)  # every checkpoint of a stretch asks for it
         def mean(start: int, stop: int) -> Tensor:

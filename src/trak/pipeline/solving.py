@@ -140,6 +140,9 @@ def factor_in_words(info: Mapping[str, Any]) -> str:
         parts.append(f"lambda_reg={'auto' if reg is None else reg!r}")
     if info.get("curvature"):
         parts.append("curvature=True")
+    power = info.get("loss_power", 1.0)
+    if power != 1:
+        parts.append(f"loss_power={'auto' if power is None else power!r}")
     if "ridge" in info:
         parts.append(f"which is a ridge of {info['ridge']:.3g}")
     return ", ".join(parts)
@@ -154,7 +157,7 @@ def asked_for(scorer: AbstractScoreComputer) -> str:
     Returns:
         Arguments of `TRAKer`.
     """
-    names = [n for n in ("lambda_reg", "curvature") if hasattr(scorer, n)]
+    names = [n for n in ("lambda_reg", "curvature", "loss_power") if hasattr(scorer, n)]
     known = {name: getattr(scorer, name) for name in names}
     return factor_in_words({"computer": type(scorer).__name__, **known})
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trak.encodings import RowSource
 from trak.errors import InputError, NumericalError
-from trak.pipeline.losses import loss_sizes
+from trak.pipeline.losses import loss_sizes, score_weights
 from trak.pipeline.solving import block_scorer, kept_factor, row_source
 from trak.savers import AbstractSaver
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
@@ -188,7 +188,7 @@ class VariancePass:
 
     @cached_property
     def _loss(self) -> list[NDArray[Any]]:
-        return [self.saver.train_rows(i).array("out_to_loss") for i in self.model_ids]
+        return [score_weights(self.saver, i, self.kept[i][1]) for i in self.model_ids]
 
     def _targets(self, model_id: int) -> Tensor:
         targets = self.saver.target_rows(self.exp_name, model_id)

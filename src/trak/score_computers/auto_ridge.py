@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,8 +50,33 @@ USUAL = 2.0
 """The multiple for rows that nothing can be told from."""
 
 
+class Choice(NamedTuple):
+    """What rows say about scores.
+
+    Attributes:
+        multiple: the ridge, in units of the mean squared row norm, above 0.
+        power: exponent of the loss weights Q, at most 1.
+    """
+
+    multiple: float
+    power: float
+
+
 def relative_ridge(rows: RowSource, situation: Situation) -> float:
     """The ridge in units of the mean squared row norm, in one pass over the rows.
+
+    Args:
+        rows: Phi, `[n, k]`; weighted rows if the situation says so.
+        situation: what else counts.
+
+    Returns:
+        The multiple, above 0.
+    """
+    return choice(rows, situation).multiple
+
+
+def choice(rows: RowSource, situation: Situation) -> Choice:
+    """Ridge and exponent of Q, in one pass over the rows.
 
     Where some examples are known in a wider projection, it is the geometric mean of what
     the rows say and of what these do.
@@ -60,7 +86,7 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
         situation: what else counts.
 
     Returns:
-        The multiple, above 0.
+        Both.
     """
     factor = noise_factor(rows.shape[0], situation)
     factor *= 1 + BY_STRENGTH * situation.strength
@@ -74,7 +100,7 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
             USUAL * factor,
             rows.shape[0],
         )
-        return USUAL * factor
+        return Choice(USUAL * factor, 1.0)
     wider = _by_wide(samples[0], situation)
     trainings = [
         training_of(
@@ -90,7 +116,9 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
     _warn_of_much(situation.strength, trainings)
     pairs = zip(samples, trainings, strict=True)
     logs = [math.log(best_ridge(sample, training)) for sample, training in pairs]
-    played = math.exp(np.average(logs, weights=[len(s.loss) for s in samples]))
+    sizes = [len(s.loss) for s in samples]
+    played = math.exp(np.average(logs, weights=sizes))
+    power = float(np.average([training.power for training in trainings], weights=sizes))
     logger.info(
         "Automatic ridge: %.3g times the mean squared row norm for linearized models on "
         "halves, trained with a ridge of %s; times %.3g.",
@@ -98,7 +126,9 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
         ", ".join(f"{training.ridge:.3g}" for training in trainings),
         factor,
     )
-    return played * factor if wider is None else math.sqrt(played * factor * wider)
+    if wider is not None:
+        return Choice(math.sqrt(played * factor * wider), power)
+    return Choice(played * factor, power)
 
 
 def _warn_of_much(strength: float, trainings: Sequence[Training]) -> None:

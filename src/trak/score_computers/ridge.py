@@ -11,7 +11,7 @@ from torch import Tensor
 from trak.arguments import Ridge, as_flag, as_ridge, multiple_of
 from trak.encodings import RowSource, row_encoding
 from trak.errors import InputError
-from trak.score_computers.auto_ridge import relative_ridge
+from trak.score_computers.auto_ridge import Choice, choice, relative_ridge
 from trak.score_computers.curvature import RULE, roots, weighted
 from trak.score_computers.factor import Form, RidgeFactor, factorize, smaller_form
 from trak.score_computers.gram import dual_gram, primal_gram
@@ -21,6 +21,7 @@ from trak.score_computers.linear import (
     LinearScoreComputer,
     product,
 )
+from trak.score_computers.loss_power import as_power
 from trak.score_computers.ridge_sample import Situation
 from trak.score_computers.stream import decoded, products_dtype
 
@@ -43,6 +44,9 @@ class RidgeScoreComputer(LinearScoreComputer):
             `"auto"` or None for `trak.score_computers.auto_ridge.relative_ridge` times it.
         curvature: weigh the rows of the Gram matrix by the curvature of the loss, the `R`
             that TRAK leaves out: see `trak.score_computers.curvature.roots`.
+        loss_power: exponent of the loss weights Q that scores are multiplied by, where they
+            are probabilities: 0 to 1, or `"auto"` for
+            `trak.score_computers.loss_power.power_of`.
     """
 
     def __init__(
@@ -53,10 +57,12 @@ class RidgeScoreComputer(LinearScoreComputer):
         lambda_reg: Ridge = None,
         *,
         curvature: bool = False,
+        loss_power: float | str = 1.0,
     ) -> None:
         super().__init__(dtype, device)
         self.lambda_reg = as_ridge(lambda_reg)
         self.curvature = as_flag("curvature", curvature)
+        self.loss_power = as_power(loss_power)
 
     def finalize(self, rows: RowSource, situation: Situation | None = None) -> Kept:
         """Factors the Gram matrix plus ridge, in one pass over the rows.
@@ -71,26 +77,28 @@ class RidgeScoreComputer(LinearScoreComputer):
             The Cholesky factor and its description.
         """
         situation = situation or Situation()
-        auto = situation.multiple
+        auto, power = situation.multiple, situation.power
         if auto is None:
-            auto = self.choose(rows, situation)
+            auto, power = self.choose(rows, situation)
         rows = self.weighted(rows, situation.losses)
         form = smaller_form(*rows.shape)
         gram = self._gram(rows, form)
-        return self._factored(gram, form, rows, self.lambda_reg, auto)
+        matrix, info = self._factored(gram, form, rows, self.lambda_reg, auto)
+        used = power if self.loss_power is None else self.loss_power
+        return matrix, info if used == 1 else {**info, "power": used}
 
-    def choose(self, rows: RowSource, situation: Situation) -> float:
-        """The automatic ridge of one checkpoint.
+    def choose(self, rows: RowSource, situation: Situation) -> Choice:
+        """The automatic ridge and exponent of Q of one checkpoint.
 
         Args:
             rows: Phi, `[n, k]`.
             situation: what it depends on, beside the rows.
 
         Returns:
-            In units of the mean squared row norm.
+            Both.
         """
         situation = replace(situation, curvature=self.curvature)
-        return relative_ridge(self.weighted(rows, situation.losses), situation)
+        return choice(self.weighted(rows, situation.losses), situation)
 
     def at_ridges(
         self,
@@ -205,8 +213,9 @@ class RidgeScoreComputer(LinearScoreComputer):
         Returns:
             False if the checkpoint must be finalized again.
         """
-        request = self._request()
-        return "auto" in info and {name: info.get(name) for name in request} == request
+        found = {"loss_power": 1.0, **info}
+        request = {"loss_power": 1.0, **self._request()}
+        return "auto" in info and {name: found.get(name) for name in request} == request
 
     def features(self, kept: Kept, rows: RowSource, loss: Any = None) -> Tensor:
         """Upstream's features, `Phi (Phi^T Phi + ridge I)^-1`.
@@ -309,9 +318,8 @@ class RidgeScoreComputer(LinearScoreComputer):
     ) -> Kept:
         factor = self._factorize(gram, form, rows, lambda_reg, auto)
         info = {
-            "computer": type(self).__name__,
+            **self._request(),
             "lambda_reg": lambda_reg,
-            "curvature": RULE if self.curvature else None,
             "auto": auto,
             "form": factor.form,
             "ridge": factor.ridge,
@@ -324,6 +332,7 @@ class RidgeScoreComputer(LinearScoreComputer):
             "computer": type(self).__name__,
             "lambda_reg": self.lambda_reg,
             "curvature": RULE if self.curvature else None,
+            **({} if self.loss_power == 1 else {"loss_power": self.loss_power}),
         }
 
     def factor(self, kept: Kept, device: torch.device) -> RidgeFactor:

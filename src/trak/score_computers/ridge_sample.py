@@ -51,6 +51,7 @@ class Situation:
         wide: some of the examples in a wider projection, for rows that are not whitened.
         words: Q is a mean over the words of a text.
         multiple: the ridge that was chosen already, in mean squared row norms.
+        power: the exponent of Q that was chosen with it.
     """
 
     checkpoints: int = 1
@@ -64,6 +65,7 @@ class Situation:
     wide: Wide | None = None
     words: bool = False
     multiple: float | None = None
+    power: float = 1.0
 
     @property
     def losses(self) -> Losses | None:

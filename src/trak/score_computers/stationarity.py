@@ -7,11 +7,13 @@ training with a larger ridge.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trak.score_computers.logistic import log_odds
+from trak.score_computers.loss_power import power_of
 
 LEAST, MOST = 0.3, 8.0
 """Ridges of a training, in units of the mean squared row norm times `q (1 - q)`."""
@@ -46,12 +48,28 @@ class Training:
         kernel: of its features, `[n, n]`.
         answers: of a regression, `[n]`; None for the logistic loss.
         stiffness: of growth of all outputs, as `growth_stiffness` says; the kernel has it.
+        power: exponent of Q that suits it (`trak.score_computers.loss_power`).
     """
 
     ridge: float
     kernel: Tensor
     answers: Tensor | None
     stiffness: float = 1.0
+    power: float = 1.0
+
+
+class _Rest(NamedTuple):
+    """What the rows' stationarity says.
+
+    Attributes:
+        ridge: of the training, in units of `q (1 - q)`.
+        stiffness: of growth.
+        power: exponent of Q.
+    """
+
+    ridge: float
+    stiffness: float
+    power: float
 
 
 def training_of(
@@ -103,12 +121,12 @@ def training_of(
         ridge *= 1.0 if counts is None else float(counts.mean())
         return Training(ridge, kernel, pull / ridge + loss)
     steep = _steepness(loss, counts)
-    ridge, stiffness = _at_rest(kernel, pull, loss, outputs, steep, noisy=noisy)
+    ridge, stiffness, power = _at_rest(kernel, pull, loss, outputs, steep, noisy=noisy)
     if stiffness != 1:
         along = kernel @ outputs
         excess = (1 - 1 / stiffness) / float(outputs @ along)
         kernel = kernel - excess * torch.outer(along, along)
-    return Training(ridge * steep, kernel, None, stiffness)
+    return Training(ridge * steep, kernel, None, stiffness, power)
 
 
 def growth_stiffness(
@@ -136,7 +154,7 @@ def growth_stiffness(
     if outputs is None:
         return 1.0
     steep = _steepness(loss, counts)
-    return _at_rest(kernel, pull, loss, outputs, steep, noisy=False)[1]
+    return _at_rest(kernel, pull, loss, outputs, steep, noisy=False).stiffness
 
 
 def _steepness(loss: Tensor, counts: Tensor | None) -> float:
@@ -152,16 +170,16 @@ def _at_rest(
     steep: float,
     *,
     noisy: bool,
-) -> tuple[float, float]:
-    # the training's ridge in units of q (1 - q), and the stiffness of growth
+) -> _Rest:
     found, explained = _ridge_of(kernel, pull, outputs, noisy=noisy)
-    ridge = found / steep / _DEPTH
-    ridge = min(max(ridge, LEAST), MOST) if ridge > 0 else _UNKNOWN
+    told = found / steep / _DEPTH
+    ridge = min(max(told, LEAST), MOST) if told > 0 else _UNKNOWN
     growing = float(outputs @ pull / (outputs @ outputs)) / steep
     if growing < -MOST and float(loss.median()) > _MOST_WRONG:
         ridge = EARLY
     share = float(outputs @ kernel @ outputs / (outputs @ outputs)) / len(outputs)
-    return ridge, _stiffness(growing / (_DEPTH * ridge), share, explained, ridge)
+    stiffness = _stiffness(growing / (_DEPTH * ridge), share, explained, ridge)
+    return _Rest(ridge, stiffness, power_of(float(loss.mean()), share, told, explained))
 
 
 def _stiffness(found: float, share: float, explained: float, ridge: float) -> float:

@@ -1,0 +1,99 @@
+"""How much the loss weights Q of training examples should differ.
+
+Scores are multiplied by `q`, what the model lacks at the end of its training. What an
+example did on the way was more: an example that is learned now was wrong once, too. So Q
+to a power below 1 predicts retrained models better where training ended before weights
+and data had come to rest, as fine-tunings and trainings without weight decay do; where it
+ran until they had, `q` itself is right (docs/choices.md has the measurements).
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from trak.arguments import as_number
+from trak.errors import InputError
+from trak.score_computers.losses import Losses
+
+_USUAL, _SHORT = 0.75, 0.5
+_UNLEARNED = (0.06, 0.18)
+"""Mean loss weights: below the first training was long, from the second on it was short."""
+_FREE = (0.06, 0.13)
+"""Shares of the rows' variance in which all outputs grow together. As with two classes:
+what they have in common is learned for good, and the weights at the end say what is left.
+"""
+_AT_REST, _EXPLAINED = 0.2, (0.6, 0.8)
+"""A ridge of the training, and the share of what pulls at outputs that it explains, from
+which on a training has come to rest against its weight decay."""
+
+Power = float | None
+"""An exponent; None for the automatic one."""
+
+
+def as_power(value: Any) -> Power:
+    """Accepts an exponent of loss weights.
+
+    Args:
+        value: a number from 0 to 1, or `"auto"`.
+
+    Returns:
+        A Python float; None for the automatic one.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    if isinstance(value, str) and value == "auto":
+        return None
+    found = 2.0 if isinstance(value, str) else as_number("loss_power", value, zero=True)
+    if found > 1:
+        raise InputError(
+            "loss_power must be a number from 0 to 1, the exponent of loss weights Q (1 "
+            f"for TRAK as it is), or 'auto', got {value!r}."
+        )
+    return found
+
+
+def power_of(loss: float, share: float, ridge: float, explained: float) -> float:
+    """The exponent that suits a training.
+
+    Args:
+        loss: mean Q of its examples.
+        share: of the rows' variance, in which all outputs grow.
+        ridge: that the training seems to have had, in mean squared row norms times
+            `mean q (1 - q)`, as `trak.score_computers.stationarity` tells it.
+        explained: share of what pulls at outputs that this ridge explains, 0 to 1.
+
+    Returns:
+        0.75, and down to 0.5 the more examples were not learned, unless a ridge explains
+        that; up to 1 where growth is a large share.
+    """
+    rest = _between(ridge, 0, _AT_REST) * _between(explained, *_EXPLAINED)
+    short = _between(loss, *_UNLEARNED) * (1 - rest)
+    power = _USUAL - (_USUAL - _SHORT) * short
+    return power + (1 - power) * _between(share, *_FREE)
+
+
+def powered(losses: Losses, sizes: Losses, power: float) -> Tensor:
+    """Loss weights as scores are multiplied by them.
+
+    Args:
+        losses: Q, with signs.
+        sizes: the same as probabilities, without signs, where they are any.
+        power: the exponent.
+
+    Returns:
+        `sign(q) |q|^power`, times how much examples count, with the mean size that Q has,
+        `[n, 1]`, float64; Q itself where it is no probability.
+    """
+    total = losses.total
+    if power == 1 or not sizes.are_probable:
+        return total
+    found = losses.own.sign() * sizes.own.pow(power)
+    if losses.counts is not None:
+        found = found * losses.counts
+    size = found.abs().sum()
+    return found * (total.abs().sum() / size) if size > 0 else found
+
+
+def _between(value: float, low: float, high: float) -> float:
+    return min(1.0, max(0.0, (value - low) / (high - low)))
