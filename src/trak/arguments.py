@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any, TypeGuard
 
@@ -100,7 +101,8 @@ def as_level(value: Any) -> int:
     """
     found = _plain(value)
     if isinstance(found, str):
-        found = logging.getLevelName(found.upper())  # of an unknown one a text
+        with suppress(ValueError):
+            found = logging.Logger("", found.upper()).level
     if not isinstance(found, int) or isinstance(found, bool):
         raise InputError(
             "logging_level must be a level of Python's logging, such as logging.INFO, "
