@@ -102,7 +102,7 @@ def as_level(value: Any) -> int:
     found = _plain(value)
     if isinstance(found, str):
         with suppress(ValueError):
-            found = logging.Logger("", found.upper()).level
+            found = logging.NullHandler(found.upper()).level
     if not isinstance(found, int) or isinstance(found, bool):
         raise InputError(
             "logging_level must be a level of Python's logging, such as logging.INFO, "
