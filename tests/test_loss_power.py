@@ -131,3 +131,8 @@ def test_score_computers_that_know_none(world, tmp_path):
         )
     traker = runs.make_traker(world[0], N, tmp_path, loss_power="auto", **options)
     assert isinstance(traker, TRAKer)
+
+
+def test_what_was_chosen_is_logged(world, tmp_path, caplog):
+    run(world, tmp_path, loss_power="auto")
+    assert caplog.text.count("loss weights Q to the power of") == 1

@@ -118,7 +118,10 @@ def _chosen_together(
         return None
     found = [scorer.choose(placed(sources[i], device), s) for i, s in situations.items()]
     multiples, powers = zip(*found, strict=True)
-    return Choice(math.exp(np.median(np.log(multiples))), float(np.median(powers)))
+    power = float(np.median(powers))
+    if scorer.loss_power is None:
+        logger.info("Scores have loss weights Q to the power of %.3g.", power)
+    return Choice(math.exp(np.median(np.log(multiples))), power)
 
 
 def _wide(saver: AbstractSaver, model_id: int, count: int) -> Wide | None:
