@@ -8,6 +8,7 @@ from tests import cases, runs
 from trak import TRAKer
 from trak.errors import InputError
 from trak.score_computers import BasicScoreComputer, RidgeScoreComputer
+from trak.score_computers.auto_ridge import Choice
 from trak.score_computers.loss_power import as_power, power_of, powered
 from trak.score_computers.losses import Losses, losses_of
 
@@ -136,3 +137,17 @@ def test_score_computers_that_know_none(world, tmp_path):
 def test_what_was_chosen_is_logged(world, tmp_path, caplog):
     run(world, tmp_path, loss_power="auto")
     assert caplog.text.count("loss weights Q to the power of") == 1
+
+
+def test_checkpoints_share_the_median_also_after_an_interruption(
+    world, tmp_path, monkeypatch
+):
+    choices = iter([Choice(2.0, 0.5), Choice(2.0, 0.9), Choice(2.0, 0.6)])
+    monkeypatch.setattr(RidgeScoreComputer, "choose", lambda *_: next(choices))
+    traker, _ = run(world, tmp_path, loss_power="auto")
+    for factor in tmp_path.glob("2/factor.*"):
+        factor.unlink()
+    again = runs.make_traker(world[0], N, tmp_path, lambda_reg="2x", loss_power="auto")
+    again.finalize_features()
+    assert again.saver.load_factor(2)[1]["power"] == 0.6
+    assert traker.saver.load_factor(0)[1]["power"] == 0.6
