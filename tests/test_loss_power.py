@@ -106,6 +106,7 @@ def test_signs_and_how_much_examples_count_stay():
         (0.4, 0.02, 0.0, 0.3, 0.5),  # a short fine-tuning
         (0.4, 0.02, 0.5, 0.95, 0.75),  # wrong labels, at rest
         (0.4, 0.3, 0.0, 0.3, 1.0),  # growth is most of it, as with two classes
+        (0.25, 0.16, 12.0, 0.3, 0.5),  # two classes, a short fine-tuning
         (0.12, 0.02, -0.1, 0.9, 0.625),
         (0.01, 0.095, 0.0, 0.3, 0.875),
     ],

@@ -22,6 +22,8 @@ _FREE = (0.06, 0.13)
 """Shares of the rows' variance in which all outputs grow together. As with two classes:
 what they have in common is learned for good, and the weights at the end say what is left.
 """
+_LAZY = (1.0, 3.0)
+"""Ridges of the training from which on it was so short that growth is like the rest."""
 _AT_REST, _EXPLAINED = 0.2, (0.6, 0.8)
 """A ridge of the training, and the share of what pulls at outputs that it explains, from
 which on a training has come to rest against its weight decay."""
@@ -65,12 +67,13 @@ def power_of(loss: float, share: float, ridge: float, explained: float) -> float
 
     Returns:
         0.75, and down to 0.5 the more examples were not learned, unless a ridge explains
-        that; up to 1 where growth is a large share.
+        that; up to 1 where growth is a large share, unless training was short.
     """
     rest = _between(ridge, 0, _AT_REST) * _between(explained, *_EXPLAINED)
     short = _between(loss, *_UNLEARNED) * (1 - rest)
     power = _USUAL - (_USUAL - _SHORT) * short
-    return power + (1 - power) * _between(share, *_FREE)
+    free = _between(share, *_FREE) * (1 - _between(ridge, *_LAZY))
+    return power + (1 - power) * free
 
 
 def powered(losses: Losses, sizes: Losses, power: float) -> Tensor:
