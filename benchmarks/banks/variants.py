@@ -15,11 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.datasets import (
-    load_breast_cancer,
-    load_digits,
     load_iris,
     load_wine,
-    make_classification,
     make_friedman1,
     make_friedman2,
     make_moons,
@@ -30,9 +27,24 @@ from benchmarks.banks import losses  # noqa: F401 - adds objectives
 from benchmarks.banks.bank import Bank
 from benchmarks.banks.recipes import Recipe, train_together
 from benchmarks.banks.recipes import outputs as evaluate
+from benchmarks.banks.small_data import (
+    Examples,
+    bits,
+    blobs,
+    blurred,
+    cancer,
+    digits,
+    fractions,
+    friedman,
+    merged,
+    mistaken,
+    pairs,
+    relabelled,
+    some,
+    table,
+)
 
 SUBSETS, SEEDS, CHECKPOINTS, TOGETHER = 64, 4, 10, 32
-Examples = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class Variant:
         activation: between layers.
         task: a name in `OBJECTIVES`; empty for cross entropy, or the squared loss where
             labels are fractions.
+        start: the training, on everything, of which all layers but the last are taken over
+            before this one begins; None for random layers.
     """
 
     widths: tuple[int, ...]
@@ -57,186 +71,7 @@ class Variant:
     decay: float
     activation: Callable[[], nn.Module] = nn.ReLU
     task: str = ""
-
-
-def digits(
-    count: int = 1000, wrong: float = 0.0, *, binary: bool = False
-) -> tuple[Examples, Examples]:
-    """8 x 8 pixels.
-
-    Args:
-        count: training examples.
-        wrong: share of random labels among them.
-        binary: whether a digit is odd.
-
-    Returns:
-        Training examples, and 150 targets.
-    """
-    images, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(images))
-    x = torch.tensor(images[order] / 16, dtype=torch.float32)
-    y = torch.tensor(labels[order] % 2 if binary else labels[order])
-    return mistaken(((x[:count], y[:count]), (x[-150:], y[-150:])), wrong, seed=1)
-
-
-def table(load: Callable[..., Any], count: int) -> tuple[Examples, Examples]:
-    """A data set of scikit-learn's, with inputs of mean 0 and variance 1.
-
-    Args:
-        load: gives inputs and labels.
-        count: training examples; the others are targets, 169 at most.
-
-    Returns:
-        Training examples and targets.
-    """
-    inputs, labels = load()
-    order = np.random.default_rng(0).permutation(len(inputs))
-    inputs = (inputs - inputs.mean(0)) / inputs.std(0)
-    x = torch.tensor(inputs[order], dtype=torch.float32)
-    if np.issubdtype(labels.dtype, np.floating):
-        labels = ((labels - labels.mean()) / labels.std()).astype(np.float32)
-    y = torch.tensor(labels[order])
-    stop = count + 169
-    return (x[:count], y[:count]), (x[count:stop], y[count:stop])
-
-
-def blurred(count: int, spread: float) -> tuple[Examples, Examples]:
-    """Digits with noise on every pixel, hard to tell apart.
-
-    Args:
-        count: training examples.
-        spread: standard deviation of the noise; pixels lie between 0 and 1.
-
-    Returns:
-        Training examples, and 150 targets.
-    """
-    generator = torch.Generator().manual_seed(3)
-    (x, y), (others, labels) = digits(count)
-    noise = [torch.randn(each.shape, generator=generator) for each in (x, others)]
-    return (x + spread * noise[0], y), (others + spread * noise[1], labels)
-
-
-def cancer(count: int = 400) -> tuple[Examples, Examples]:
-    """30 measurements, two classes that are easy to tell apart.
-
-    Args:
-        count: training examples.
-
-    Returns:
-        Training examples, and 169 targets.
-    """
-    return table(lambda: load_breast_cancer(return_X_y=True), count)
-
-
-def some(data: tuple[Examples, Examples], *classes: int) -> tuple[Examples, Examples]:
-    """The examples of some classes, which are numbered anew.
-
-    Args:
-        data: training examples and targets.
-        classes: which.
-
-    Returns:
-        Training examples and targets.
-    """
-    numbers = torch.tensor(classes)
-    parts: list[Examples] = []
-    for x, y in data:
-        found = y[:, None] == numbers
-        parts.append((x[found.any(1)], found[found.any(1)].long().argmax(1)))
-    return parts[0], parts[1]
-
-
-def mistaken(
-    data: tuple[Examples, Examples], share: float, seed: int = 3
-) -> tuple[Examples, Examples]:
-    """Random labels for some of the training examples.
-
-    Args:
-        data: training examples and targets.
-        share: of the training examples.
-        seed: of the choice and the labels.
-
-    Returns:
-        Training examples and targets.
-    """
-    (x, y), targets = data
-    rng, y = np.random.default_rng(seed), y.clone()
-    chosen = rng.permutation(len(y))[: int(share * len(y))]
-    y[chosen] = torch.tensor(rng.integers(0, int(y.max()) + 1, len(chosen)))
-    return (x, y), targets
-
-
-def relabelled(
-    data: tuple[Examples, Examples], change: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Examples, Examples]:
-    """Examples with other labels.
-
-    Args:
-        data: training examples and targets.
-        change: of inputs and labels.
-
-    Returns:
-        Training examples and targets.
-    """
-    (x, y), (others, labels) = data
-    return (x, change(x, y)), (others, change(others, labels))
-
-
-def fractions(_: Tensor, labels: Tensor) -> Tensor:
-    """Labels 0 and 1 as floating point numbers.
-
-    Args:
-        labels: `[n]`.
-
-    Returns:
-        `[n]`.
-    """
-    return labels.float()
-
-
-def bits(_: Tensor, labels: Tensor) -> Tensor:
-    """The four binary digits of a digit.
-
-    Args:
-        labels: `[n]`.
-
-    Returns:
-        `[n, 4]`, 0 or 1.
-    """
-    return (labels[:, None] >> torch.arange(4) & 1).float()
-
-
-def blobs(count: int, features: int, classes: int, flip: float, **options: Any) -> Any:
-    """Classes of several clusters each.
-
-    Args:
-        count: training examples.
-        features: of the inputs.
-        classes: how many.
-        flip: share of random labels.
-        options: of scikit-learn's generator.
-
-    Returns:
-        Training examples, and 150 targets.
-    """
-    options = {"n_informative": 8, "n_classes": classes, "flip_y": flip, **options}
-    return table(
-        lambda: make_classification(count + 150, features, random_state=0, **options), count
-    )
-
-
-def friedman(make: Callable[..., Any], count: int, noise: float) -> Any:
-    """A regression on a function that is not linear.
-
-    Args:
-        make: scikit-learn's generator.
-        count: training examples.
-        noise: standard deviation.
-
-    Returns:
-        Training examples, and 150 targets.
-    """
-    return table(lambda: make(count + 150, noise=noise, random_state=0), count)
+    start: Variant | None = None
 
 
 MLP = (64, 96, 64, 10)
@@ -289,6 +124,7 @@ VARIANTS = {
         task="one_logit",
     ),
 }
+PAIRS = Variant((64, 96, 48, 5), pairs, 30, 0.05, 1e-3)
 UNSEEN = {
     "wine": Variant(
         (13, 32, 3), lambda: table(lambda: load_wine(return_X_y=True), 120), 60, 0.05, 1e-3
@@ -416,6 +252,35 @@ UNSEEN = {
         task="positive weight",
     ),
     "30 features": Variant((30, 64, 64, 2), lambda: blobs(900, 30, 2, 0.0), 60, 0.1, 0.0),
+    "tuned": Variant((64, 96, 48, 10), lambda: digits(600), 5, 0.05, 1e-4, start=PAIRS),
+    "tuned, brief": Variant(
+        (64, 96, 48, 10), lambda: digits(600), 2, 0.05, 1e-4, start=PAIRS
+    ),
+    "tuned, long": Variant(
+        (64, 96, 48, 10), lambda: digits(600), 20, 0.05, 1e-4, start=PAIRS
+    ),
+    "tuned, 20 % wrong": Variant(
+        (64, 96, 48, 10), lambda: digits(600, 0.2), 5, 0.05, 1e-4, start=PAIRS
+    ),
+    "tuned, two": Variant(
+        (64, 96, 48, 2), lambda: digits(600, binary=True), 5, 0.05, 1e-4, start=PAIRS
+    ),
+    "tuned blobs": Variant(
+        (30, 96, 64, 4),
+        lambda: merged(600, 4),
+        5,
+        0.03,
+        1e-4,
+        start=Variant((30, 96, 64, 8), lambda: merged(1400, 8, first=600), 30, 0.05, 1e-3),
+    ),
+    "tuned blobs, two": Variant(
+        (30, 96, 64, 2),
+        lambda: merged(600, 2),
+        5,
+        0.03,
+        1e-4,
+        start=Variant((30, 96, 64, 8), lambda: merged(1400, 8, first=600), 30, 0.05, 1e-3),
+    ),
 }
 VARIANTS |= UNSEEN
 
@@ -430,23 +295,8 @@ def make(name: str) -> tuple[Recipe, Bank]:
         Data and model, and the ground truth.
     """
     variant = VARIANTS[name]
-    train, targets = variant.data()
-    count = len(train[1])
-    usual = "regression" if train[1].is_floating_point() else "image_classification"
-    made = Recipe(
-        train=train,
-        targets=targets,
-        make_model=lambda: _mlp(variant.widths, variant.activation),
-        epochs=variant.epochs,
-        batch_size=50,
-        learning_rate=variant.rate,
-        weight_decay=variant.decay,
-        subsets=SUBSETS,
-        seeds=SEEDS,
-        checkpoints=CHECKPOINTS,
-        together=TOGETHER,
-        task=variant.task or usual,
-    )
+    made = _recipe(variant)
+    targets, count = made.targets, len(made.train[1])
     rng = np.random.default_rng(5)
     masks = np.zeros((SUBSETS, count), dtype=bool)
     for mask in masks:
@@ -463,6 +313,42 @@ def make(name: str) -> tuple[Recipe, Bank]:
     whole = train_together(made, every, [9000 + j for j in range(CHECKPOINTS)])
     states = [dict(model.state_dict()) for model in whole]
     return made, Bank(masks, outputs, states, {"name": name})
+
+
+def _recipe(variant: Variant) -> Recipe:
+    train, targets = variant.data()
+    usual = "regression" if train[1].is_floating_point() else "image_classification"
+    begun = None if variant.start is None else _trained(variant.start)
+
+    def make_model() -> nn.Module:
+        model = _mlp(variant.widths, variant.activation)
+        if begun is not None:
+            own = model.state_dict()
+            *_, last = (name.partition(".")[0] for name in own)
+            kept = {k: v for k, v in own.items() if k.partition(".")[0] == last}
+            model.load_state_dict({**begun, **kept})
+        return model
+
+    return Recipe(
+        train=train,
+        targets=targets,
+        make_model=make_model,
+        epochs=variant.epochs,
+        batch_size=50,
+        learning_rate=variant.rate,
+        weight_decay=variant.decay,
+        subsets=SUBSETS,
+        seeds=SEEDS,
+        checkpoints=CHECKPOINTS,
+        together=TOGETHER,
+        task=variant.task or usual,
+    )
+
+
+def _trained(variant: Variant) -> dict[str, Tensor]:
+    made = _recipe(variant)
+    (model,) = train_together(made, [torch.arange(len(made.train[1]))], [8000])
+    return dict(model.state_dict())
 
 
 def _mlp(widths: tuple[int, ...], activation: Callable[[], nn.Module]) -> nn.Module:

@@ -108,6 +108,7 @@ def choice(rows: RowSource, situation: Situation) -> Choice:
             s.pull,
             s.loss,
             counts=s.counts,
+            share=s.share,
             logistic=situation.logistic,
             words=situation.words,
         )
@@ -154,6 +155,7 @@ def _by_wide(narrow: Sample, situation: Situation) -> float | None:
         sample.pull,
         sample.loss,
         counts=sample.counts,
+        share=sample.share,
         logistic=situation.logistic,
         words=situation.words,
         noisy=True,
@@ -313,5 +315,10 @@ def stiffness(examples: Unwhitened, count: int, logistic: bool | None) -> float:
     if sample is None:
         return 1.0
     return growth_stiffness(
-        sample.kernel, sample.pull, sample.loss, counts=sample.counts, logistic=logistic
+        sample.kernel,
+        sample.pull,
+        sample.loss,
+        counts=sample.counts,
+        share=sample.share,
+        logistic=logistic,
     )

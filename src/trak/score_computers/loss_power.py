@@ -13,9 +13,10 @@ from torch import Tensor
 
 from trak.arguments import as_number
 from trak.errors import InputError
+from trak.score_computers.decay import between
 from trak.score_computers.losses import Losses
 
-_USUAL, _SHORT = 0.75, 0.5
+_USUAL, _SHORT, _SHORTEST = 0.75, 0.5, 0.25
 _UNLEARNED = (0.06, 0.18)
 """Mean loss weights: below the first training was long, from the second on it was short."""
 _FREE = (0.06, 0.13)
@@ -23,7 +24,8 @@ _FREE = (0.06, 0.13)
 what they have in common is learned for good, and the weights at the end say what is left.
 """
 _LAZY = (1.0, 3.0)
-"""Ridges of the training from which on it was so short that growth is like the rest."""
+"""Ridges of the training: from the second on it was so short that Q is still much like
+what it began as, and growth like the rest."""
 _AT_REST, _EXPLAINED = 0.2, (0.6, 0.8)
 """A ridge of the training, and the share of what pulls at outputs that it explains, from
 which on a training has come to rest against its weight decay."""
@@ -55,25 +57,28 @@ def as_power(value: Any) -> Power:
     return found
 
 
-def power_of(loss: float, share: float, ridge: float, explained: float) -> float:
+def power_of(
+    loss: float, share: float, ridge: float, at_rest: float, explained: float
+) -> float:
     """The exponent that suits a training.
 
     Args:
         loss: mean Q of its examples.
         share: of the rows' variance, in which all outputs grow.
-        ridge: that the training seems to have had, in mean squared row norms times
-            `mean q (1 - q)`, as `trak.score_computers.stationarity` tells it.
-        explained: share of what pulls at outputs that this ridge explains, 0 to 1.
+        ridge: of the training, in mean squared row norms times `mean q (1 - q)`.
+        at_rest: the ridge that holds its outputs where they are, if it came to rest.
+        explained: share of what pulls at outputs that this explains, 0 to 1.
 
     Returns:
         0.75, and down to 0.5 the more examples were not learned, unless a ridge explains
-        that; up to 1 where growth is a large share, unless training was short.
+        that; up to 1 where growth is a large share; and instead of all this down to 0.25
+        the shorter training was.
     """
-    rest = _between(ridge, 0, _AT_REST) * _between(explained, *_EXPLAINED)
-    short = _between(loss, *_UNLEARNED) * (1 - rest)
-    power = _USUAL - (_USUAL - _SHORT) * short
-    free = _between(share, *_FREE) * (1 - _between(ridge, *_LAZY))
-    return power + (1 - power) * free
+    rest = between(at_rest, 0, _AT_REST) * between(explained, *_EXPLAINED)
+    power = _USUAL - (_USUAL - _SHORT) * between(loss, *_UNLEARNED) * (1 - rest)
+    short = between(ridge, *_LAZY)
+    power += (1 - power) * between(share, *_FREE) * (1 - short)
+    return power - (power - _SHORTEST) * short
 
 
 def powered(losses: Losses, sizes: Losses, power: float) -> Tensor:
@@ -96,7 +101,3 @@ def powered(losses: Losses, sizes: Losses, power: float) -> Tensor:
         found = found * losses.counts
     size = found.abs().sum()
     return found * (total.abs().sum() / size) if size > 0 else found
-
-
-def _between(value: float, low: float, high: float) -> float:
-    return min(1.0, max(0.0, (value - low) / (high - low)))

@@ -3,7 +3,8 @@
 At a stationary point of the regularized logistic loss with linearized outputs
 `f = b + Phi w`, `lambda w = Phi^T q`. So along every eigenvector `u` of `Phi Phi^T`
 `lambda = (u^T Phi Phi^T q) / (u^T (f - b))`. Training that was stopped early looks like
-training with a larger ridge.
+training with a larger ridge, which is told from what is left of the loss weights
+(`trak.score_computers.decay`) where outputs did not begin at zero.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trak.score_computers.decay import between, decay_of
 from trak.score_computers.logistic import log_odds
 from trak.score_computers.loss_power import power_of
 
@@ -19,6 +21,13 @@ LEAST, MOST = 0.3, 8.0
 """Ridges of a training, in units of the mean squared row norm times `q (1 - q)`."""
 EARLY = 20.0
 """That of a training which was stopped when it had hardly begun."""
+_HELD_BY_IT = (0.75, 0.9)
+"""Share of the pulls' variance that stationarity explains: from the second on, outputs
+began at zero and training came to rest, so that what is left of Q tells nothing else."""
+_SURE, _MISTAKEN = 0.9, (0.03, 0.07)
+"""Shares of examples that are surely wrong. Between them, short trainings turn from those
+of pretrained networks, which stay nearly linear, into those that have wrong labels to
+learn, where depth counts."""
 _UNKNOWN = 0.4
 _BOUNDED = 0.8  # of several labels, pixels or a hinge
 _OF_WORDS = 0.03  # a text is many examples
@@ -72,12 +81,38 @@ class _Rest(NamedTuple):
     power: float
 
 
+class _Examples(NamedTuple):
+    """Training examples of a logistic loss.
+
+    Attributes:
+        kernel: as for `training_of`.
+        pull: as for `training_of`.
+        loss: as for `training_of`.
+        outputs: `[n]`.
+        counts: how much they count, `[n]`.
+        share: of the training set.
+    """
+
+    kernel: Tensor
+    pull: Tensor
+    loss: Tensor
+    outputs: Tensor
+    counts: Tensor
+    share: float
+
+    @property
+    def steep(self) -> float:
+        """The loss's mean curvature."""
+        return float((self.loss * (1 - self.loss) * self.counts).mean())
+
+
 def training_of(
     kernel: Tensor,
     pull: Tensor,
     loss: Tensor,
     *,
     counts: Tensor | None = None,
+    share: float = 1.0,
     logistic: bool | None = None,
     words: bool = False,
     noisy: bool = False,
@@ -88,7 +123,8 @@ def training_of(
     exp(f))`. (If nobody says whether they are: where most examples are wrong, or hardly
     differ, nothing but the leading directions can have been learned; if the outputs do not
     lie in these, Q is another kind of number, such as a mean over a text's words.) There
-    the ridge is the median over eigenvectors 6 to 100. The direction in which all outputs
+    the ridge is the median over eigenvectors 6 to 100, or what is left of Q along all of
+    them says that it was larger (see `_ridge_of_it`). The direction in which all outputs
     grow may be held back more strongly than others, as by batch normalization or the
     length of training; the kernel is then smaller along it. Where it is a large part of
     the rows, as with two classes, it is larger (see `_stiffness`). Where most are wrong and
@@ -105,6 +141,7 @@ def training_of(
         pull: `Phi Phi^T Q`, with all training examples in the inner sum, `[n]`.
         loss: Q, not counting how much examples count, `[n]`.
         counts: how much they count, `[n]`; None if all count once.
+        share: of the training set that the sample is.
         logistic: whether Q is that of a logistic loss; None if unknown.
         words: Q is a mean over the words of a text.
         noisy: `pull` comes from narrower rows than the kernel. Least squares, weighted by
@@ -120,13 +157,13 @@ def training_of(
         ridge = _OF_WORDS if words else ridge
         ridge *= 1.0 if counts is None else float(counts.mean())
         return Training(ridge, kernel, pull / ridge + loss)
-    steep = _steepness(loss, counts)
-    ridge, stiffness, power = _at_rest(kernel, pull, loss, outputs, steep, noisy=noisy)
+    examples = _Examples(kernel, pull, loss, outputs, _counts(loss, counts), share)
+    ridge, stiffness, power = _at_rest(examples, noisy=noisy)
     if stiffness != 1:
         along = kernel @ outputs
         excess = (1 - 1 / stiffness) / float(outputs @ along)
         kernel = kernel - excess * torch.outer(along, along)
-    return Training(ridge * steep, kernel, None, stiffness, power)
+    return Training(ridge * examples.steep, kernel, None, stiffness, power)
 
 
 def growth_stiffness(
@@ -135,6 +172,7 @@ def growth_stiffness(
     loss: Tensor,
     *,
     counts: Tensor | None = None,
+    share: float = 1.0,
     logistic: bool | None = None,
 ) -> float:
     """How strongly growth of all outputs is held back, compared with other directions.
@@ -144,6 +182,7 @@ def growth_stiffness(
         pull: as for `training_of`.
         loss: as for `training_of`.
         counts: as for `training_of`.
+        share: as for `training_of`.
         logistic: as for `training_of`.
 
     Returns:
@@ -153,33 +192,49 @@ def growth_stiffness(
     outputs = _outputs(kernel, loss, logistic)
     if outputs is None:
         return 1.0
-    steep = _steepness(loss, counts)
-    return _at_rest(kernel, pull, loss, outputs, steep, noisy=False).stiffness
+    examples = _Examples(kernel, pull, loss, outputs, _counts(loss, counts), share)
+    return _at_rest(examples, noisy=False).stiffness
 
 
-def _steepness(loss: Tensor, counts: Tensor | None) -> float:
-    own = loss * (1 - loss)
-    return float((own if counts is None else own * counts).mean())
+def _counts(loss: Tensor, counts: Tensor | None) -> Tensor:
+    return torch.ones_like(loss) if counts is None else counts
 
 
-def _at_rest(
-    kernel: Tensor,
-    pull: Tensor,
-    loss: Tensor,
-    outputs: Tensor,
-    steep: float,
-    *,
-    noisy: bool,
-) -> _Rest:
-    found, explained = _ridge_of(kernel, pull, outputs, noisy=noisy)
+def _at_rest(examples: _Examples, *, noisy: bool) -> _Rest:
+    kernel, outputs, loss = examples.kernel, examples.outputs, examples.loss
+    steep = examples.steep
+    found, explained = _ridge_of(kernel, examples.pull, outputs, noisy=noisy)
     told = found / steep / _DEPTH
-    ridge = min(max(told, LEAST), MOST) if told > 0 else _UNKNOWN
-    growing = float(outputs @ pull / (outputs @ outputs)) / steep
-    if growing < -MOST and float(loss.median()) > _MOST_WRONG:
-        ridge = EARLY
+    growing = float(outputs @ examples.pull / (outputs @ outputs)) / steep
+    early = growing < -MOST and float(loss.median()) > _MOST_WRONG
+    ridge = EARLY if early else _ridge_of_it(examples, told, explained)
     share = float(outputs @ kernel @ outputs / (outputs @ outputs)) / len(outputs)
     stiffness = _stiffness(growing / (_DEPTH * ridge), share, explained, ridge)
-    return _Rest(ridge, stiffness, power_of(float(loss.mean()), share, told, explained))
+    power = power_of(float(loss.mean()), share, ridge, told, explained)
+    return _Rest(ridge, stiffness, power)
+
+
+def _ridge_of_it(examples: _Examples, told: float, explained: float) -> float:
+    """The ridge of a training that had begun.
+
+    Outputs of pretrained networks did not begin at zero, so that stationarity cannot tell
+    how short their fine-tuning was; the loss weights that it left can.
+
+    Args:
+        examples: of the training.
+        told: what stationarity says, in units of `q (1 - q)`.
+        explained: share of the pulls' variance that it explains.
+
+    Returns:
+        In units of `q (1 - q)`, with how much examples count.
+    """
+    ridge = min(max(told, LEAST), MOST) if told > 0 else _UNKNOWN
+    decay = decay_of(examples.kernel, examples.loss, examples.counts, examples.share)
+    own = float((examples.loss * (1 - examples.loss)).mean())
+    mistaken = between(float((examples.loss > _SURE).double().mean()), *_MISTAKEN)
+    longer = min(decay.ridge * own / examples.steep / _DEPTH**mistaken, EARLY)
+    weight = decay.clarity * (1 - between(explained, *_HELD_BY_IT))
+    return ridge * (max(ridge, longer) / ridge) ** weight
 
 
 def _stiffness(found: float, share: float, explained: float, ridge: float) -> float:

@@ -1,0 +1,112 @@
+"""How short a training was, told from the loss weights that it left."""
+
+import pytest
+import torch
+
+from trak.score_computers.decay import decay_of
+from trak.score_computers.stationarity import EARLY, LEAST, training_of
+
+N, K = 400, 150
+
+
+def fine_tuned(ridge, offsets=1.0, seed=0, wrong=0.0):
+    """Logistic training from outputs that have nothing to do with the labels."""
+    rng = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, K + 1, dtype=torch.float64) ** -0.6
+    rows = torch.randn(N, K, generator=rng, dtype=torch.float64) * spectrum
+    rows = rows + 0.5 * spectrum  # what raises one output raises most of them
+    rows = rows / rows.square().sum(dim=1).mean().sqrt()
+    rows[: int(wrong * N)] *= -1  # these have another label than they should
+    began = offsets * torch.randn(N, generator=rng, dtype=torch.float64) - 1
+    weights = torch.zeros(K, dtype=torch.float64)
+    for _ in range(60):
+        q = torch.sigmoid(-(began + rows @ weights))
+        curved = rows.T @ (rows * (q * (1 - q))[:, None]) + ridge * torch.eye(K)
+        weights = weights - torch.linalg.solve(curved, ridge * weights - rows.T @ q)
+    return rows @ rows.T, torch.sigmoid(-(began + rows @ weights))
+
+
+def ones(loss):
+    return torch.ones_like(loss)
+
+
+@pytest.mark.parametrize("offsets", [0.0, 1.0])
+def test_the_ridge_is_found_again_wherever_outputs_began(offsets):
+    found = []
+    for ridge in (2.0, 16.0):
+        kernel, q = fine_tuned(ridge, offsets)
+        decay = decay_of(kernel, q, ones(q), 1.0)
+        found.append(decay.ridge * float((q * (1 - q)).mean()))
+        assert found[-1] == pytest.approx(ridge, rel=0.25)
+        assert decay.clarity > 0.9
+    assert found[1] / found[0] == pytest.approx(8, rel=0.2)
+
+
+def test_what_counts_twice_stands_for_two():
+    kernel, q = fine_tuned(2.0)
+    doubled = torch.arange(N) % 3 == 0
+    index = torch.cat([torch.arange(N), torch.arange(N)[doubled]])
+    expected = decay_of(kernel[index][:, index], q[index], ones(q[index]), 1.0)
+    found = decay_of(kernel, q, 1.0 + doubled.double(), 1.0)
+    assert found == pytest.approx(expected)
+
+
+def test_a_sample_stands_for_the_whole():
+    kernel, q = fine_tuned(2.0)
+    assert decay_of(kernel, q, ones(q), 0.25) == decay_of(4 * kernel, q, ones(q), 1.0)
+    half = torch.arange(0, N, 2)
+    found = decay_of(kernel[half][:, half], q[half], ones(q[half]), 0.5)
+    whole = decay_of(kernel, q, ones(q), 1.0)
+    assert found.ridge == pytest.approx(whole.ridge, rel=0.4)
+
+
+@pytest.mark.parametrize("kind", ["equal", "none", "noise"])
+def test_loss_weights_that_say_nothing(kind):
+    kernel, _ = fine_tuned(2.0)
+    rng = torch.Generator().manual_seed(1)
+    chance = torch.rand(N, generator=rng, dtype=torch.float64) ** 8
+    loss = {"equal": torch.full_like(chance, 0.4), "none": 0 * chance, "noise": chance}
+    assert decay_of(kernel, loss[kind], ones(chance), 1.0).clarity == 0
+
+
+def test_short_fine_tunings_are_told_from_what_is_left():
+    kernel, q = fine_tuned(2.0)
+    steep = float((q * (1 - q)).mean())
+    assert training_of(kernel, kernel @ q, q).ridge / steep > 5 * LEAST
+    kernel, q = fine_tuned(0.02)
+    steep = float((q * (1 - q)).mean())
+    assert training_of(kernel, kernel @ q, q).ridge / steep < 2 * LEAST
+
+
+@pytest.mark.parametrize(
+    ("ridge", "wrong", "depth"), [(2.0, 0.0, 1.0), (1.0, 0.3, 2.5)]
+)
+def test_depth_counts_where_labels_are_surely_wrong(ridge, wrong, depth):
+    kernel, q = fine_tuned(ridge, wrong=wrong)
+    assert (float((q > 0.9).double().mean()) > 0.07) == (wrong > 0)
+    steep = float((q * (1 - q)).mean())
+    decay = decay_of(kernel, q, ones(q), 1.0)
+    assert decay.clarity == 1
+    told = training_of(kernel, kernel @ q, q).ridge / steep
+    assert told == pytest.approx(min(decay.ridge / depth, EARLY), rel=0.02)
+
+
+def test_how_much_examples_count_is_in_the_ridge():
+    kernel, q = fine_tuned(2.0)
+    plain = training_of(kernel, kernel @ q, q)
+    threefold = training_of(kernel, 3 * kernel @ q, q, counts=3 * ones(q))
+    assert threefold.ridge == pytest.approx(3 * plain.ridge, rel=0.13)  # two in a grid
+
+
+def test_no_training_is_shorter_than_one_that_had_hardly_begun():
+    kernel, q = fine_tuned(200.0)
+    steep = float((q * (1 - q)).mean())
+    assert training_of(kernel, kernel @ q, q).ridge / steep <= EARLY
+
+
+def test_trainings_at_rest_are_told_from_stationarity():
+    kernel, q = fine_tuned(2.0, offsets=0.0)
+    decay = decay_of(kernel, q, ones(q), 1.0)
+    assert decay.ridge * float((q * (1 - q)).mean()) > 2.2
+    assert decay.clarity > 0.9
+    assert training_of(kernel, kernel @ q, q).ridge == pytest.approx(2.0 / 2.5, rel=1e-3)
