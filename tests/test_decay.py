@@ -78,9 +78,7 @@ def test_short_fine_tunings_are_told_from_what_is_left():
     assert training_of(kernel, kernel @ q, q).ridge / steep < 2 * LEAST
 
 
-@pytest.mark.parametrize(
-    ("ridge", "wrong", "depth"), [(2.0, 0.0, 1.0), (1.0, 0.3, 2.5)]
-)
+@pytest.mark.parametrize(("ridge", "wrong", "depth"), [(2.0, 0.0, 1.0), (1.0, 0.3, 2.5)])
 def test_depth_counts_where_labels_are_surely_wrong(ridge, wrong, depth):
     kernel, q = fine_tuned(ridge, wrong=wrong)
     assert (float((q > 0.9).double().mean()) > 0.07) == (wrong > 0)
