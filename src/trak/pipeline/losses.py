@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak.batches import Batch, select
+from trak.batches import Batch, batch_size, select
 from trak.gradient_computers import AbstractGradientComputer
+from trak.pipeline.chance import warn_of_chance
 from trak.savers import AbstractSaver
 from trak.score_computers.logistic import is_logistic, weights_in
 from trak.score_computers.loss_power import powered
@@ -52,6 +53,8 @@ class LossWatch:
         Returns:
             Of some of the first samples; None where enough were seen.
         """
+        if not self.seen and batch_size(batch):
+            warn_of_chance(self.computer, batch)
         missing = _ENOUGH - sum(map(len, self.seen.setdefault(model_id, [])))
         return self.computer.compute_outputs(batch, missing) if missing > 0 else None
 
