@@ -20,6 +20,9 @@ than the first has come down along all directions, which linearized models do no
 _DECAYED = (0.05, 0.25)
 """Shares that the filter explains of what equal loss weights would leave unexplained: below
 the first nothing has come down along leading directions that it could be told from."""
+_LEADING, _SCATTERED = 100, 0.35
+"""Both grow by 0.35 times what all examples have in common outside of the 100 leading
+directions. Nobody knows the rate at which that comes down, the less so in narrow rows."""
 
 
 class Decay(NamedTuple):
@@ -49,7 +52,10 @@ def decay_of(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> Deca
         The ridge in units of the mean squared row norm times `mean q (1 - q)`, and how
         clearly it shows.
     """
-    roots = counts.sqrt()
+    usual = counts.mean()  # the ridges that are tried must not depend on its size
+    if not usual > 0:
+        return Decay(float(_RIDGES[0]), 0.0)
+    roots = (counts / usual).sqrt()
     values, vectors = torch.linalg.eigh(kernel * torch.outer(roots, roots))
     began, left = vectors.T @ roots, vectors.T @ (roots * loss)
     ridges = _RIDGES.to(values)[:, None]
@@ -58,8 +64,10 @@ def decay_of(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> Deca
     best = int(unexplained.argmin())
     equal = float(_fitted(began[None], left)[1])
     decayed = 1 - float(unexplained[best]) / equal if equal > 0 else 0.0
+    scattered = float(began[:-_LEADING].square().sum() / began.square().sum())
+    decayed -= _SCATTERED * scattered
     clarity = between(float(starts[best]), *_BEGAN) * between(decayed, *_DECAYED)
-    return Decay(float(_RIDGES[best]), clarity)
+    return Decay(float(_RIDGES[best] * usual), clarity)
 
 
 def between(value: float, low: float, high: float) -> float:
