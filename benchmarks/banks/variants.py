@@ -252,6 +252,8 @@ UNSEEN = {
         task="positive weight",
     ),
     "30 features": Variant((30, 64, 64, 2), lambda: blobs(900, 30, 2, 0.0), 60, 0.1, 0.0),
+}
+TUNED = {
     "tuned": Variant((64, 96, 48, 10), lambda: digits(600), 5, 0.05, 1e-4, start=PAIRS),
     "tuned, brief": Variant(
         (64, 96, 48, 10), lambda: digits(600), 2, 0.05, 1e-4, start=PAIRS
@@ -282,7 +284,7 @@ UNSEEN = {
         start=Variant((30, 96, 64, 8), lambda: merged(1400, 8, first=600), 30, 0.05, 1e-3),
     ),
 }
-VARIANTS |= UNSEEN
+VARIANTS |= UNSEEN | TUNED
 
 
 def make(name: str) -> tuple[Recipe, Bank]:

@@ -232,7 +232,7 @@ def _ridge_of_it(examples: _Examples, told: float, explained: float) -> float:
     decay = decay_of(examples.kernel, examples.loss, examples.counts, examples.share)
     own = float((examples.loss * (1 - examples.loss)).mean())
     mistaken = between(float((examples.loss > _SURE).double().mean()), *_MISTAKEN)
-    longer = min(decay.ridge * own / examples.steep / _DEPTH**mistaken, EARLY)
+    longer = min(decay.ridge * own / examples.steep / _DEPTH**mistaken, MOST)
     weight = decay.clarity * (1 - between(explained, *_HELD_BY_IT))
     return ridge * (max(ridge, longer) / ridge) ** weight
 
