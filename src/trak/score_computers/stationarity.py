@@ -24,6 +24,10 @@ EARLY = 20.0
 _HELD_BY_IT = (0.75, 0.9)
 """Share of the pulls' variance that stationarity explains: from the second on, outputs
 began at zero and training came to rest, so that what is left of Q tells nothing else."""
+_HOLDS = (4.5, 6.0)
+"""Stiffness of growth, in units of `q (1 - q)`: from the second on something holds outputs
+small (batch normalization, smoothed labels), so that loss weights stay large without the
+training having been short."""
 _SURE, _MISTAKEN = 0.9, (0.03, 0.07)
 """Shares of examples that are surely wrong. Between them, short trainings turn from those
 of pretrained networks, which stay nearly linear, into those that have wrong labels to
@@ -207,14 +211,16 @@ def _at_rest(examples: _Examples, *, noisy: bool) -> _Rest:
     told = found / steep / _DEPTH
     growing = float(outputs @ examples.pull / (outputs @ outputs)) / steep
     early = growing < -MOST and float(loss.median()) > _MOST_WRONG
-    ridge = EARLY if early else _ridge_of_it(examples, told, explained)
+    ridge = EARLY if early else _ridge_of_it(examples, told, explained, growing)
     share = float(outputs @ kernel @ outputs / (outputs @ outputs)) / len(outputs)
     stiffness = _stiffness(growing / (_DEPTH * ridge), share, explained, ridge)
     power = power_of(float(loss.mean()), share, ridge, told, explained)
     return _Rest(ridge, stiffness, power)
 
 
-def _ridge_of_it(examples: _Examples, told: float, explained: float) -> float:
+def _ridge_of_it(
+    examples: _Examples, told: float, explained: float, growing: float
+) -> float:
     """The ridge of a training that had begun.
 
     Outputs of pretrained networks did not begin at zero, so that stationarity cannot tell
@@ -224,6 +230,7 @@ def _ridge_of_it(examples: _Examples, told: float, explained: float) -> float:
         examples: of the training.
         told: what stationarity says, in units of `q (1 - q)`.
         explained: share of the pulls' variance that it explains.
+        growing: stiffness of growth, in the same units.
 
     Returns:
         In units of `q (1 - q)`, with how much examples count.
@@ -234,6 +241,7 @@ def _ridge_of_it(examples: _Examples, told: float, explained: float) -> float:
     mistaken = between(float((examples.loss > _SURE).double().mean()), *_MISTAKEN)
     longer = min(decay.ridge * own / examples.steep / _DEPTH**mistaken, MOST)
     weight = decay.clarity * (1 - between(explained, *_HELD_BY_IT))
+    weight *= 1 - between(growing, *_HOLDS)
     return ridge * (max(ridge, longer) / ridge) ** weight
 
 
