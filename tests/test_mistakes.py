@@ -200,6 +200,14 @@ WRAPPED = {
         lambda state: {"epoch": 3, "state_dict": state},
         r"pass checkpoint\['state_dict'\]",
     ),
+    "a file of a trainer's module": (
+        lambda state: {"epoch": 3, "state_dict": WRAPPED["two wrappers"][0](state)},
+        r"removeprefix\('model\.net\.'\).*in checkpoint\['state_dict'\]\.items",
+    ),
+    "a part of a trainer's module": (
+        lambda state: {f"module.{n}": v for n, v in list(state.items())[:1]},
+        r"a part of the model's weights, with 'module\.' before.*strict=False",
+    ),
     "a part": (
         lambda state: dict(list(state.items())[:1]),
         r"a part of the model's weights.*strict=False",

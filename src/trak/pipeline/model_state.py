@@ -61,22 +61,41 @@ def _hint(own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
             "The checkpoint is of a model that torch.compile made: take "
             f"{_COMPILED!r} out of its names (name.replace({_COMPILED!r}, '')). "
         )
-    return _hint_of_names({*own}, checkpoint)
+    return _hint_of_entries({*own}, checkpoint) or _hint_of_names({*own}, checkpoint)
 
 
-def _hint_of_names(own: set[str], checkpoint: Mapping[Any, Any]) -> str:
+def _hint_of_entries(own: set[str], checkpoint: Mapping[Any, Any]) -> str:
     for name, value in checkpoint.items():
         if isinstance(value, Mapping) and own & {*value}:
             return (
                 f"Its entry {name!r} holds weights by the model's names: pass "
                 f"checkpoint[{name!r}]. "
             )
+        if isinstance(value, Mapping) and (
+            prefix := _prefix(own, {n for n in value if isinstance(n, str)})
+        ):
+            return (
+                f"Its entry {name!r} holds weights by the model's names with {prefix!r} "
+                f"before them: pass {{name.removeprefix({prefix!r}): value for name, value "
+                f"in checkpoint[{name!r}].items()}}. "
+            )
+    return ""
+
+
+def _hint_of_names(own: set[str], checkpoint: Mapping[Any, Any]) -> str:
     names = {name for name in checkpoint if isinstance(name, str)}
     if prefix := _prefix(own, names):
         return (
             f"Its names begin with {prefix!r}, as those of a model inside another do "
             "(DistributedDataParallel, a trainer's module): pass {name.removeprefix("
             f"{prefix!r}): value for name, value in checkpoint.items()}}. "
+        )
+    if prefix := _prefix_of_a_part(own, names):
+        return (
+            f"It holds a part of the model's weights, with {prefix!r} before their names: "
+            f"take that off (name.removeprefix({prefix!r})), load them into the model with "
+            "load_state_dict(part, strict=False), and pass a copy of all, "
+            "copy.deepcopy(model.state_dict()). "
         )
     if prefix := _prefix(names, own):
         return (
@@ -99,6 +118,14 @@ def _prefix(names: set[str], longer: set[str]) -> str:
     one = max(names, key=len, default="")
     found = {name.removesuffix(one) for name in longer if name.endswith(f".{one}")}
     fits = (p for p in sorted(found) if {f"{p}{name}" for name in names} <= longer)
+    return next(fits, "")
+
+
+def _prefix_of_a_part(own: set[str], names: set[str]) -> str:
+    # what all names begin with, where the rest of each is one of the model's
+    one = max(names, key=len, default="")
+    found = {one.removesuffix(name) for name in own if one.endswith(f".{name}")}
+    fits = (p for p in sorted(found) if {f"{p}{name}" for name in own} > names)
     return next(fits, "")
 
 
