@@ -33,12 +33,12 @@ class Drawing(nn.Linear):
         return super().forward(x)
 
 
-def featurized(model, path, **options):
+def featurized(model, path, task="image_classification", **options):
     x = torch.randn(N, 6, generator=torch.Generator().manual_seed(0))
     y = torch.arange(N) % 3
     traker = trak.TRAKer(
         model,
-        "image_classification",
+        task,
         train_set_size=N,
         save_dir=path,
         proj_dim=16,
@@ -61,6 +61,27 @@ def test_random_models_are_told_of_once(computer, tmp_path, caplog):
     told = [r.getMessage() for r in caplog.records if "random" in r.getMessage()]
     assert len(told) == 1
     assert "training=self.training" in told[0]
+
+
+class Small(trak.modelout_functions.ImageClassificationModelOutput):
+    """Outputs in a unit in which all are small, as of regressions."""
+
+    def get_output(self, *args):
+        return 1e-6 * super().get_output(*args)
+
+    def get_out_to_loss_grad(self, model, weights, buffers, batch):
+        return torch.ones(len(batch[0]))
+
+
+def test_small_outputs_are_told_of_too(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        featurized(
+            Dropping(knows=False),
+            tmp_path,
+            task=Small(),
+            gradient_computer=trak.gradient_computers.FunctionalGradientComputer,
+        )
+    assert sum("The model is random" in r.getMessage() for r in caplog.records) == 1
 
 
 @pytest.mark.parametrize("kind", ["dropout", "drawing", "plain"])

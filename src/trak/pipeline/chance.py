@@ -10,7 +10,8 @@ from trak.gradient_computers import AbstractGradientComputer
 logger = logging.getLogger(__name__)
 
 _SAMPLES = 4
-_SAME = {"rtol": 1e-2, "atol": 1e-4}  # kernels of a GPU may round differently
+_SAME = 1e-2  # kernels of a GPU may round differently
+_NOTHING = 1e-4  # beside the largest output
 
 
 def warn_of_chance(computer: AbstractGradientComputer, batch: Batch) -> None:
@@ -35,7 +36,8 @@ def warn_of_chance(computer: AbstractGradientComputer, batch: Batch) -> None:
             found.append(outputs.double())
             for device in ("cpu", *devices):  # to another random state
                 torch.rand(1, device=device)
-    if not torch.allclose(*found, equal_nan=True, **_SAME):
+    least = _NOTHING * max(float(each.abs().nan_to_num(posinf=0).max()) for each in found)
+    if not torch.allclose(*found, rtol=_SAME, atol=least, equal_nan=True):
         logger.warning(
             "The model is random: the first samples' outputs were %s once and %s the next "
             "time, in evaluation mode. So are rows and scores, then. Look for dropout or "
