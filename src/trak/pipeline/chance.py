@@ -33,7 +33,7 @@ def warn_of_chance(computer: AbstractGradientComputer, batch: Batch) -> None:
             outputs = computer.compute_outputs(some, batch_size(some))
             if outputs is None:
                 return
-            found.append(outputs.double())
+            found.append(outputs.detach().double())
             for device in ("cpu", *devices):  # to another random state
                 torch.rand(1, device=device)
     least = _NOTHING * max(float(each.abs().nan_to_num(posinf=0).max()) for each in found)

@@ -85,7 +85,7 @@ def between(value: float, low: float, high: float) -> float:
 
 
 def _fitted(pictures: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    # the best multiple of each picture, `[r, s]`, and what it leaves of `wanted`, `[s]`
+    # the best multiple of each picture, `[r, s]`, and what it leaves of `wanted`, `[r]`
     sizes = pictures.square().sum(dim=1)
     multiples = (pictures @ wanted) / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
     return multiples, (wanted - multiples[:, None] * pictures).square().sum(dim=1)
