@@ -4,12 +4,16 @@ Bar: `trak.attribute` with its defaults has at least the LDS of unprojected plai
 the best of 25 ridges, on every bank of `benchmarks.banks.variants`, with one checkpoint and
 with five. What is known of other banks is kept.
 
-    python -m benchmarks.one_call [--bank noisy] [--small]
+    python -m benchmarks.one_call [--bank noisy] [--small] [--side ours]
+
+`--side ours` takes plain TRAK's sweep from the result file, which has the commit that it
+was measured at.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +32,37 @@ COUNTS = (1, 5)
 RESULT = RESULTS / "one_call.json"
 
 
-def judged(made: Recipe, bank: Bank, count: int) -> dict[str, Any]:
+def judged(
+    made: Recipe, bank: Bank, count: int, known: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Both sides on one bank.
 
     Args:
         made: data and model.
         bank: ground truth.
         count: checkpoints.
+        known: an earlier result, from which plain TRAK's is taken.
 
     Returns:
         Their LDS, and the ridge that was best.
     """
-    _, _, swept = measure(made, bank, count, proj_dim="exact")
+    now = environment()["commit"]
+    if known is None:
+        _, _, swept = measure(made, bank, count, proj_dim="exact")
+        best = max(swept, key=lambda ridge: swept[ridge])
+        plain = {"best": best, "best plain": round(swept[best], 4), "plain commit": now}
+    else:
+        plain = {name: known[name] for name in ("best", "best plain")}
+        plain["plain commit"] = known.get("plain commit", known["commit"])
     states = [made.weights(stored) for stored in bank.checkpoints[:count]]
     scores = one_call(made, states)["auto"]
     quality = float(lds(group_scores(scores, bank.masks), bank.outputs).mean())
-    best = max(swept, key=lambda ridge: swept[ridge])
     return {
-        "commit": environment()["commit"],
+        "commit": now,
         "k": "exact",
         "checkpoints": count,
         "one call": round(quality, 4),
-        "best": best,
-        "best plain": round(swept[best], 4),
+        **plain,
     }
 
 
@@ -81,19 +93,27 @@ def row_of(name: str, details: list[dict[str, Any]]) -> Row:
     )
 
 
+def _known() -> dict[tuple[str, int], dict[str, Any]]:
+    details = json.loads(RESULT.read_text("utf-8"))["details"]
+    return {(found["bank"], found["checkpoints"]): found for found in details}
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--bank", action="append", choices=VARIANTS)
     parser.add_argument("--small", action="store_true", help="one bank")
+    parser.add_argument("--side", choices=["both", "ours"], default="both")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     details: list[dict[str, Any]] = []
+    known = _known() if options.side == "ours" else {}
     for name in options.bank or (["few"] if options.small else VARIANTS):
         made, bank = make(name)
         for count in COUNTS:
-            details.append({"bank": name, **judged(made, bank, count)})
+            found = judged(made, bank, count, known.get((name, count)))
+            details.append({"bank": name, **found})
             print(details[-1], flush=True)
         every = with_others(details, options.out or RESULT)
         banks = dict.fromkeys(entry["bank"] for entry in every)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -69,7 +69,7 @@ def finalize_checkpoints(
         kept = current_factor(scorer, saver, model_id, chosen) if finalized else None
         if kept is not None:
             logger.info("model_id=%s is finalized already.", model_id)
-            found = Choice(kept["auto"], kept.get("power", 1.0)) if "auto" in kept else None
+            found = _choice_in(kept)
             continue
         tell_of_strays(loss_sizes(saver, model_id, decided), model_id)
         wanted[model_id] = Situation(
@@ -117,11 +117,22 @@ def _chosen_together(
     if not isinstance(scorer, RidgeScoreComputer) or not situations:
         return None
     found = [scorer.choose(placed(sources[i], device), s) for i, s in situations.items()]
-    multiples, powers = zip(*found, strict=True)
-    power = float(np.median(powers))
+    multiples, powers, paths = zip(*found, strict=True)
+    power, path = float(np.median(powers)), float(np.median(paths))
     if scorer.loss_power is None:
-        logger.info("Scores have loss weights Q to the power of %.3g.", power)
-    return Choice(math.exp(np.median(np.log(multiples))), power)
+        logger.info(
+            "Scores have loss weights Q to the power of %.3g, times what they added up to "
+            "in training to the power of %.3g.",
+            power * (1 - path),
+            path,
+        )
+    return Choice(math.exp(np.median(np.log(multiples))), power, path)
+
+
+def _choice_in(kept: Mapping[str, Any]) -> Choice | None:
+    if "auto" not in kept:
+        return None
+    return Choice(kept["auto"], kept.get("power", 1.0), kept.get("path", 0.0))
 
 
 def _wide(saver: AbstractSaver, model_id: int, count: int) -> Wide | None:

@@ -18,7 +18,7 @@ from trak.gradient_computers import AbstractGradientComputer
 from trak.pipeline.chance import warn_of_chance
 from trak.savers import AbstractSaver
 from trak.score_computers.logistic import is_logistic, weights_in
-from trak.score_computers.loss_power import powered
+from trak.score_computers.loss_power import WAY, Path, powered
 from trak.score_computers.losses import Losses, losses_beside, losses_of
 
 logger = logging.getLogger(__name__)
@@ -223,15 +223,16 @@ def score_weights(
         made: how its factor was made.
 
     Returns:
-        Q, `[n, 1]`; to the power that was chosen, if one was.
+        Q, `[n, 1]`; to the power that was chosen, if one was, with its share of the way.
     """
     loss = saver.train_rows(model_id).array("out_to_loss")
-    power = made.get("power", 1.0)
-    if power == 1:
+    power, way = made.get("power", 1.0), made.get(WAY)
+    if power == 1 and way is None:
         return loss
     sizes = loss_sizes(saver, model_id, made)
     losses = losses_of(loss, counts_of(saver, model_id))
-    return powered(losses, sizes, power).numpy()
+    path = None if way is None else Path(torch.from_numpy(way), made["path"])
+    return powered(losses, sizes, power, path).numpy()
 
 
 def tell_of_strays(losses: Losses, model_id: int) -> None:

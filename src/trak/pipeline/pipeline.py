@@ -300,7 +300,7 @@ class Pipeline:
         info = {
             "model_ids": ready,
             "computer": type(self.scorer).__name__,
-            "factors": {str(i): kept[1] for i, kept in taken.kept.items()},
+            "factors": {str(i): what_counts(kept[1]) for i, kept in taken.kept.items()},
         }
         names = [(each.exp_name, ridge_name(each)) for each in sets]
         with closing(taken.arrays()) as blocks:
@@ -399,7 +399,8 @@ class Pipeline:
             `[n, k]` in the store's dtype (float32 where that is float16).
         """
         matrix, info = self.saver.load_factor(model_id)
-        if self._features is None or self._features[:2] != (model_id, info):
+        made = what_counts(info)
+        if self._features is None or self._features[:2] != (model_id, made):
             rows = row_source(self.saver.train_rows(model_id))
             if isinstance(self.scorer, LinearScoreComputer):
                 loss = {}
@@ -412,7 +413,7 @@ class Pipeline:
                     phi, torch.as_tensor(matrix, device="cpu").to(phi)
                 )
             dtype = torch.promote_types(self.dtype, torch.float32)
-            self._features = (model_id, info, features.to(dtype).cpu().numpy())
+            self._features = (model_id, made, features.to(dtype).cpu().numpy())
         return self._features[2]
 
     def _own_first(self, model_id: int) -> list[int]:

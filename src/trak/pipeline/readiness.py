@@ -16,6 +16,7 @@ from trak.score_computers import (
     LinearScoreComputer,
     RidgeScoreComputer,
 )
+from trak.score_computers.loss_power import WAY
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +120,12 @@ def what_counts(factor: Mapping[str, Any]) -> dict[str, Any]:
         factor: its description.
 
     Returns:
-        The same; at a ridge that was given without the automatic one, which was not used.
+        The same, without arrays; at a ridge that was given without the automatic one,
+        which was not used.
     """
-    unused = set() if factor.get("lambda_reg") is None else {"auto", "together"}
+    unused = {WAY}
+    if factor.get("lambda_reg") is not None:
+        unused |= {"auto", "together"}
     return {name: value for name, value in factor.items() if name not in unused}
 
 

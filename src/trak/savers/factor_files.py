@@ -12,6 +12,8 @@ from trak.savers.arrays import RowFile, new_array
 from trak.savers.filesystem import read_json, replace_json, sync_directory
 from trak.savers.locks import changing, reading
 
+_ARRAYS = "arrays"
+
 
 def save(folder: Path, matrix: NDArray[np.float64], info: Mapping[str, Any]) -> None:
     """Replaces a checkpoint's matrix; the record goes first and comes last.
@@ -19,15 +21,22 @@ def save(folder: Path, matrix: NDArray[np.float64], info: Mapping[str, Any]) -> 
     Args:
         folder: the checkpoint's.
         matrix: `[q, q]`.
-        info: how it was made.
+        info: how it was made; arrays in it, `[n, 1]`, get files of their own.
     """
+    arrays = {name: each for name, each in info.items() if isinstance(each, np.ndarray)}
+    plain = {name: each for name, each in info.items() if name not in arrays}
     shape = (matrix.shape[0], matrix.shape[1])
     with changing(folder.parent):
         (folder / "factor.json").unlink(missing_ok=True)
         sync_directory(folder)
         with new_array(folder / "factor.npy", shape, np.float64) as file:
             file.write(np.arange(len(matrix)), matrix)
-        replace_json(folder / "factor.json", {**info, "shape": shape})
+        for name, each in arrays.items():
+            with new_array(folder / f"{name}.npy", each.shape, np.float64) as file:
+                file.write(np.arange(len(each)), each)
+        sizes = {name: len(each) for name, each in arrays.items()}
+        arrayed = {_ARRAYS: sizes} if sizes else {}
+        replace_json(folder / "factor.json", {**plain, **arrayed, "shape": shape})
 
 
 def exists(folder: Path) -> bool:
@@ -65,8 +74,16 @@ def _load(folder: Path) -> tuple[NDArray[np.float64], dict[str, Any]]:
     record = folder / "factor.json"
     again = "and call finalize_features() again; no gradient is recomputed"
     info = read_json(record, f"remove it {again}")
-    path = folder / "factor.npy"
     remedy = f"Remove {record} {again}."
+    matrix = _array(folder / "factor.npy", tuple(info["shape"]), remedy)
+    arrays = {
+        name: np.array(_array(folder / f"{name}.npy", (size, 1), remedy))
+        for name, size in info.pop(_ARRAYS, {}).items()
+    }
+    return matrix, {**info, **arrays}
+
+
+def _array(path: Path, shape: tuple[int, int], remedy: str) -> NDArray[np.float64]:
     if not path.exists():
         raise StoreCorruptedError(f"{path} is gone. {remedy}")
-    return RowFile(path, tuple(info["shape"]), np.float64, remedy).read(), info
+    return RowFile(path, shape, np.float64, remedy).read()

@@ -56,10 +56,12 @@ class Choice(NamedTuple):
     Attributes:
         multiple: the ridge, in units of the mean squared row norm, above 0.
         power: exponent of the loss weights Q, at most 1.
+        path: share of what they added up to along the way of training, 0 to 1.
     """
 
     multiple: float
     power: float
+    path: float = 0.0
 
 
 def relative_ridge(rows: RowSource, situation: Situation) -> float:
@@ -119,7 +121,10 @@ def choice(rows: RowSource, situation: Situation) -> Choice:
     logs = [math.log(best_ridge(sample, training)) for sample, training in pairs]
     sizes = [len(s.loss) for s in samples]
     played = math.exp(np.average(logs, weights=sizes))
-    power = float(np.average([training.power for training in trainings], weights=sizes))
+    power, path = (
+        float(np.average(each, weights=sizes))
+        for each in zip(*((t.power, t.path) for t in trainings), strict=True)
+    )
     logger.info(
         "Automatic ridge: %.3g times the mean squared row norm for linearized models on "
         "halves, trained with a ridge of %s; times %.3g.",
@@ -128,8 +133,8 @@ def choice(rows: RowSource, situation: Situation) -> Choice:
         factor,
     )
     if wider is not None:
-        return Choice(math.sqrt(played * factor * wider), power)
-    return Choice(played * factor, power)
+        return Choice(math.sqrt(played * factor * wider), power, path)
+    return Choice(played * factor, power, path)
 
 
 def _warn_of_much(strength: float, trainings: Sequence[Training]) -> None:

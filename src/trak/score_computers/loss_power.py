@@ -7,7 +7,7 @@ and data had come to rest, as fine-tunings and trainings without weight decay do
 ran until they had, `q` itself is right (docs/choices.md has the measurements).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -26,9 +26,27 @@ what they have in common is learned for good, and the weights at the end say wha
 _LAZY = (1.0, 3.0)
 """Ridges of the training: from the second on it was so short that Q is still much like
 what it began as, and growth like the rest."""
+_HALF = 0.5  # of the way, where nothing else is known
+_EXPLAINED_GROWTH = (0.85, 0.97)  # as `_EXPLAINED`, where growth is a large share
 _AT_REST, _EXPLAINED = 0.2, (0.6, 0.8)
 """A ridge of the training, and the share of what pulls at outputs that it explains, from
 which on a training has come to rest against its weight decay."""
+
+
+class Path(NamedTuple):
+    """What loss weights added up to along the way of training.
+
+    Attributes:
+        weights: as `trak.score_computers.path.added_up` gives them, `[n, 1]`, float64.
+        share: exponent that they have.
+    """
+
+    weights: Tensor
+    share: float
+
+
+WAY = "way"
+"""What a factor's description calls the weights of a `Path`, an array `[n, 1]`."""
 
 Power = float | None
 """An exponent; None for the automatic one."""
@@ -81,22 +99,55 @@ def power_of(
     return power - (power - _SHORTEST) * short
 
 
-def powered(losses: Losses, sizes: Losses, power: float) -> Tensor:
+def path_of(
+    share: float, ridge: float, at_rest: float, explained: float, held: float
+) -> float:
+    """How much of Q is to be what it added up to along the way, not what it ended as.
+
+    Args:
+        share: as for `power_of`.
+        ridge: as for `power_of`.
+        at_rest: as for `power_of`.
+        explained: as for `power_of`.
+        held: how surely growth is held back, 0 to 1.
+
+    Returns:
+        An exponent: a half, and up to 1 where growth is a large share, unless training was
+        short or growth held back; down to 0 where it came to rest against its weight
+        decay, which forgets the way.
+    """
+    free = between(share, *_FREE) * (1 - held)
+    least, most = (
+        low + (high - low) * free
+        for low, high in zip(_EXPLAINED, _EXPLAINED_GROWTH, strict=True)
+    )
+    rest = between(at_rest, 0, _AT_REST) * between(explained, least, most)
+    return (_HALF + (1 - _HALF) * free * (1 - between(ridge, *_LAZY))) * (1 - rest)
+
+
+def powered(
+    losses: Losses, sizes: Losses, power: float, path: Path | None = None
+) -> Tensor:
     """Loss weights as scores are multiplied by them.
 
     Args:
         losses: Q, with signs.
         sizes: the same as probabilities, without signs, where they are any.
         power: the exponent.
+        path: what Q added up to along the way, if it is to have a share.
 
     Returns:
         `sign(q) |q|^power`, times how much examples count, with the mean size that Q has,
-        `[n, 1]`, float64; Q itself where it is no probability.
+        `[n, 1]`, float64; Q itself where it is no probability. With a path `a` and its
+        share `s`, `sign(q) |q|^(power (1 - s)) a^s`.
     """
     total = losses.total
-    if power == 1 or not sizes.are_probable:
+    if (power == 1 and path is None) or not sizes.are_probable:
         return total
-    found = losses.own.sign() * sizes.own.pow(power)
+    share = 0.0 if path is None else path.share
+    found = losses.own.sign() * sizes.own.pow(power * (1 - share))
+    if path is not None:
+        found = found * path.weights.pow(share)
     if losses.counts is not None:
         found = found * losses.counts
     size = found.abs().sum()

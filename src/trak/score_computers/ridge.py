@@ -21,7 +21,8 @@ from trak.score_computers.linear import (
     LinearScoreComputer,
     product,
 )
-from trak.score_computers.loss_power import as_power
+from trak.score_computers.loss_power import WAY, as_power
+from trak.score_computers.path import way_of
 from trak.score_computers.ridge_sample import Situation
 from trak.score_computers.stream import decoded, products_dtype
 
@@ -77,15 +78,19 @@ class RidgeScoreComputer(LinearScoreComputer):
             The Cholesky factor and its description.
         """
         situation = situation or Situation()
-        auto, power = situation.multiple, situation.power
+        auto, power, path = situation.multiple, situation.power, situation.path
         if auto is None:
-            auto, power = self.choose(rows, situation)
-        rows = self.weighted(rows, situation.losses)
+            auto, power, path = self.choose(rows, situation)
+        phi, rows = rows, self.weighted(rows, situation.losses)
         form = smaller_form(*rows.shape)
         gram = self._gram(rows, form)
+        used = {"power": power if self.loss_power is None else self.loss_power}
+        if path and self.loss_power is None:
+            kernel = gram if form == "dual" else None
+            way = way_of(phi, kernel, self._roots(situation.losses), situation)
+            used |= {"path": path, WAY: way}
         matrix, info = self._factored(gram, form, rows, self.lambda_reg, auto)
-        used = power if self.loss_power is None else self.loss_power
-        return matrix, info if used == 1 else {**info, "power": used}
+        return matrix, info if used == {"power": 1} else {**info, **used}
 
     def choose(self, rows: RowSource, situation: Situation) -> Choice:
         """The automatic ridge and exponent of Q of one checkpoint.

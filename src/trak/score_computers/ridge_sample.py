@@ -52,6 +52,7 @@ class Situation:
         words: Q is a mean over the words of a text.
         multiple: the ridge that was chosen already, in mean squared row norms.
         power: the exponent of Q that was chosen with it.
+        path: the share of what Q added up to along the way that was chosen with them.
     """
 
     checkpoints: int = 1
@@ -66,6 +67,7 @@ class Situation:
     words: bool = False
     multiple: float | None = None
     power: float = 1.0
+    path: float = 0.0
 
     @property
     def losses(self) -> Losses | None:

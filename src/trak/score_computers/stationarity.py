@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trak.score_computers.decay import between, decay_of
 from trak.score_computers.logistic import log_odds
-from trak.score_computers.loss_power import power_of
+from trak.score_computers.loss_power import path_of, power_of
 
 LEAST, MOST = 0.3, 8.0
 """Ridges of a training, in units of the mean squared row norm times `q (1 - q)`."""
@@ -62,6 +62,7 @@ class Training:
         answers: of a regression, `[n]`; None for the logistic loss.
         stiffness: of growth of all outputs, as `growth_stiffness` says; the kernel has it.
         power: exponent of Q that suits it (`trak.score_computers.loss_power`).
+        path: share of what Q added up to along the way, on a logarithmic scale.
     """
 
     ridge: float
@@ -69,6 +70,7 @@ class Training:
     answers: Tensor | None
     stiffness: float = 1.0
     power: float = 1.0
+    path: float = 0.0
 
 
 class _Rest(NamedTuple):
@@ -78,11 +80,13 @@ class _Rest(NamedTuple):
         ridge: of the training, in units of `q (1 - q)`.
         stiffness: of growth.
         power: exponent of Q.
+        path: share of what Q added up to along the way.
     """
 
     ridge: float
     stiffness: float
     power: float
+    path: float
 
 
 class _Examples(NamedTuple):
@@ -162,12 +166,12 @@ def training_of(
         ridge *= 1.0 if counts is None else float(counts.mean())
         return Training(ridge, kernel, pull / ridge + loss)
     examples = _Examples(kernel, pull, loss, outputs, _counts(loss, counts), share)
-    ridge, stiffness, power = _at_rest(examples, noisy=noisy)
+    ridge, stiffness, power, path = _at_rest(examples, noisy=noisy)
     if stiffness != 1:
         along = kernel @ outputs
         excess = (1 - 1 / stiffness) / float(outputs @ along)
         kernel = kernel - excess * torch.outer(along, along)
-    return Training(ridge * examples.steep, kernel, None, stiffness, power)
+    return Training(ridge * examples.steep, kernel, None, stiffness, power, path)
 
 
 def growth_stiffness(
@@ -215,7 +219,8 @@ def _at_rest(examples: _Examples, *, noisy: bool) -> _Rest:
     share = float(outputs @ kernel @ outputs / (outputs @ outputs)) / len(outputs)
     stiffness = _stiffness(growing / (_DEPTH * ridge), share, explained, ridge)
     power = power_of(float(loss.mean()), share, ridge, told, explained)
-    return _Rest(ridge, stiffness, power)
+    path = path_of(share, ridge, told, explained, between(growing, *_HOLDS))
+    return _Rest(ridge, stiffness, power, path)
 
 
 def _ridge_of_it(

@@ -1,0 +1,194 @@
+"""What loss weights add up to along a training, against small steps written out."""
+
+import numpy as np
+import pytest
+import torch
+from tests import cases, runs
+
+from trak.errors import StoreCorruptedError
+from trak.score_computers.loss_power import path_of
+from trak.score_computers.losses import Losses
+from trak.score_computers.path import added_up, of_kernel, of_rows, way_of
+from trak.score_computers.ridge_sample import Situation
+
+N, M = 60, 6
+ONES = torch.ones(40)
+
+
+def features(count=40, width=12, seed=0):
+    lots = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, width, generator=lots, dtype=torch.float64)
+    rows[:, 0] += 1.5  # something that all have in common
+    return rows * torch.linspace(2, 0.3, width, dtype=torch.float64)
+
+
+def small_steps(kernel, time, steps=20_000):
+    """The oracle: `a` and `q` after gradient flow from zero, by Euler's rule."""
+    weights = torch.zeros(len(kernel), dtype=torch.float64)
+    for _ in range(steps):
+        weights += torch.sigmoid(-kernel @ weights) * time / steps
+    return weights, torch.sigmoid(-kernel @ weights)
+
+
+@pytest.mark.parametrize("time", [0.02, 0.3, 3.0])
+def test_a_training_that_was_stopped_is_found_again(time):
+    rows = features()
+    expected, loss = small_steps(rows @ rows.T, time)
+    found = added_up(of_kernel(rows @ rows.T, None), Losses(loss[:, None]), ONES)
+    assert found.dtype == torch.float64
+    assert found.shape == (40, 1)
+    expected = expected / expected.mean()
+    assert float((found.flatten() - expected).abs().max()) < 0.05 * float(expected.max())
+    ended = loss / loss.mean()  # Q as it is at the end is far from it, but for short ones
+    off = float((ended - expected).abs().max())
+    assert off > 3 * float((found.flatten() - expected).abs().max()) or time < 0.1
+
+
+def test_rows_are_as_good_as_their_kernel_and_weights_are_taken_out():
+    rows = features()
+    _, loss = small_steps(rows @ rows.T, 0.5, 2000)
+    losses = Losses(loss[:, None])
+    roots = torch.linspace(0.1, 2, 40, dtype=torch.float64)[:, None]
+    weighted = roots * rows
+    whole = added_up(of_kernel(rows @ rows.T, None), losses, ONES)
+    again = added_up(of_kernel(weighted @ weighted.T, roots), losses, ONES)
+    torch.testing.assert_close(again, whole, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        added_up(of_rows(rows), losses, ONES), whole, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_wide_rows_are_hashed_and_nearly_as_good():
+    turned = torch.linalg.qr(
+        torch.randn(6000, 12, generator=torch.Generator().manual_seed(0))
+    )
+    rows = features().float() @ turned.Q.T
+    _, loss = small_steps((rows @ rows.T).double(), 0.5, 2000)
+    losses = Losses(loss[:, None])
+    whole = added_up(of_kernel(rows @ rows.T, None), losses, ONES)
+    found = added_up(of_rows(rows), losses, ONES)
+    assert not torch.equal(found, whole)
+    assert np.corrcoef(found.flatten(), whole.flatten())[0, 1] > 0.95
+    torch.testing.assert_close(found, added_up(of_rows(rows), losses, ONES))
+
+
+def test_an_example_that_counts_twice_is_two_examples():
+    rows = features()
+    counts = torch.ones(40, 1, dtype=torch.float64)
+    counts[:5] = 2
+    twice = torch.cat([rows, rows[:5]])
+    _, loss = small_steps(twice @ twice.T, 0.5, 2000)
+    expected = added_up(
+        of_kernel(twice @ twice.T, None), Losses(loss[:, None]), torch.ones(45)
+    )
+    found = added_up(of_kernel(rows @ rows.T, None), Losses(loss[:40, None], counts), ONES)
+    expected = expected[:40] / expected[:40].mean()
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01)
+
+
+def test_signs_of_q_are_those_of_labels():
+    rows = features()
+    signs = torch.where(torch.arange(40) % 3 == 0, -1.0, 1.0)
+    _, loss = small_steps(rows @ rows.T, 0.5, 2000)
+    expected = way_of(rows, None, None, Situation(loss=loss, logistic=True))
+    flipped = rows * signs[:, None]
+    found = way_of(flipped, None, None, Situation(loss=loss * signs, logistic=True))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "fitted", "wrong"])
+def test_nothing_breaks_it(kind):
+    rows = torch.zeros(40, 3) if kind == "nothing" else features().float()
+    loss = torch.full((40, 1), {"nothing": 0.3, "fitted": 0.0, "wrong": 1.0}[kind])
+    found = added_up(of_rows(rows), Losses(loss.double()), ONES)
+    assert bool((found > 0).all())
+    assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("share", "ridge", "at_rest", "explained", "held", "expected"),
+    [
+        (0.02, 0.3, 0.0, 0.3, 0.0, 0.5),
+        (0.3, 0.3, 0.0, 0.3, 0.0, 1.0),  # two classes
+        (0.3, 3.0, 0.0, 0.3, 0.0, 0.5),  # a short fine-tuning of them
+        (0.3, 0.3, 0.0, 0.3, 1.0, 0.5),  # batch normalization
+        (0.02, 0.3, 0.3, 0.9, 0.0, 0.0),  # at rest against a decay
+        (0.02, 0.3, 0.1, 0.9, 0.0, 0.25),
+        (0.3, 0.3, 0.3, 0.85, 0.0, 1.0),  # two classes explain themselves more easily
+        (0.3, 0.3, 0.3, 0.97, 0.0, 0.0),  # a linear model of them
+    ],
+)
+def test_the_share_depends_on_how_training_went(
+    share, ridge, at_rest, explained, held, expected
+):
+    assert path_of(share, ridge, at_rest, explained, held) == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def world():
+    model, train, targets = runs.data("mlp", N, M)
+    return model, train, targets, cases.checkpoints("mlp", 3)
+
+
+def run(world, folder, **options):
+    model, train, targets, states = world
+    traker = runs.make_traker(model, N, folder, lambda_reg="2x", **options)
+    return traker, np.array(runs.whole_run(traker, train, targets, states))
+
+
+def factors(traker):
+    # what scores at power 1 are multiplied by, from what the store says
+    plain, others = [], []
+    for number in range(3):
+        info = traker.saver.load_factor(number)[1]
+        q = np.array(traker.saver.train_rows(number).array("out_to_loss"), np.float64)
+        share = info["path"]
+        made = q ** (info["power"] * (1 - share)) * info["way"] ** share
+        plain.append(q)
+        others.append(made * q.sum() / made.sum())
+    return np.mean(others, axis=0) / np.mean(plain, axis=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature": True}, {"proj_dim": 512}])
+def test_scores_are_multiplied_by_it(options, world, tmp_path):
+    _, before = run(world, tmp_path / "a", **options)
+    traker, found = run(world, tmp_path / "b", loss_power="auto", **options)
+    expected = before * factors(traker)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert not np.allclose(found, before, rtol=0.05)
+    sure = traker.scores("exp", with_error=True).scores
+    np.testing.assert_allclose(sure, found, rtol=1e-5)
+    swept = traker.sweep(["exp"], ["2x"])["exp", "2x"]
+    np.testing.assert_allclose(swept, found, rtol=1e-5)
+
+
+def test_it_is_that_of_the_rows_in_either_form(world, tmp_path):
+    ways = []
+    for folder, width in (("a", 16), ("b", 512)):
+        traker, _ = run(world, tmp_path / folder, proj_dim=width, loss_power="auto")
+        rows = torch.from_numpy(traker.saver.train_rows(0).array("grads").copy())
+        loss = torch.from_numpy(traker.saver.train_rows(0).array("out_to_loss").copy())
+        expected = way_of(rows, None, None, Situation(loss=loss, logistic=True))
+        ways.append(traker.saver.load_factor(0)[1]["way"])
+        np.testing.assert_allclose(ways[-1], expected, rtol=1e-3)
+    assert ways[0].shape == (N, 1)
+
+
+def test_the_store_keeps_it(world, tmp_path):
+    traker, found = run(world, tmp_path, loss_power="auto")
+    again = runs.make_traker(world[0], N, tmp_path, lambda_reg="2x", loss_power="auto")
+    np.testing.assert_array_equal(again.scores("exp"), found)
+    np.testing.assert_array_equal(again.finalize_scores("exp"), found)
+    path = tmp_path / "1" / "way.npy"
+    path.unlink()
+    with pytest.raises(StoreCorruptedError, match=r"way\.npy is gone.*factor\.json"):
+        again.finalize_scores("exp")
+    (tmp_path / "1" / "factor.json").unlink()
+    again.finalize_features()
+    np.testing.assert_array_equal(again.finalize_scores("exp"), found)
+
+
+def test_a_power_that_was_given_has_no_way(world, tmp_path):
+    traker, _ = run(world, tmp_path, loss_power=0.5)
+    assert not {"way", "path"} & set(traker.saver.load_factor(0)[1])
+    assert not list(tmp_path.glob("*/way.npy"))
