@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from tests import runs
 
-from trak.errors import StoreCorruptedError, StoreMismatchError
+from trak.errors import StoreCorruptedError, StoreMismatchError, not_of_the_file
 from trak.modelout_functions import ImageClassificationModelOutput
 from trak.savers import moments
 from trak.savers.arrays import RowFile
 from trak.savers.filesystem import replace_json
 from trak.savers.gradient_files import GradientFiles
 from trak.savers.leftovers import AGE
+from trak.savers.wide_rows import WideRows
 
 N, M = 24, 4
 
@@ -339,3 +340,80 @@ def test_what_killed_processes_left_goes_when_nobody_can_need_it(whole):
 def test_a_copied_store_goes_on(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "copy")
     np.testing.assert_array_equal(again((tmp_path / "copy", *whole[1:])), whole[-1])
+
+
+OTHER_JSON = {
+    "list": "[]",
+    "nothing": "null",
+    "empty": "{}",
+    "numbers": '{"digest": 1, "shape": 6, "parts": 1, "num_targets": "6"}',
+    "sizes": '{"digest": null, "shape": ["a", "b"], "parts": null, "num_targets": []}',
+    "endless": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_JSON)
+@pytest.mark.parametrize(
+    "name", ["0/checkpoint.json", "0/factor.json", "experiments/exp.json"]
+)
+def test_records_that_hold_something_else_are_named(name, kind, whole):
+    (whole[0] / name).write_text(OTHER_JSON[kind])
+    with pytest.raises(StoreCorruptedError, match=f"{re.escape(name)}.*emove"):
+        again(whole)
+
+
+@pytest.mark.parametrize("kind", OTHER_JSON)
+def test_a_list_of_sums_that_is_none_is_named(kind, tmp_path):
+    model, train, _ = runs.data("mlp", N, M)
+    traker = runs.make_traker(model, N, tmp_path, whitening=0.5)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.fit_whitening(train)
+    traker.featurize(train, num_samples=N)
+    (tmp_path / "0" / "whitening.json").write_text(OTHER_JSON[kind])
+    traker = runs.make_traker(model, N, tmp_path, whitening=0.5)
+    with pytest.raises(StoreCorruptedError, match=r"whitening\.json"):
+        traker.finalize_features()
+
+
+def enlarge(path):
+    """Changes an array's header, in an archive or not, to one of 10^18 numbers."""
+    data = path.read_bytes()
+    start = data.index(b"\x93NUMPY") + 10
+    length = int.from_bytes(data[start - 2 : start], "little")
+    header = data[start : start + length]
+    changed = header[: header.index(b"'shape'")]
+    changed += b"'shape': (1000000000000000, 1000), }"
+    changed = changed.ljust(length - 1) + b"\n"
+    assert len(changed) == length
+    path.write_bytes(data[:start] + changed + data[start + length :])
+
+
+@pytest.mark.parametrize("name", ["wide.mmap", "wide_numbers.mmap"])
+def test_headers_of_wide_rows_that_ask_for_more_memory_than_there_is(name, tmp_path):
+    np.save(tmp_path / "wide.npy", np.ones((5, 3), np.float32))
+    np.save(tmp_path / "numbers.npy", np.arange(5)[:, None])
+    (tmp_path / "wide.npy").rename(tmp_path / "wide.mmap")
+    (tmp_path / "numbers.npy").rename(tmp_path / "wide_numbers.mmap")
+    assert WideRows(tmp_path).read() is not None
+    enlarge(tmp_path / name)
+    with pytest.raises(StoreCorruptedError, match=f"{name} is lost or damaged"):
+        WideRows(tmp_path).read()
+
+
+def test_headers_of_sums_that_ask_for_more_memory_than_there_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("zipfile.ZipExtFile._update_crc", lambda *_: None)
+    moments.settle(tmp_path, {"sums": np.ones((5, 3))})
+    enlarge(next((tmp_path / "whitening").glob("*.npz")))
+    with pytest.raises(StoreCorruptedError, match=r"npz is lost or damaged.*featurize"):
+        moments.settled(tmp_path, settle=False, begun=True)
+
+
+def test_memory_that_is_short_for_what_a_file_holds_is_no_damage(tmp_path):
+    path = tmp_path / "rows.npy"
+    np.save(path, np.zeros((4, 4)))
+    short = MemoryError()
+    assert not_of_the_file(short, path)
+    short.shape, short.dtype = (4, 4), np.dtype(np.float64)
+    assert not_of_the_file(short, path)
+    short.shape = (4, 4000)
+    assert not not_of_the_file(short, path)

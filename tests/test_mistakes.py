@@ -9,9 +9,17 @@ from tests import cases, runs
 from torch.utils.data import DataLoader, TensorDataset
 
 import trak
-from trak.errors import InputError, InputTypeError, NumericalError, PhaseError
-from trak.modelout_functions import ImageClassificationModelOutput
+from trak.errors import (
+    InputError,
+    InputTypeError,
+    NotEnoughMemoryError,
+    NumericalError,
+    PhaseError,
+)
+from trak.modelout_functions import CLIPModelOutput, ImageClassificationModelOutput
 from trak.pipeline.project import RowMaker
+from trak.savers.arrays import RowFile
+from trak.score_computers.ridge_sample import drawn
 
 N, M = 60, 6
 TASK = "image_classification"
@@ -269,3 +277,96 @@ def test_a_checkpoint_of_untied_weights_does_not_fit_a_model_that_ties_them(tmp_
     with pytest.raises(InputError, match=message):
         call(world, tmp_path / "b", checkpoints=[state])
     torch.testing.assert_close(model.head.weight.detach(), before, rtol=0, atol=0)
+
+
+WRONG_OUTPUTS = {
+    "list": lambda output: [output],
+    "nothing": lambda _: None,
+    "array": lambda output: output.detach().numpy(),
+    "decision": lambda output: output > 0,
+    "complex": lambda output: output * 1j,
+    "whole numbers": lambda output: output.long(),
+}
+
+
+@pytest.mark.parametrize("method", ["get_output", "get_batch_output"])
+@pytest.mark.parametrize("kind", WRONG_OUTPUTS)
+def test_outputs_that_have_no_gradients(method, kind, world, tmp_path):
+    model, train, _, states = world
+    usual = getattr(ImageClassificationModelOutput, method)
+
+    def changed(*args):
+        return WRONG_OUTPUTS[kind](usual(*args[method == "get_output" :]))
+
+    task = type("Odd", (ImageClassificationModelOutput,), {method: changed})
+    traker = trak.TRAKer(model, task, N, save_dir=tmp_path, proj_dim=4)
+    traker.load_checkpoint(states[0], model_id=0)
+    with pytest.raises(InputTypeError, match=rf"{method} of Odd.*real numbers.*Return"):
+        traker.featurize(train, num_samples=N)
+
+
+@pytest.mark.parametrize("kind", ["complex", "decision", "whole numbers"])
+@pytest.mark.parametrize("task", [TASK, ImageClassificationModelOutput])
+def test_models_whose_logits_are_no_real_numbers(kind, task, world, tmp_path):
+    model, train, _, states = world
+    model.register_forward_hook(lambda _m, _x, output: WRONG_OUTPUTS[kind](output))
+    traker = trak.TRAKer(model, task, N, save_dir=tmp_path, proj_dim=4)
+    traker.load_checkpoint(states[0], model_id=0)
+    with pytest.raises(InputTypeError, match="logits as a tensor of real numbers"):
+        traker.featurize(train, num_samples=N)
+
+
+def test_loss_weights_that_are_complex(world, tmp_path):
+    class Odd(ImageClassificationModelOutput):
+        def get_out_to_loss_grad(self, *args):
+            return super().get_out_to_loss_grad(*args) * 1j
+
+    model, train, _, states = world
+    traker = trak.TRAKer(model, Odd, N, save_dir=tmp_path, proj_dim=4)
+    traker.load_checkpoint(states[0], model_id=0)
+    with pytest.raises(InputTypeError, match=r"real number a sample.*complex"):
+        traker.featurize(train, num_samples=N)
+
+
+@pytest.mark.parametrize("output", [None, {"image": 1}, [1, 2, 3], (torch.ones(2, 2),)])
+def test_clip_models_that_return_something_else(output):
+    task = CLIPModelOutput(simulated_batch_size=2)
+    model = torch.nn.Linear(2, 2)
+    model.forward = lambda *_, **__: output
+    batches = [(torch.ones(4, 2), torch.ones(4, 2))]
+    with pytest.raises(InputTypeError, match="image embeddings, text embeddings"):
+        task.get_embeddings(model, batches, batch_size=4, embedding_dim=2)
+
+
+META = torch.empty((), device="meta")
+ABSURD = [
+    ({"train_set_size": 10**30}, InputError),
+    ({"train_set_size": 1 << 63}, InputError),
+    ({"train_set_size": META}, InputError),
+    ({"proj_dim": 10**30}, InputError),
+    ({"lambda_reg": META}, InputError),
+    ({"lambda_reg": float}, InputError),
+    ({"lambda_reg": 10**400}, InputError),
+    ({"whitening": META}, InputError),
+    ({"check_examples": META}, InputTypeError),
+    ({"device": 10**30}, InputError),
+    ({"row_dtype": torch.ones(2)}, InputError),
+]
+
+
+@pytest.mark.parametrize(("options", "kind"), ABSURD, ids=str)
+def test_absurd_arguments(options, kind, world, tmp_path):
+    options = {"train_set_size": N, "save_dir": tmp_path, "device": "cpu"} | options
+    with pytest.raises(kind, match=r"must be|train_set_size|row_dtype"):
+        trak.TRAKer(world[0], TASK, **options)
+
+
+def test_files_that_no_file_system_holds_are_an_error_of_the_disk(tmp_path):
+    with pytest.raises(OSError, match=r"too large for 12089258196146291747\d+ bytes"):
+        RowFile(tmp_path / "grads.mmap", (1 << 40, 1 << 38), np.float32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_examples_that_no_memory_holds():
+    with pytest.raises(NotEnoughMemoryError, match="train_set_size"):
+        drawn(1 << 50)

@@ -1,6 +1,7 @@
 """Models that answer differently every time are told of, and no others."""
 
 import logging
+from contextlib import suppress
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn.functional import dropout
 
 import trak
+from trak.errors import StoreMismatchError
 
 N = 24
 
@@ -118,3 +120,36 @@ def test_the_one_call_tells_too(tmp_path, caplog):
             progress=False,
         )
     assert sum("The model is random" in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_single_samples_of_random_models_are_not_blamed_on_picking(resumed, tmp_path):
+    x = torch.randn(N, 6, generator=torch.Generator().manual_seed(0))
+    model = Dropping(knows=False)
+
+    def featurize():
+        traker = trak.TRAKer(model, "image_classification", N, tmp_path, proj_dim=16)
+        traker.load_checkpoint(model.state_dict(), 0)
+        for j in range(N):
+            traker.featurize(batch=(x[j : j + 1], torch.tensor([j % 3])), inds=[j])
+
+    if resumed:
+        with suppress(StoreMismatchError):
+            featurize()
+    with pytest.raises(StoreMismatchError, match="random: outputs of the same samples"):
+        featurize()
+
+
+class NoisyWeights(trak.modelout_functions.ImageClassificationModelOutput):
+    """Its loss weights, and nothing else, are drawn."""
+
+    def get_out_to_loss_grad(self, *args):
+        return super().get_out_to_loss_grad(*args) * torch.rand(())
+
+
+def test_random_loss_weights_are_told_of_once(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        featurized(nn.Linear(6, 3), tmp_path, task=NoisyWeights())
+    told = [r.getMessage() for r in caplog.records if "random" in r.getMessage()]
+    assert len(told) == 1
+    assert "get_out_to_loss_grad" in told[0]

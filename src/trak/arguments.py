@@ -12,26 +12,36 @@ from torch import Tensor
 
 from trak.errors import InputError, InputTypeError
 
+MOST = 1 << 40
+"""Of examples, targets and columns: numbers of bytes beyond it do not fit anywhere."""
 
-def as_integer(name: str, value: Any, *, least: int | None = None) -> int:
+
+def as_integer(
+    name: str, value: Any, *, least: int | None = None, most: int | None = None
+) -> int:
     """Accepts an integer of any library.
 
     Args:
         name: the argument, for the message.
         value: what the user gave.
         least: the smallest one that makes sense; any if None.
+        most: the largest one; any if None.
 
     Returns:
         A Python integer.
 
     Raises:
-        InputError: if it is no integer, or too small. A bool or `3.0` is none.
+        InputError: if it is no integer, too small or too large. A bool or `3.0` is none.
     """
     found = _plain(value)
     whole = isinstance(found, int) and not isinstance(found, bool)
     if not whole or (least is not None and found < least):
         limit = "" if least is None else f" of at least {least}"
         raise InputError(f"{name} must be an integer{limit}, got {value!r}.")
+    if most is not None and found > most:
+        raise InputError(
+            f"{name} must be {most:,} at most, got about 2^{found.bit_length() - 1}."
+        )
     return found
 
 
@@ -186,5 +196,6 @@ def is_listed(value: Any) -> TypeGuard[Iterable[Any]]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
-        return value.item()
+        with suppress(RuntimeError):  # of a tensor without memory
+            return value.item()
     return value

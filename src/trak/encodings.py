@@ -124,7 +124,7 @@ def encoding_of(dtype: Any) -> RowEncoding:
     if name not in ENCODINGS:
         try:
             name = np.dtype(dtype).name
-        except TypeError:
+        except (TypeError, ValueError):
             name = str(dtype)
     if name not in ENCODINGS:
         raise InputError(

@@ -5,10 +5,12 @@ written for another library keeps working. A message says what was expected, wha
 found, where, and what to do.
 """
 
+import math
 import struct
 import tokenize
 import zipfile
 import zlib
+from pathlib import Path
 
 UNREADABLE = (
     OSError,
@@ -25,6 +27,24 @@ UNREADABLE = (
     zlib.error,
 )
 """What NumPy and JSON raise where bytes are not what they are read as."""
+
+
+def not_of_the_file(error: BaseException, path: Path) -> bool:
+    """Whether memory is short for what a file really holds.
+
+    Args:
+        error: was raised while reading it.
+        path: the file, whose arrays are not compressed.
+
+    Returns:
+        False for other errors, and where more was asked for than the file has bytes: then
+        the header of an array is damaged.
+    """
+    shape, dtype = getattr(error, "shape", None), getattr(error, "dtype", None)
+    if not isinstance(error, MemoryError):
+        return False
+    asked = 0 if shape is None or dtype is None else math.prod(shape) * dtype.itemsize
+    return asked <= path.stat().st_size
 
 
 class AttributionError(Exception):

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trak.arguments import as_flag, as_integer, as_level, as_ridge
+from trak.arguments import MOST, as_flag, as_integer, as_level, as_ridge
 from trak.gradient_computers import AbstractGradientComputer, select_parameters
 from trak.lost import tells_of_files
 from trak.modelout_functions import resolve_task
@@ -136,7 +136,9 @@ class TRAKer(Results):
         check_parts(gradient_computer, projector, saver)
         self.model = model
         self.task = resolve_task(task)
-        self.train_set_size = as_integer("train_set_size", train_set_size, least=1)
+        self.train_set_size = as_integer(
+            "train_set_size", train_set_size, least=1, most=MOST
+        )
         self.device = resolve_device(device)
         self.lambda_reg = as_ridge(lambda_reg)
         self.whitening = as_strength(whitening)

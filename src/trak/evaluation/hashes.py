@@ -15,7 +15,13 @@ from torch.nn import Module
 from trak.arguments import is_listed
 from trak.batches import normalize
 from trak.digests import example_digests, state_digest
-from trak.errors import UNREADABLE, InputError, InputTypeError, StoreCorruptedError
+from trak.errors import (
+    UNREADABLE,
+    InputError,
+    InputTypeError,
+    StoreCorruptedError,
+    not_of_the_file,
+)
 from trak.evaluation.conversion import as_numpy
 
 
@@ -151,6 +157,7 @@ def stored_examples(folder: Path) -> NDArray[np.int64] | None:
         `[n]`, 0 where unknown; None if nothing was featurized.
 
     Raises:
+        MemoryError: if there is none for them.
         StoreCorruptedError: if the file is damaged.
     """
     path = folder / "examples.mmap"
@@ -159,7 +166,9 @@ def stored_examples(folder: Path) -> NDArray[np.int64] | None:
     try:
         with path.open("rb") as file:  # a .npy file, whatever it is called
             return np.lib.format.read_array(file, allow_pickle=False)[:, 0]
-    except UNREADABLE as error:
+    except (*UNREADABLE, MemoryError) as error:
+        if not_of_the_file(error, path):
+            raise
         raise StoreCorruptedError(
             f"{path} is no array of examples' hashes any more. Remove its folder and "
             "featurize again."

@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trak.errors import UNREADABLE, BankCorruptedError, BankMismatchError, InputError
+from trak.errors import (
+    UNREADABLE,
+    BankCorruptedError,
+    BankMismatchError,
+    InputError,
+    not_of_the_file,
+)
 from trak.evaluation.arrays import Booleans, as_floats, as_single
 from trak.evaluation.described import as_json
 from trak.evaluation.files import replace_file
@@ -134,7 +140,9 @@ def _load(path: Path) -> NDArray[np.float32]:
     try:
         with path.open("rb") as file:
             found = np.lib.format.read_array(file, allow_pickle=False)
-    except UNREADABLE as error:
+    except (*UNREADABLE, MemoryError) as error:
+        if not_of_the_file(error, path):
+            raise
         raise BankCorruptedError(_damaged(path, type(error).__name__)) from error
     if found.ndim != 1 or found.dtype != np.float32 or not np.isfinite(found).all():
         raise BankCorruptedError(_damaged(path, "not finite numbers of one axis"))

@@ -207,8 +207,9 @@ class Ways:
         first = sum(self._met.values()) == 1
         logger.log(
             logging.INFO if first else logging.WARNING,
-            "The model picks or reorders samples inside, or reads weights around their "
-            "layers for some: gradients of %s are computed exactly from now on.%s",
+            "The model picks or reorders samples inside, reads weights around their "
+            "layers for some, or answers at random: gradients of %s are computed exactly "
+            "from now on.%s",
             sorted(wrong)[:3],
             "" if first else " Those of earlier batches may be wrong.",
         )

@@ -148,13 +148,13 @@ def one_a_sample(found: Any, size: int, name: str) -> Tensor:
         `[b, 1]`.
 
     Raises:
-        InputTypeError: if it is no tensor.
+        InputTypeError: if it is no tensor of real numbers.
         InputError: if it has another number of values.
     """
-    if not isinstance(found, Tensor):
+    if not isinstance(found, Tensor) or found.is_complex():
         raise InputTypeError(
-            f"{name} must return a tensor with one number a sample, got "
-            f"{type(found).__name__}."
+            f"{name} must return a tensor with one real number a sample, got "
+            f"{_kind(found)}."
         )
     if found.numel() != size:
         raise InputError(
@@ -194,14 +194,21 @@ def _returns_tensor(
 ) -> Callable[..., Tensor]:
     def checked(*args: Any) -> Tensor:
         output = function(*args)
-        if not isinstance(output, Tensor):
+        if not isinstance(output, Tensor) or not output.is_floating_point():
             raise InputTypeError(
-                f"{name} of {type(task).__name__} must return a tensor computed from the "
-                f"model's output, got {type(output).__name__}."
+                f"{name} of {type(task).__name__} must return a tensor of real numbers "
+                "computed from the model's output, which gradients are taken of, got "
+                f"{_kind(output)}. Return the tensor itself: no list of it, no .item(), "
+                ".numpy(), comparison or argmax."
             )
         return output
 
     return checked
+
+
+def _kind(found: Any) -> str:
+    kind = type(found).__name__
+    return f"a tensor of {found.dtype}" if isinstance(found, Tensor) else kind
 
 
 def resolve_task(task: Any, by_name: dict[str, type]) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trak.arguments import as_integer, as_number
 from trak.digests import state_digest
-from trak.errors import InputError, PhaseError
+from trak.errors import InputError, InputTypeError, PhaseError
 from trak.modelout_functions.abstract import AbstractModelOutput
 from trak.modelout_functions.margin import call
 from trak.modes import evaluation_mode
@@ -115,9 +115,11 @@ class CLIPModelOutput(AbstractModelOutput):
         done = 0
         with evaluation_mode(model), torch.no_grad():
             for image, text in loader:
-                u, v, _ = model(
-                    preprocess_fn_img(image) if preprocess_fn_img else image,
-                    preprocess_fn_txt(text) if preprocess_fn_txt else text,
+                u, v, _ = _three(
+                    model(
+                        preprocess_fn_img(image) if preprocess_fn_img else image,
+                        preprocess_fn_txt(text) if preprocess_fn_txt else text,
+                    )
                 )
                 images.append(u[: size - done].detach())
                 texts.append(v[: size - done].detach())
@@ -197,7 +199,7 @@ class CLIPModelOutput(AbstractModelOutput):
         """
         image, text = _pair(image, label)
         inputs = {"image": image.unsqueeze(0), "text": text.unsqueeze(0)}
-        u, v, _ = call(model, (weights, buffers), (), inputs)
+        u, v, _ = _three(call(model, (weights, buffers), (), inputs))
         image_margin, text_margin = self._margins(u, v, 1.0)
         return (image_margin + text_margin).sum()
 
@@ -212,7 +214,7 @@ class CLIPModelOutput(AbstractModelOutput):
             `[b]`.
         """
         image, text = _pair(*((batch,) if isinstance(batch, Mapping) else batch))
-        u, v, _ = call(model, (None, None), (), {"image": image, "text": text})
+        u, v, _ = _three(call(model, (None, None), (), {"image": image, "text": text}))
         image_margin, text_margin = self._margins(u, v, 1.0)
         return image_margin + text_margin
 
@@ -232,7 +234,7 @@ class CLIPModelOutput(AbstractModelOutput):
         """
         image, text = _pair(*((batch,) if isinstance(batch, Mapping) else batch))
         inputs = {"image": image, "text": text}
-        u, v, scale = call(model, (weights, buffers), (), inputs)
+        u, v, scale = _three(call(model, (weights, buffers), (), inputs))
         temperature = scale if self.temperature is None else self.temperature
         image_margin, text_margin = self._margins(u, v, temperature)
         q = (torch.sigmoid(-image_margin) + torch.sigmoid(-text_margin)) / 2
@@ -261,6 +263,17 @@ def _equal(some: Tensor, others: Tensor) -> Tensor:
     # torch.isclose would do, but has no batching rule
     tolerance = 1e-5 * others.abs().amax()
     return ((some.detach()[:, None] - others).abs() <= tolerance).all(-1)
+
+
+def _three(output: Any) -> tuple[Tensor, Tensor, Any]:
+    three = isinstance(output, tuple | list) and len(output) == 3
+    if not three or not all(isinstance(part, Tensor) for part in output[:2]):
+        raise InputTypeError(
+            "Expected the model to return (image embeddings, text embeddings, logit scale)"
+            f"; got {type(output).__name__}. Wrap the model in one whose forward(image, "
+            "text) returns them."
+        )
+    return output[0], output[1], output[2]
 
 
 def _pair(image: Any, text: Any = None) -> tuple[Tensor, Tensor]:

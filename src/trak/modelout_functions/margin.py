@@ -22,20 +22,22 @@ def logits_of(output: Any) -> Tensor:
         The logits.
 
     Raises:
-        InputTypeError: if there are none.
+        InputTypeError: if there are none, or they are no real numbers.
     """
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
         logits = output.get("logits")
     if logits is None and isinstance(output, tuple) and output:
         logits = output[0]
-    if isinstance(logits, Tensor):
+    if isinstance(logits, Tensor) and logits.is_floating_point():
         return logits
+    found = type(output).__name__
+    if isinstance(logits, Tensor):
+        found = f"{logits.dtype}, whose gradients cannot be attributed"
     raise InputTypeError(
-        "Expected the model to return logits as a tensor, as `.logits`, as ['logits'] "
-        f"or first in a tuple; got {type(output).__name__}."
+        "Expected the model to return logits as a tensor of real numbers, as `.logits`, "
+        f"as ['logits'] or first in a tuple; got {found}. Wrap the model in one whose "
+        "forward returns them, or write a task (docs/custom-tasks.md)."
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from trak.arguments import Ridge, as_integer
+from trak.arguments import MOST, Ridge, as_integer
 from trak.batches import normalize
 from trak.errors import ModelIDException, PhaseError
 from trak.modes import evaluation_mode
@@ -133,7 +133,7 @@ class Pipeline:
             ModelIDException: if the checkpoint was not featurized.
         """
         model_id = as_model_id(model_id)
-        num_targets = as_integer("num_targets", num_targets, least=1)
+        num_targets = as_integer("num_targets", num_targets, least=1, most=MOST)
         self.verify()
         digest = validate_state(self.model, checkpoint)
         if self.saver.checkpoint_digest(model_id) is None:

@@ -137,7 +137,7 @@ class RowStorer:
             making as (made, weights),
         ):
             if phase.coverage is None or self.maker.computer.disproved:
-                refuse_disproved(self.saver, phase.model_id, self.maker.computer)
+                refuse_disproved(self.saver, phase.model_id, self.maker.computer, batch)
             values = {"examples": digests[:, None]}
             values["grads"] = to_store(made, self.dtype, numbers)
             if weights is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trak.arguments import as_integer
+from trak.arguments import MOST, as_integer
 from trak.blocks import Block, DenseBlock, Sink
 from trak.errors import InputError
 from trak.projectors import counter
@@ -45,7 +45,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         raise InputError(
             f"device must be one of torch's, such as 'cpu', 'cuda' or 'cuda:1', got "
             f"{device!r}. Leave it out for CUDA where present, else the CPU."
@@ -139,7 +139,7 @@ class BlockProjector(AbstractProjector):
         device: str | torch.device | None,
         layout: Mapping[str, int] | None = None,
     ) -> None:
-        proj_dim = as_integer("proj_dim", proj_dim, least=1)
+        proj_dim = as_integer("proj_dim", proj_dim, least=1, most=MOST)
         if layout is not None and sum(layout.values()) != grad_dim:
             total = sum(layout.values())
             raise InputError(

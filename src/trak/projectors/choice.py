@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trak.arguments import as_integer, meant
+from trak.arguments import MOST, as_integer, meant
 from trak.errors import InputError
 from trak.projectors.abstract import BlockProjector, ProjectionType
 from trak.projectors.dense import BasicProjector
@@ -56,7 +56,7 @@ def make_projector(
     Raises:
         InputError: if `proj_dim` is not a positive integer or the name is not known.
     """
-    proj_dim = as_integer("proj_dim", proj_dim, least=1)
+    proj_dim = as_integer("proj_dim", proj_dim, least=1, most=MOST)
     full = {n: (s,) if isinstance(s, int) else tuple(s) for n, s in shapes.items()}
     layout = {name: math.prod(shape) for name, shape in full.items()}
     size = f"{sum(layout.values()):,} parameters to {proj_dim:,} numbers"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trak.arguments import as_integer
+from trak.arguments import MOST, as_integer
 from trak.errors import InputError
 from trak.projectors.abstract import AbstractProjector
 from trak.projectors.choice import POSITIONS, make_projector
@@ -196,7 +196,7 @@ def chosen_dimension(
         InputError: if it is something else.
     """
     if not isinstance(proj_dim, str):
-        return as_integer("proj_dim", proj_dim, least=1)
+        return as_integer("proj_dim", proj_dim, least=1, most=MOST)
     if proj_dim == EXACT:
         return None
     if proj_dim != "auto":

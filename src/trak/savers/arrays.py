@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from trak.errors import StoreCorruptedError, StoreMismatchError
 from trak.savers.filesystem import link_new, sync_directory, temporary_path
 
+_LARGEST = (1 << 63) - 1  # file, in bytes
 REMEDY = "Remove its folder and featurize again."
 """What to do if a file is damaged that training examples' rows are in."""
 
@@ -193,7 +194,12 @@ def allocate(descriptor: int, size: int) -> None:
     Args:
         descriptor: an open file.
         size: its length in bytes.
+
+    Raises:
+        OSError: if no file may be so large, or there is no room.
     """
+    if size > _LARGEST:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     if hasattr(os, "posix_fallocate") and size:
         os.posix_fallocate(descriptor, 0, size)
     else:
@@ -217,7 +223,7 @@ def room_for(path: Path, size: int) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise
         reason = f"{os.strerror(error.errno)} for {size} bytes of"
         raise OSError(error.errno, reason, str(path)) from error

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from trak.errors import ModelIDException, StoreCorruptedError
 from trak.savers.arrays import RowFile, new_array
-from trak.savers.filesystem import read_json, replace_json, sync_directory
+from trak.savers.filesystem import read_object, replace_json, sync_directory
 from trak.savers.locks import changing, reading
 
 _ARRAYS = "arrays"
@@ -73,12 +73,17 @@ def _load(folder: Path) -> tuple[NDArray[np.float64], dict[str, Any]]:
         )
     record = folder / "factor.json"
     again = "and call finalize_features() again; no gradient is recomputed"
-    info = read_json(record, f"remove it {again}")
+    info = read_object(record, f"remove it {again}", shape=list)
     remedy = f"Remove {record} {again}."
-    matrix = _array(folder / "factor.npy", tuple(info["shape"]), remedy)
+    shape, sizes = info["shape"], info.pop(_ARRAYS, {})
+    if len(shape) != 2 or not all(isinstance(size, int) for size in shape):
+        raise StoreCorruptedError(f"{record} has no shape [q, q] but {shape!r}. {remedy}")
+    if not isinstance(sizes, dict) or not all(isinstance(n, int) for n in sizes.values()):
+        raise StoreCorruptedError(f"{record} has arrays of sizes {sizes!r}. {remedy}")
+    matrix = _array(folder / "factor.npy", (shape[0], shape[1]), remedy)
     arrays = {
         name: np.array(_array(folder / f"{name}.npy", (size, 1), remedy))
-        for name, size in info.pop(_ARRAYS, {}).items()
+        for name, size in sizes.items()
     }
     return matrix, {**info, **arrays}
 

@@ -86,19 +86,20 @@ def read_json(path: Path, remedy: str = REMEDY) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise StoreCorruptedError(
             f"{path} is not a JSON file ({error}). This library replaces such files as "
             f"a whole, so something else damaged it: restore it, or {remedy}."
         ) from error
 
 
-def read_object(path: Path, remedy: str = REMEDY) -> dict[str, Any]:
+def read_object(path: Path, remedy: str = REMEDY, **entries: type) -> dict[str, Any]:
     """Reads a JSON file that holds an object.
 
     Args:
         path: the file.
         remedy: what to do if it is damaged, the end of a sentence.
+        entries: names of what it must hold, and their types.
 
     Returns:
         Its value.
@@ -112,6 +113,12 @@ def read_object(path: Path, remedy: str = REMEDY) -> dict[str, Any]:
             f"{path} should hold a JSON object, and holds {found!r:.80}. Restore it, or "
             f"{remedy}."
         )
+    for name, kind in entries.items():
+        if not isinstance(found.get(name), kind):
+            raise StoreCorruptedError(
+                f"{path} should hold {name!r}, of the type {kind.__name__}, and holds "
+                f"{found.get(name)!r:.80} there. Restore it, or {remedy}."
+            )
     return found
 
 

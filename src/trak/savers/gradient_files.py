@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.errors import UNREADABLE, StoreCorruptedError
+from trak.errors import UNREADABLE, StoreCorruptedError, not_of_the_file
 from trak.savers.arrays import room_for
 from trak.savers.filesystem import sync_directory, temporary_path
 
@@ -140,7 +140,9 @@ class _Arrays(Mapping[str, NDArray[Any]]):
 def _damage_named(path: Path) -> Generator[None]:
     try:
         yield
-    except UNREADABLE as error:
+    except (*UNREADABLE, MemoryError) as error:
+        if not_of_the_file(error, path):
+            raise
         raise StoreCorruptedError(
             f"{path} is lost or damaged ({error}), and rows of the exact kernel are made "
             "from it. Restore it, or delete the checkpoint's folder and featurize again."

@@ -9,7 +9,7 @@ import numpy as np
 
 from trak.encodings import RowEncoding
 from trak.errors import InputError, StoreMismatchError
-from trak.savers.filesystem import read_json
+from trak.savers.filesystem import read_object
 from trak.savers.rows import RowGroup
 
 LONGEST_NAME = 255 - len("..") - len(".mmap") - 2 * len(".0123456789abcdef")
@@ -193,10 +193,13 @@ def read_experiment(path: Path) -> dict[str, Any]:
     Returns:
         The record.
     """
-    return read_json(
+    return read_object(
         path,
         "remove it, and start scoring and finalize the scores again, or make the call of "
         "attribute again (rows of targets are kept, and no gradient is recomputed)",
+        num_targets=int,
+        scores_path=str,
+        scores_finalized=int,
     )
 
 

@@ -19,7 +19,6 @@ from trak.savers import factor_files
 from trak.savers.filesystem import (
     create_json,
     made_folder,
-    read_json,
     read_object,
     sync_directory,
 )
@@ -190,7 +189,7 @@ class MmapSaver(SideFiles):
             The hash, or None if the id is new.
         """
         path = self._layout.checkpoint(model_id) / "checkpoint.json"
-        return read_json(path)["digest"] if path.exists() else None
+        return read_object(path, digest=str)["digest"] if path.exists() else None
 
     def register_model_id(self, model_id: int, digest: str) -> None:
         """Registers a checkpoint, or finds it registered with the same weights.

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.errors import UNREADABLE, StoreCorruptedError
+from trak.errors import UNREADABLE, StoreCorruptedError, not_of_the_file
 from trak.savers.arrays import room_for
 from trak.savers.filesystem import (
     create_json,
     link_new,
-    read_json,
+    read_object,
     sync_directory,
     temporary_path,
 )
@@ -108,7 +108,8 @@ def settled(
         if not (settle and names):
             return None
         create_json(listing, {"parts": names})
-    paths = [folder / name for name in read_json(listing)["parts"]]
+    names = read_object(listing, parts=list)["parts"]
+    paths = [folder / str(name) for name in names]
     return [(path, _read(path, prefix)) for path in paths]
 
 
@@ -129,7 +130,9 @@ def _read(path: Path, prefix: str = "") -> Arrays:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name.startswith(prefix)}
-    except UNREADABLE as error:
+    except (*UNREADABLE, MemoryError) as error:
+        if not_of_the_file(error, path):
+            raise
         raise StoreCorruptedError(
             f"{path} is lost or damaged ({error}), and rows depend on it. Restore "
             "it, or delete the checkpoint's folder and featurize again."

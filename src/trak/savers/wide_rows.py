@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from trak.errors import UNREADABLE, StoreCorruptedError
+from trak.errors import UNREADABLE, StoreCorruptedError, not_of_the_file
 from trak.savers.arrays import RowFile
 
 
@@ -65,7 +65,9 @@ def _load(path: Path) -> NDArray[Any]:
         with path.open("rb") as file:
             # what np.load says of a file that is no array is unsafe advice
             found: NDArray[Any] = npy.read_array(file, allow_pickle=False)
-    except UNREADABLE as error:
+    except (*UNREADABLE, MemoryError) as error:
+        if not_of_the_file(error, path):
+            raise
         _refuse(path, str(error), error)
     if found.ndim != 2:
         _refuse(path, f"an array of shape {found.shape}")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak.encodings import RowSource, row_encoding
+from trak.errors import NotEnoughMemoryError
 from trak.score_computers.curvature import roots as roots_of
 from trak.score_computers.losses import Losses, losses_of
 from trak.score_computers.stream import rows_per_block, stream
@@ -176,8 +177,18 @@ def drawn(count: int, most: int = SAMPLE) -> NDArray[np.int64]:
 
     Returns:
         Row numbers, ascending.
+
+    Raises:
+        NotEnoughMemoryError: if so many cannot be numbered in memory.
     """
-    lots = torch.randperm(count, generator=torch.Generator().manual_seed(0), device="cpu")
+    seeded = torch.Generator().manual_seed(0)
+    try:
+        lots = torch.randperm(count, generator=seeded, device="cpu")
+    except RuntimeError as error:
+        raise NotEnoughMemoryError(
+            f"There is no memory for the numbers of {count:,} training examples (8 bytes "
+            "each). Is train_set_size right?"
+        ) from error
     return lots[:most].sort().values.numpy()
 
 
