@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 from tests import runs
 
-from trak.errors import StoreCorruptedError, StoreMismatchError, not_of_the_file
+import trak
+from trak.errors import (
+    StoreCorruptedError,
+    StoreMismatchError,
+    StoreNotWritableError,
+    not_of_the_file,
+)
 from trak.modelout_functions import ImageClassificationModelOutput
 from trak.savers import moments
 from trak.savers.arrays import RowFile
@@ -259,6 +265,33 @@ def test_a_whole_store_can_be_read_where_nothing_can_be_written(locked, whole, m
         assert traker.self_influence().shape == (N,)
         with pytest.raises(PermissionError):
             traker.finalize_scores("exp")
+
+
+def test_the_one_call_gives_what_a_store_that_cannot_be_written_holds(
+    tmp_path, monkeypatch
+):
+    model, train, targets = runs.data("mlp", N, M)
+    states = [model.state_dict(), {k: 2 * v for k, v in model.state_dict().items()}]
+
+    def call(count, **options):
+        return trak.attribute(
+            model,
+            task="image_classification",
+            train=[train],
+            targets=[targets],
+            checkpoints=states[:count],
+            save_dir=tmp_path,
+            progress=False,
+            **options,
+        )
+
+    expected = np.array(call(2))
+    with monkeypatch.context() as patch:
+        refuse_writing(patch)
+        np.testing.assert_array_equal(call(2), expected)
+        for refused in ({"count": 1}, {"count": 2, "exp_name": "other"}):
+            with pytest.raises(StoreNotWritableError):
+                call(**refused)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

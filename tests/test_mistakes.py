@@ -9,6 +9,7 @@ from tests import cases, runs
 from torch.utils.data import DataLoader, TensorDataset
 
 import trak
+from trak.digests import example_digests
 from trak.errors import (
     InputError,
     InputTypeError,
@@ -370,3 +371,42 @@ def test_files_that_no_file_system_holds_are_an_error_of_the_disk(tmp_path):
 def test_numbers_of_examples_that_no_memory_holds():
     with pytest.raises(NotEnoughMemoryError, match="train_set_size"):
         drawn(1 << 50)
+
+
+X = torch.eye(6)
+PARTS = {
+    "sparse": (X.to_sparse, r"to_dense\(\)"),
+    "rows": (X.to_sparse_csr, r"to_dense\(\)"),
+    "nested": (lambda: torch.nested.nested_tensor(list(X)), "to_padded_tensor"),
+    "jagged": (
+        lambda: torch.nested.nested_tensor(list(X), layout=torch.jagged),
+        "to_padded_tensor",
+    ),
+    "quantized": (
+        lambda: torch.quantize_per_tensor(X, 0.1, 0, torch.qint8),
+        "dequantize",
+    ),
+    "meta": (lambda: X.to("meta"), "with numbers"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage", "ignore:.*beta state")
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
+@pytest.mark.parametrize("kind", PARTS)
+def test_parts_of_batches_that_are_not_plain_numbers(kind, world, tmp_path):
+    part, remedy = PARTS[kind]
+    batch = (part(), torch.arange(6) % 3)
+    with pytest.raises(InputTypeError, match=rf"batch\[0\] must be.*{remedy}"):
+        call(world, tmp_path, train=[batch])
+    traker = trak.TRAKer(world[0], TASK, 6, save_dir=tmp_path / "steps")
+    traker.load_checkpoint(world[0].state_dict(), model_id=0)
+    with pytest.raises(InputTypeError, match=rf"batch\[0\] must be.*{remedy}"):
+        traker.featurize(batch, num_samples=6)
+
+
+def test_complex_inputs_with_a_conjugate_bit_have_hashes():
+    x = torch.tensor([[1 + 2j], [3 - 1j]])
+    conjugate, resolved = x.conj(), x.conj().resolve_conj()
+    assert conjugate.is_conj()
+    found = [example_digests((part,)).tolist() for part in (conjugate, resolved, x)]
+    assert found[0] == found[1] != found[2]

@@ -412,4 +412,4 @@ def test_a_store_that_may_not_be_written_is_told(reason, world, tmp_path, monkey
 
     monkeypatch.setattr(os, "open", refusing)
     with pytest.raises(StoreNotWritableError, match=r"lock cannot be .* use the copy as"):
-        runs.one_call(world, tmp_path)
+        runs.one_call(world, tmp_path, exp_name="others")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from trak.arguments import as_flag, is_listed, meant
 from trak.digests import is_plain
-from trak.errors import InputError, InputTypeError, PhaseError
+from trak.errors import InputError, InputTypeError, PhaseError, StoreNotWritableError
 from trak.gradient_computers import select_parameters
 from trak.loaders import count_of, ordered, size_of, some_of
 from trak.pipeline import Whitener, as_names, check_model, try_first_batches
@@ -236,7 +236,13 @@ class _Run:
         own = range(len(self.states))  # of a store that may hold more
         self.traker.finalize_features(model_ids=own)
         self.score(targets, exp_name, count)
-        return self.traker.finalize_scores(exp_name, model_ids=own)
+        try:
+            return self.traker.finalize_scores(exp_name, model_ids=own)
+        except StoreNotWritableError:
+            known = {found.name: found for found in self.traker.experiments()}[exp_name]
+            if not known.scores_finalized or known.model_ids != tuple(own):
+                raise
+            return self.traker.scores(exp_name)
 
     def featurize(self, train: Any) -> None:
         count = self.traker.train_set_size

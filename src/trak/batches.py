@@ -28,7 +28,8 @@ def normalize(batch: Any, device: torch.device | None = None) -> Batch:
         A tuple or a dict of tensors that agree on their first axis.
 
     Raises:
-        InputTypeError: if the batch is no tensor, iterable or mapping.
+        InputTypeError: if the batch is no tensor, iterable or mapping, or a part of it is
+            sparse, nested, quantized or without numbers.
     """
     normal: Batch
     if isinstance(batch, Mapping):
@@ -112,8 +113,27 @@ def _tensor(value: Any, where: str, device: torch.device | None) -> Tensor:
                 f"{where} is a {type(value).__name__} and not a tensor. Drop what the "
                 "model does not take (texts, ids) before handing over the batch."
             ) from error
+    way = _way_to_plain(value)
+    if way is not None:
+        raise InputTypeError(
+            f"{where} must be a tensor of plain numbers, which samples can be taken out "
+            f"of; it is {way[0]}. Pass {way[1]}; the model may turn it back."
+        )
     if value.requires_grad:
         value = value.detach()
     if value.is_inference():
         value = value.clone()
     return value if device is None else value.to(device)
+
+
+def _way_to_plain(value: Tensor) -> tuple[str, str] | None:
+    # what it is instead, and what to pass
+    if value.is_nested:
+        return "a nested one", "part.to_padded_tensor(0.0)"
+    if value.is_quantized:
+        return "quantized", "part.dequantize()"
+    if value.layout is not torch.strided:
+        return f"of the layout {value.layout}", "part.to_dense()"
+    if value.is_meta:
+        return "on the meta device, without numbers", "one with numbers"
+    return None

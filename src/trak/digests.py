@@ -168,7 +168,7 @@ def _column_sums(data: Tensor) -> Tensor:
 def _as_numpy(value: Tensor) -> NDArray[Any]:
     if not is_plain(value):
         value = _bytes(value)
-    value = value.detach().cpu().contiguous()
+    value = value.detach().cpu().resolve_conj().contiguous()
     if value.dtype is torch.bfloat16:
         value = value.view(torch.int16)
     elif value.dtype in _UNKNOWN_TO_NUMPY:

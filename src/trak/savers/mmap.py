@@ -331,14 +331,16 @@ class MmapSaver(SideFiles):
             "scores_path": f"scores/{exp_name}.mmap",
             "scores_finalized": 0,
         }
-        with changing(self.save_dir):
-            if discard_unused(self._layout, exp_name, num_targets):
-                for key in [key for key in self._targets if key[0] == exp_name]:
-                    del self._targets[key]
-            create_json(path, content)
-            found = read_experiment(path)["num_targets"]
-            if found == num_targets:
-                self.target_rows(exp_name, model_id)
+        found = num_targets
+        if not self._is_scored(exp_name, num_targets, model_id):
+            with changing(self.save_dir):
+                if discard_unused(self._layout, exp_name, num_targets):
+                    for key in [key for key in self._targets if key[0] == exp_name]:
+                        del self._targets[key]
+                create_json(path, content)
+                found = read_experiment(path)["num_targets"]
+                if found == num_targets:
+                    self.target_rows(exp_name, model_id)
         if found != num_targets:
             raise StoreMismatchError(
                 f"Experiment {exp_name!r} in {self.save_dir} has {found} targets; "
@@ -348,6 +350,15 @@ class MmapSaver(SideFiles):
         self.experiments.setdefault(exp_name, {})
         self.refresh()
         self.load_current_store(model_id, exp_name)
+
+    def _is_scored(self, exp_name: str, num_targets: int, model_id: int) -> bool:
+        # so that nothing is written, which a store may not allow
+        begun = self._layout.experiment(exp_name).exists()
+        if not begun or not self.has_targets(exp_name, model_id):
+            return False
+        count = self.experiment(exp_name)["num_targets"]
+        rows = self._layout.target_rows(exp_name, model_id, count)
+        return count == num_targets and bool(rows.done.all())
 
     def target_rows(self, exp_name: str, model_id: int) -> RowGroup:
         """Rows of an experiment's targets: `grads` and `examples`.
