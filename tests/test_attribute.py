@@ -99,6 +99,18 @@ def test_the_model_itself_is_the_default_and_may_be_among_the_checkpoints(world,
     )
 
 
+def test_rows_of_double_precision_are_to_be_asked_for(tmp_path):
+    model, train, targets = runs.data("mlp", 20, 3, torch.float64)
+    world = model, train, targets, [model.state_dict()]
+    asked = ({}, {"row_dtype": "float64"}, {"use_half_precision": False})
+    found = []
+    for number, options in enumerate(asked):
+        scores = call(world, tmp_path / str(number), whitening=0.5, **options)
+        rows = np.load(tmp_path / str(number) / "0" / "grads.mmap", mmap_mode="r")
+        found.append((rows.dtype.name, scores.dtype.name))
+    assert found == [("float32",) * 2, ("float64",) * 2, ("float64",) * 2]
+
+
 def test_it_goes_on_and_adds_targets(learned, tmp_path, monkeypatch):
     whole = call(learned, tmp_path / "a")
     real, calls = TRAKer.featurize, []
