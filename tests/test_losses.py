@@ -1,6 +1,7 @@
 """Whether a loss is logistic: told from a few outputs and loss weights."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -282,3 +283,19 @@ def test_rows_are_weighted_by_the_answer_that_was_factored(tmp_path, caplog):
     gram += torch.eye(len(gram)) * gram.trace() / N
     expected = loss * (rows @ torch.linalg.solve(gram, aims.T)).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * expected.std())
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_loss_weights_that_are_all_zero_are_told_of(certain, tmp_path, caplog):
+    model, train, targets = runs.data("mlp", 20, 3)
+
+    class Task(ImageClassificationModelOutput):
+        def get_out_to_loss_grad(self, *args):
+            return super().get_out_to_loss_grad(*args) * (not certain)
+
+    traker = runs.make_traker(model, 20, tmp_path, task=Task())
+    with caplog.at_level(logging.WARNING):
+        scores = runs.whole_run(traker, train, targets, [model.state_dict()])
+    assert any("Every loss weight" in r.getMessage() for r in caplog.records) == certain
+    assert scores.any() != certain
+    assert traker.scores("exp", method="cosine").any()

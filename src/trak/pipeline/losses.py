@@ -236,13 +236,21 @@ def score_weights(
 
 
 def tell_of_strays(losses: Losses, model_id: int) -> None:
-    """Says so where a few loss weights are the reason for other settings.
+    """Says so where a few loss weights are the reason for other settings, or all are 0.
 
     Args:
         losses: what `loss_sizes` gave.
         model_id: the checkpoint.
     """
     loss = losses.own
+    if not bool(loss.any()):
+        logger.warning(
+            "Every loss weight Q of model_id=%d is 0, so it adds nothing to scores: the "
+            "model is certain about all training examples, or get_out_to_loss_grad rounds. "
+            "Take an earlier checkpoint, or a method that asks for the sign of Q alone "
+            "(scores(method='cosine'), 'relatif', 'unit_norm').",
+            model_id,
+        )
     inside = (loss >= 0) & (loss <= 1)
     share = float(inside.double().mean())
     if _MOSTLY <= share < 1:
