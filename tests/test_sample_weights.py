@@ -448,3 +448,40 @@ def test_sample_weights_that_cannot_be(returned, error, message, tmp_path):
     wrong = type("Wrong", (type(task),), {"get_sample_weights": lambda _, b: returned(b)})
     with pytest.raises(error, match=message):
         finished(tmp_path, train, wrong())
+
+
+class Hinge(trak.modelout_functions.AbstractModelOutput):
+    """Its Q is a truth value, or a whole number."""
+
+    def __init__(self, kind):
+        self._kind = kind
+
+    def get_output(self, model, weights, buffers, x, y, w):
+        del w
+        found = torch.func.functional_call(model, (weights, buffers), (x[None],))
+        return (2 * y - 1) * found.sum()
+
+    def get_out_to_loss_grad(self, model, weights, buffers, batch):
+        x, y, _ = batch
+        found = torch.func.functional_call(model, (weights, buffers), (x,))[:, 0]
+        return ((2 * y - 1) * found < 1).to(self._kind)
+
+    def get_sample_weights(self, batch):
+        return batch[2]
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int8, torch.float16, torch.float32])
+@pytest.mark.parametrize("precision", [torch.float16, torch.float32])
+def test_weights_keep_their_digits_whatever_the_dtype_of_q(kind, precision, tmp_path):
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)).to(precision)
+    weights = torch.linspace(0.3, 1e5, 20)
+    model = torch.nn.Linear(4, 1).to(precision)
+    traker = trak.TRAKer(
+        model, Hinge(kind), 20, save_dir=tmp_path, row_dtype="float32", proj_dim=4
+    )
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize((x, torch.arange(20) % 2, weights), num_samples=20)
+    found = traker.saver.train_rows(0).array("sample_weights")[:, 0]
+    np.testing.assert_array_equal(found, weights.numpy())
+    loss = traker.saver.current_store["out_to_loss"][:, 0]
+    assert set((loss / weights.numpy()).tolist()) <= {0.0, 1.0}

@@ -311,3 +311,9 @@ def test_outputs_of_one_axis_are_told_which_there_may_be():
             InputError, match=r"\[subset, target\], or \[subset, seed, target"
         ):
             lds(scores, masks, outputs)
+
+
+def test_more_draws_than_memory_holds_are_refused():
+    scores, masks, outputs = np.eye(4), np.eye(5, 4) > 0, np.random.default_rng(0)
+    with pytest.raises(InputError, match="draws must be"):
+        lds(scores, masks, outputs.normal(size=(5, 4)), draws=10**30)

@@ -65,7 +65,7 @@ class Bootstrap:
         checked = as_number("level", level, zero=False)
         if checked >= 1:
             raise InputError(f"level must be below 1, such as 0.95, got {level!r}.")
-        draws = as_integer("draws", draws, least=2)
+        draws = as_integer("draws", draws, least=2, most=_MOST_DRAWS)
         return cls(checked, draws, as_integer("seed", seed, least=0))
 
     def counts(self, size: int, stream: int) -> Floats:
@@ -122,6 +122,7 @@ class Resampled:
     bias: float
 
 
+_MOST_DRAWS = 1_000_000
 SUBSETS, TARGETS, CONTROLS = range(3)
 """Streams of random numbers: one for each thing that is drawn."""
 

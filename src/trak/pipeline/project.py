@@ -333,6 +333,7 @@ class RowMaker:
         counting = sample_weights_function(self.computer.modelout_fn)
         if counting is None:
             return loss
+        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
         counts = counted(counting(batch), size).to(loss)
         return torch.cat([loss * counts, counts], dim=1)
 
