@@ -9,6 +9,7 @@ import torch
 from tests import cases, reference, runs
 from torch.func import functional_call
 
+from trak.errors import NumericalError
 from trak.gradient_computers import (
     FunctionalGradientComputer,
     HookGradientComputer,
@@ -299,3 +300,21 @@ def test_loss_weights_that_are_all_zero_are_told_of(certain, tmp_path, caplog):
     assert any("Every loss weight" in r.getMessage() for r in caplog.records) == certain
     assert scores.any() != certain
     assert traker.scores("exp", method="cosine").any()
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_loss_weights_that_cannot_be_stored_are_named(double, tmp_path):
+    dtype = torch.float64 if double else torch.float32
+    model, train, _ = runs.data("mlp", 20, 3, dtype)
+
+    class Task(ImageClassificationModelOutput):
+        def get_out_to_loss_grad(self, *args):
+            found = super().get_out_to_loss_grad(*args).double()
+            found[7:8] *= 1e300
+            return found
+
+    traker = runs.make_traker(model, 20, tmp_path, task=Task(), row_dtype="float32")
+    traker.load_checkpoint(model.state_dict(), 0)
+    with pytest.raises(NumericalError, match="Q of sample 7 is larger than float32"):
+        traker.featurize(train, num_samples=20)
+    assert not traker.saver.train_rows(0).refresh().any()

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from trak.batches import Batch, batch_size, normalize
+from trak.errors import NumericalError
 from trak.modes import evaluation_mode
 from trak.pipeline.order import refuse_shuffled_loader
 from trak.pipeline.phase import OvertakenError, Phase
@@ -142,6 +143,19 @@ class RowStorer:
             values["grads"] = to_store(made, self.dtype, numbers)
             if weights is not None:
                 loss = weights.to(torch.float64).cpu().numpy()
+                _refuse_too_large(loss, rows.array("out_to_loss").dtype, numbers)
                 values["out_to_loss"] = loss[:, :1]
                 values |= {"sample_weights": loss[:, 1:]} if loss.shape[1] > 1 else {}
             rows.commit(numbers, values)
+
+
+def _refuse_too_large(
+    loss: NDArray[np.float64], dtype: np.dtype[Any], numbers: NDArray[np.int64]
+) -> None:
+    fits = (np.abs(loss) <= np.finfo(dtype).max).all(axis=1)
+    if not fits.all():
+        raise NumericalError(
+            f"The loss weight Q of sample {numbers[np.argmin(fits)]} is larger than "
+            f"{dtype} holds, in which Q is stored. Nothing of this batch was stored. "
+            "Divide the task's Q by a constant, which scores are then divided by, too."
+        )
