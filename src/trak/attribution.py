@@ -75,8 +75,7 @@ def attribute(
         curvature: weigh training examples by the curvature of their loss.
         loss_power: exponent of their loss weights Q; `"auto"` tells how training went.
         lambda_reg: the ridge, as for `TRAKer`.
-        proj_dim: as for `TRAKer`; `"auto"` does not project up to 256 MiB of rows, which
-            are float32 where that fits into these, also those of float64 models.
+        proj_dim: as for `TRAKer`; `"auto"` does not project up to 256 MiB of rows.
         progress: show progress bars.
         options: further arguments of `TRAKer`.
 
