@@ -189,6 +189,22 @@ def test_strays_are_named(tmp_path, caplog):
     assert "but for" not in caplog.text
 
 
+class Settled(Margin):
+    """A hinge loss that is 0 for every example."""
+
+    def get_out_to_loss_grad(self, model, weights, buffers, batch):
+        return 0 * super().get_out_to_loss_grad(model, weights, buffers, batch)
+
+
+def test_loss_weights_that_are_all_0_are_told(tmp_path, caplog):
+    traker, _ = finished(tmp_path / "a", Settled())
+    assert not np.array(traker.scores("test")).any()
+    assert "Q of model_id=0 is 0 for all training examples" in caplog.text
+    caplog.clear()
+    finished(tmp_path / "b", Margin())
+    assert "all training examples" not in caplog.text
+
+
 class OneNumber(Margin):
     def get_out_to_loss_grad(self, model, weights, buffers, batch):
         return super().get_out_to_loss_grad(model, weights, buffers, batch).mean()

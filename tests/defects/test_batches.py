@@ -102,7 +102,9 @@ def test_batches_in_every_form(form, computer, tmp_path):
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (lambda x, y: (x, nn.functional.one_hot(y)), r"\(24, 3\)"),
+        (lambda x, y: (x, nn.functional.one_hot(y)), r"\(24, 3\).*a task of their own"),
+        (lambda x, y: (x, y[:, None]), r"its label \[b\]"),
+        (lambda x, y: (x, y.float()), r"float32.*labels\.long\(\)"),
         (lambda x, y: (x, torch.full_like(y, -100)), "Sample 0 .* has label -100"),
         (lambda x, y: (x,), "two parts"),
         (lambda x, y: (x, y, y), "two parts.*got 3"),

@@ -95,11 +95,17 @@ def check_labels(logits: Tensor, labels: Tensor) -> None:
         InputTypeError: if labels are not integers.
     """
     if labels.is_floating_point() or labels.is_complex():
-        raise InputTypeError(f"Labels are integers, got dtype {labels.dtype}.")
+        raise InputTypeError(
+            f"Labels are integers, got dtype {labels.dtype}. Those that BCEWithLogitsLoss "
+            "wants as fractions are handed over as labels.long(); soft labels, and several "
+            "a sample, need a task of their own (docs/custom-tasks.md)."
+        )
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise InputError(
             "Expected logits [b, classes] and labels [b], got "
-            f"{tuple(logits.shape)} and {tuple(labels.shape)}."
+            f"{tuple(logits.shape)} and {tuple(labels.shape)}. A single logit is [b, 1], "
+            "and its label [b]. Several labels, words or pixels a sample need a task of "
+            "their own (docs/custom-tasks.md)."
         )
     labels = labels.long()
     num_classes = max(logits.shape[-1], 2)

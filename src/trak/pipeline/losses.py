@@ -245,10 +245,12 @@ def tell_of_strays(losses: Losses, model_id: int) -> None:
     loss = losses.own
     if not bool(loss.any()):
         logger.warning(
-            "Every loss weight Q of model_id=%d is 0, so it adds nothing to scores: the "
-            "model is certain about all training examples, or get_out_to_loss_grad rounds. "
-            "Take an earlier checkpoint, or a method that asks for the sign of Q alone "
-            "(scores(method='cosine'), 'relatif', 'unit_norm').",
+            "Q of model_id=%d is 0 for all training examples, and so are its scores: the "
+            "model is certain about all of them, or get_out_to_loss_grad rounds (1 - p in "
+            "float32). Take an earlier checkpoint, a Q that does not vanish "
+            "(torch.sigmoid(-f) with f the output, for a hinge loss, too), or a method "
+            "that asks for the sign of Q alone (scores(method='cosine'), 'relatif', "
+            "'unit_norm').",
             model_id,
         )
     inside = (loss >= 0) & (loss <= 1)
