@@ -205,6 +205,27 @@ def test_loss_weights_that_are_all_0_are_told(tmp_path, caplog):
     assert "all training examples" not in caplog.text
 
 
+class Density(Margin):
+    """`log(p / (1 - p))` of `p = exp(-loss)` above 1, whose gradient is a number."""
+
+    @staticmethod
+    def get_output(model, weights, buffers, x, y):
+        loss = nn.functional.softplus(-Margin.get_output(model, weights, buffers, x, y)) - 3
+        return -loss - torch.log(-torch.expm1(-loss))
+
+    def get_batch_output(self, model, batch):
+        loss = nn.functional.softplus(-super().get_batch_output(model, batch)) - 3
+        return -loss - torch.log(-torch.expm1(-loss))
+
+
+def test_outputs_that_are_nan_beside_finite_gradients_are_told(tmp_path, caplog):
+    finished(tmp_path / "a", Density())
+    assert "of the first 120 samples are NaN at model_id=0" in caplog.text
+    caplog.clear()
+    finished(tmp_path / "b", Margin())
+    assert "NaN" not in caplog.text
+
+
 class OneNumber(Margin):
     def get_out_to_loss_grad(self, model, weights, buffers, batch):
         return super().get_out_to_loss_grad(model, weights, buffers, batch).mean()

@@ -106,6 +106,7 @@ def _rows(part: Tensor, index: slice | Tensor) -> Tensor:
 
 def _tensor(value: Any, where: str, device: torch.device | None) -> Tensor:
     if not isinstance(value, Tensor):
+        _refuse_nested(value, where)
         try:
             value = torch.as_tensor(np.asarray(value), device="cpu")
         except (TypeError, ValueError) as error:
@@ -137,3 +138,24 @@ def _way_to_plain(value: Tensor) -> tuple[str, str] | None:
     if value.is_meta:
         return "on the meta device, without numbers", "one with numbers"
     return None
+
+
+def _refuse_nested(value: Any, where: str) -> None:
+    # [[a, b], y] is what a DataLoader makes of samples ((a, b), y); stacked as if a and b
+    # were samples, it would pass for a batch of two
+    if isinstance(value, Mapping) or _are_parts(value):
+        raise InputTypeError(
+            f"{where} is a {type(value).__name__} of tensors. Batches are not nested: put "
+            "these tensors beside the other parts, as in (a, b, labels), or all into one "
+            "dict. If each is one sample, stack them: torch.stack(samples)."
+        )
+
+
+def _are_parts(value: Any) -> bool:
+    # batches of their own, by their shapes, and no samples
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    if not all(isinstance(part, Tensor | np.ndarray) and part.ndim for part in value):
+        return False
+    shapes = {tuple(part.shape) for part in value}
+    return len(shapes) > 1 or next(iter(shapes))[0] == len(value)

@@ -99,6 +99,11 @@ def test_batches_in_every_form(form, computer, tmp_path):
     assert_rows(traker)
 
 
+def ragged(x):
+    """A nested tensor of the layout that needs no further library."""
+    return torch.nested.nested_tensor(list(x), layout=torch.jagged)
+
+
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
@@ -108,6 +113,11 @@ def test_batches_in_every_form(form, computer, tmp_path):
         (lambda x, y: (x, torch.full_like(y, -100)), "Sample 0 .* has label -100"),
         (lambda x, y: (x,), "two parts"),
         (lambda x, y: (x, y, y), "two parts.*got 3"),
+        (lambda x, y: ({"image": x}, y), r"batch\[0\] is a dict of tensors.*not nested"),
+        (lambda x, y: ([x, x[:, :1]], y), r"batch\[0\] is a list of tensors.*not nested"),
+        (lambda x, y: ([x] * N, y), r"batch\[0\] is a list of tensors.*not nested"),
+        (lambda x, y: (ragged(x), y), r"batch\[0\] must be.*nested.*to_padded_tensor"),
+        (lambda x, y: (x.to_sparse(), y), r"batch\[0\] must be.*layout.*to_dense"),
         (lambda x, y: {"image": x}, "labels under one of"),
         (lambda x, y: {"image": x, "label": y, "labels": y}, "labels under one of"),
         (lambda x, y: {"image": x, "text": ["a"] * N}, r"batch\['text'\] is a list.*Drop"),

@@ -67,6 +67,8 @@ class LossWatch:
             model_id: the checkpoint.
         """
         pairs = _pairs(outputs, loss)
+        if not any(map(len, self.seen[model_id])):
+            _tell_of_nan(pairs[:, 0], model_id)
         self.seen[model_id].append(pairs)
         if self.saver.checkpoint_digest(model_id) is None:
             return  # a trial has no checkpoint in the store
@@ -266,6 +268,21 @@ def tell_of_strays(losses: Losses, model_id: int) -> None:
             100 * (1 - share),
             float(strays.min()),
             float(strays.max()),
+        )
+
+
+def _tell_of_nan(outputs: Tensor, model_id: int) -> None:
+    # with gradients that are finite, or else there would be an error
+    found = int(outputs.isnan().sum())
+    if found:
+        logger.warning(
+            "Model outputs of %d of the first %d samples are NaN at model_id=%d, though "
+            "their gradients are finite: scores may have the wrong sign. Does the task "
+            "take the log of a negative number (log(p / (1 - p)) with p = exp(-loss), of a "
+            "loss below 0: take minus the loss, and Q = 1), or divide by 0?",
+            found,
+            len(outputs),
+            model_id,
         )
 
 
