@@ -6,6 +6,8 @@ import torch
 from tests import cases, runs
 
 from trak.errors import StoreCorruptedError
+from trak.score_computers import RidgeScoreComputer
+from trak.score_computers.auto_ridge import Choice
 from trak.score_computers.loss_power import path_of
 from trak.score_computers.losses import Losses
 from trak.score_computers.path import added_up, of_kernel, of_rows, way_of
@@ -22,7 +24,7 @@ def features(count=40, width=12, seed=0):
     return rows * torch.linspace(2, 0.3, width, dtype=torch.float64)
 
 
-def small_steps(kernel, time, steps=20_000):
+def small_steps(kernel, time, steps=4_000):
     """The oracle: `a` and `q` after gradient flow from zero, by Euler's rule."""
     weights = torch.zeros(len(kernel), dtype=torch.float64)
     for _ in range(steps):
@@ -70,6 +72,14 @@ def test_wide_rows_are_hashed_and_nearly_as_good():
     assert not torch.equal(found, whole)
     assert np.corrcoef(found.flatten(), whole.flatten())[0, 1] > 0.95
     torch.testing.assert_close(found, added_up(of_rows(rows), losses, ONES))
+
+
+def test_hashed_rows_have_the_inner_products_of_their_own():
+    lots = torch.Generator().manual_seed(0)
+    rows = torch.rand(40, 6000, generator=lots)  # nothing cancels by itself
+    weights = torch.rand(40, generator=lots)
+    found = of_rows(rows)(weights)
+    torch.testing.assert_close(found, rows @ (rows.T @ weights), rtol=0.1, atol=0)
 
 
 def test_an_example_that_counts_twice_is_two_examples():
@@ -127,7 +137,18 @@ def test_the_share_depends_on_how_training_went(
 @pytest.fixture(scope="module")
 def world():
     model, train, targets = runs.data("mlp", N, M)
-    return model, train, targets, cases.checkpoints("mlp", 3)
+    states = [trained(model, s, train) for s in cases.checkpoints("mlp", 3)]
+    return model, train, targets, states
+
+
+def trained(model, state, train):
+    model.load_state_dict(state)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(train[0]), train[1]).backward()
+        optimizer.step()
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def run(world, folder, **options):
@@ -149,10 +170,14 @@ def factors(traker):
     return np.mean(others, axis=0) / np.mean(plain, axis=0)
 
 
+@pytest.mark.parametrize("power", [0.6, 1.0])
 @pytest.mark.parametrize("options", [{}, {"curvature": True}, {"proj_dim": 512}])
-def test_scores_are_multiplied_by_it(options, world, tmp_path):
+def test_scores_are_multiplied_by_it(options, power, world, tmp_path, monkeypatch):
+    chosen = Choice(2.0, power, 0.4)
+    monkeypatch.setattr(RidgeScoreComputer, "choose", lambda *_: chosen)
     _, before = run(world, tmp_path / "a", **options)
     traker, found = run(world, tmp_path / "b", loss_power="auto", **options)
+    assert traker.saver.load_factor(0)[1]["way"].std() > 0.05
     expected = before * factors(traker)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert not np.allclose(found, before, rtol=0.05)
@@ -162,16 +187,19 @@ def test_scores_are_multiplied_by_it(options, world, tmp_path):
     np.testing.assert_allclose(swept, found, rtol=1e-5)
 
 
-def test_it_is_that_of_the_rows_in_either_form(world, tmp_path):
+@pytest.mark.parametrize("curvature", [False, True])
+def test_it_is_that_of_the_rows_in_either_form(curvature, world, tmp_path):
     ways = []
     for folder, width in (("a", 16), ("b", 512)):
-        traker, _ = run(world, tmp_path / folder, proj_dim=width, loss_power="auto")
+        options = {"proj_dim": width, "curvature": curvature}
+        traker, _ = run(world, tmp_path / folder, loss_power="auto", **options)
         rows = torch.from_numpy(traker.saver.train_rows(0).array("grads").copy())
         loss = torch.from_numpy(traker.saver.train_rows(0).array("out_to_loss").copy())
         expected = way_of(rows, None, None, Situation(loss=loss, logistic=True))
         ways.append(traker.saver.load_factor(0)[1]["way"])
         np.testing.assert_allclose(ways[-1], expected, rtol=1e-3)
     assert ways[0].shape == (N, 1)
+    assert ways[1].std() > 0.05
 
 
 def test_the_store_keeps_it(world, tmp_path):

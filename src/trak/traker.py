@@ -94,7 +94,8 @@ class TRAKer(Results):
             their loss, `q (1 - q / 2)`; TRAK's derivation has such weights, and leaves
             them out at last.
         loss_power: exponent of the loss weights Q that scores are multiplied by, where they
-            are probabilities: 1 for TRAK, down to 0, or `"auto"` (docs/choices.md).
+            are probabilities: 1 for TRAK, down to 0, or `"auto"`, which lets what they
+            added up to in training have a share, too (docs/choices.md).
 
     Raises:
         InputError: if an argument cannot be used.

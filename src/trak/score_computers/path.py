@@ -24,7 +24,7 @@ _APART = 1.08  # times between two looks at the loss weights
 _FIRST, _GROWTH = 0.1, 1 / 12  # of steps
 _TURNS = 20  # of the power iteration that begins
 _OVER = 0.25  # of the loss weights; so far beyond the model nothing is looked for
-_COLUMNS, _FEWEST, _NUMBERS = 2048, 64, 1 << 28
+_COLUMNS, _FEWEST, _NUMBERS = 2048, 64, 1 << 25
 _MOST = 4096  # examples whose whole kernel is multiplied with
 _LEAST = 1e-30
 
@@ -76,7 +76,7 @@ def of_rows(rows: RowSource) -> Pull:
     """Outputs from rows, of which no more is held than 2,048 columns.
 
     Wider ones are hashed (a count sketch, Weinberger et al. 2009, Sec. 2), fewer columns
-    for more than 131,072 rows.
+    for more than 16,384 rows.
 
     Args:
         rows: Phi, `[n, k]`, not weighted.

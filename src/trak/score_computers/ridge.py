@@ -47,7 +47,7 @@ class RidgeScoreComputer(LinearScoreComputer):
             that TRAK leaves out: see `trak.score_computers.curvature.roots`.
         loss_power: exponent of the loss weights Q that scores are multiplied by, where they
             are probabilities: 0 to 1, or `"auto"` for
-            `trak.score_computers.loss_power.power_of`.
+            `trak.score_computers.loss_power.power_of` and `path_of`.
     """
 
     def __init__(
