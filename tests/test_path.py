@@ -120,7 +120,8 @@ def test_nothing_breaks_it(kind):
     [
         (0.02, 0.3, 0.0, 0.3, 0.0, 0.5),
         (0.3, 0.3, 0.0, 0.3, 0.0, 1.0),  # two classes
-        (0.3, 3.0, 0.0, 0.3, 0.0, 0.5),  # a short fine-tuning of them
+        (0.3, 3.0, 0.0, 0.3, 0.0, 0.0),  # a short fine-tuning of them
+        (0.3, 2.0, 0.0, 0.3, 0.0, 0.5),
         (0.3, 0.3, 0.0, 0.3, 1.0, 0.5),  # batch normalization
         (0.02, 0.3, 0.3, 0.9, 0.0, 0.0),  # at rest against a decay
         (0.02, 0.3, 0.1, 0.9, 0.0, 0.25),

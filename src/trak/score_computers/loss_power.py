@@ -112,9 +112,9 @@ def path_of(
         held: how surely growth is held back, 0 to 1.
 
     Returns:
-        An exponent: a half, and up to 1 where growth is a large share, unless training was
-        short or growth held back; down to 0 where it came to rest against its weight
-        decay, which forgets the way.
+        An exponent: a half, and up to 1 where growth is a large share, unless it is held
+        back; down to 0 where training came to rest against its weight decay, which forgets
+        the way, and where it was so short that Q is still what it began as.
     """
     free = between(share, *_FREE) * (1 - held)
     least, most = (
@@ -122,7 +122,8 @@ def path_of(
         for low, high in zip(_EXPLAINED, _EXPLAINED_GROWTH, strict=True)
     )
     rest = between(at_rest, 0, _AT_REST) * between(explained, least, most)
-    return (_HALF + (1 - _HALF) * free * (1 - between(ridge, *_LAZY))) * (1 - rest)
+    short = between(ridge, *_LAZY)
+    return (_HALF + (1 - _HALF) * free) * (1 - rest) * (1 - short)
 
 
 def powered(
