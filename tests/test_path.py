@@ -6,15 +6,28 @@ import torch
 from tests import cases, runs
 
 from trak.errors import StoreCorruptedError
-from trak.score_computers import RidgeScoreComputer
+from trak.score_computers import RidgeScoreComputer, path
 from trak.score_computers.auto_ridge import Choice
 from trak.score_computers.loss_power import path_of
 from trak.score_computers.losses import Losses
-from trak.score_computers.path import added_up, of_kernel, of_rows, way_of
+from trak.score_computers.path import of_kernel
 from trak.score_computers.ridge_sample import Situation
 
 N, M = 60, 6
 ONES = torch.ones(40)
+CPU = torch.device("cpu")
+
+
+def added_up(pull, losses, signs):
+    return path.added_up(pull, losses, signs, CPU)
+
+
+def of_rows(rows):
+    return path.of_rows(rows, CPU)
+
+
+def way_of(rows, situation):
+    return path.way_of(rows, None, None, situation, CPU)
 
 
 def features(count=40, width=12, seed=0):
@@ -100,9 +113,9 @@ def test_signs_of_q_are_those_of_labels():
     rows = features()
     signs = torch.where(torch.arange(40) % 3 == 0, -1.0, 1.0)
     _, loss = small_steps(rows @ rows.T, 0.5, 2000)
-    expected = way_of(rows, None, None, Situation(loss=loss, logistic=True))
+    expected = way_of(rows, Situation(loss=loss, logistic=True))
     flipped = rows * signs[:, None]
-    found = way_of(flipped, None, None, Situation(loss=loss * signs, logistic=True))
+    found = way_of(flipped, Situation(loss=loss * signs, logistic=True))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -196,7 +209,7 @@ def test_it_is_that_of_the_rows_in_either_form(curvature, world, tmp_path):
         traker, _ = run(world, tmp_path / folder, loss_power="auto", **options)
         rows = torch.from_numpy(traker.saver.train_rows(0).array("grads").copy())
         loss = torch.from_numpy(traker.saver.train_rows(0).array("out_to_loss").copy())
-        expected = way_of(rows, None, None, Situation(loss=loss, logistic=True))
+        expected = way_of(rows, Situation(loss=loss, logistic=True))
         ways.append(traker.saver.load_factor(0)[1]["way"])
         np.testing.assert_allclose(ways[-1], expected, rtol=1e-3)
     assert ways[0].shape == (N, 1)
@@ -208,8 +221,7 @@ def test_the_store_keeps_it(world, tmp_path):
     again = runs.make_traker(world[0], N, tmp_path, lambda_reg="2x", loss_power="auto")
     np.testing.assert_array_equal(again.scores("exp"), found)
     np.testing.assert_array_equal(again.finalize_scores("exp"), found)
-    path = tmp_path / "1" / "way.npy"
-    path.unlink()
+    (tmp_path / "1" / "way.npy").unlink()
     with pytest.raises(StoreCorruptedError, match=r"way\.npy is gone.*factor\.json"):
         again.finalize_scores("exp")
     (tmp_path / "1" / "factor.json").unlink()

@@ -33,7 +33,11 @@ Pull = Callable[[Tensor], Tensor]
 
 
 def way_of(
-    rows: RowSource, kernel: Tensor | None, roots: Tensor | None, situation: Situation
+    rows: RowSource,
+    kernel: Tensor | None,
+    roots: Tensor | None,
+    situation: Situation,
+    device: torch.device,
 ) -> NDArray[np.float64]:
     """What loss weights added up to in the training that ended as the model did.
 
@@ -42,6 +46,7 @@ def way_of(
         kernel: their Gram matrix in the dual form, `[n, n]`; None in the primal one.
         roots: what the kernel's rows are weighted by, `[n, 1]`; None if by nothing.
         situation: knows the loss weights, which are probabilities.
+        device: where to compute; the kernel is there.
 
     Returns:
         As `added_up`.
@@ -49,9 +54,10 @@ def way_of(
     every = losses_of(situation.loss, situation.counts)
     signs = torch.where(every.own.flatten() < 0, -1.0, 1.0)
     losses = every.sized(situation.logistic)
-    known = kernel is not None and len(kernel) <= _MOST
-    pull = of_kernel(kernel, roots) if kernel is not None and known else of_rows(rows)
-    device = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
+    if kernel is not None and len(kernel) <= _MOST:
+        pull = of_kernel(kernel, roots)
+    else:
+        pull = of_rows(rows, device)
     return added_up(pull, losses, signs, device).numpy()
 
 
@@ -72,7 +78,7 @@ def of_kernel(kernel: Tensor, roots: Tensor | None) -> Pull:
     return lambda weights: (known @ (weights / factors)) / factors
 
 
-def of_rows(rows: RowSource) -> Pull:
+def of_rows(rows: RowSource, device: torch.device) -> Pull:
     """Outputs from rows, of which no more is held than 2,048 columns.
 
     Wider ones are hashed (a count sketch, Weinberger et al. 2009, Sec. 2), fewer columns
@@ -80,6 +86,7 @@ def of_rows(rows: RowSource) -> Pull:
 
     Args:
         rows: Phi, `[n, k]`, not weighted.
+        device: where to compute.
 
     Returns:
         A function of weights.
@@ -90,7 +97,6 @@ def of_rows(rows: RowSource) -> Pull:
     places = torch.randint(columns, (width,), generator=lots, device="cpu")
     signs = torch.randint(2, (width,), generator=lots, device="cpu") * 2 - 1
     dtype = torch.float64 if row_encoding(rows).name == "float64" else torch.float32
-    device = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
     parts: list[Tensor] = []
     for _, _, block in stream([rows], dtype, device, rows_per_block(width, dtype)):
         if width <= columns:
@@ -103,9 +109,7 @@ def of_rows(rows: RowSource) -> Pull:
     return lambda weights: known @ (known.T @ weights)
 
 
-def added_up(
-    pull: Pull, losses: Losses, signs: Tensor, device: torch.device | None = None
-) -> Tensor:
+def added_up(pull: Pull, losses: Losses, signs: Tensor, device: torch.device) -> Tensor:
     """Loss weights of training examples, integrated over a training of the linear model.
 
     Steps are a twelfth of the time that has passed, from `0.1 / s` up to `1 / s`, with `s`
@@ -116,13 +120,12 @@ def added_up(
         losses: Q without signs, as probabilities; how much examples count is how strongly
             they pull.
         signs: of Q, `[n]`: where outputs are logits of one of two classes.
-        device: of the kernel; the CPU if None.
+        device: of the kernel.
 
     Returns:
         `a`, `[n, 1]`, float64, with mean 1.
     """
-    place = device or torch.device("cpu")
-    seen, signed = (each.to(place).float() for each in (losses.own.flatten(), signs))
+    seen, signed = (each.to(device).float() for each in (losses.own.flatten(), signs))
     strong = signed
     if losses.counts is not None:
         strong = signed * losses.counts.flatten().to(signed)

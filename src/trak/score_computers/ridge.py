@@ -87,7 +87,8 @@ class RidgeScoreComputer(LinearScoreComputer):
         used = {"power": power if self.loss_power is None else self.loss_power}
         if path and self.loss_power is None:
             kernel = gram if form == "dual" else None
-            way = way_of(phi, kernel, self._roots(situation.losses), situation)
+            roots, device = self._roots(situation.losses), self.where(phi)
+            way = way_of(phi, kernel, roots, situation, device)
             used |= {"path": path, WAY: way}
         matrix, info = self._factored(gram, form, rows, self.lambda_reg, auto)
         return matrix, info if used == {"power": 1} else {**info, **used}
