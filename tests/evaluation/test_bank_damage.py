@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import os
 
 import numpy as np
@@ -99,7 +100,8 @@ def test_without_a_second_record_suspicious_numbers_are_told(n, tmp_path, caplog
         }
     rewrite(tmp_path, encoded(np.savez, **given))
     edit(tmp_path, n=n)
-    assert load_bank(tmp_path).n == n
+    with caplog.at_level(logging.WARNING, logger="trak"):  # other tests set its level
+        assert load_bank(tmp_path).n == n
     assert ("no subset holds an example after number 20" in caplog.text) == (n == 23)
 
 
