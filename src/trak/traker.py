@@ -137,9 +137,8 @@ class TRAKer(Results):
         check_parts(gradient_computer, projector, saver)
         self.model = model
         self.task = resolve_task(task)
-        self.train_set_size = as_integer(
-            "train_set_size", train_set_size, least=1, most=MOST
-        )
+        size = as_integer("train_set_size", train_set_size, least=1, most=MOST)
+        self.train_set_size = size
         self.device = resolve_device(device)
         self.lambda_reg = as_ridge(lambda_reg)
         self.whitening = as_strength(whitening)
