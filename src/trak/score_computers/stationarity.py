@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trak.score_computers.decay import between, decay_of
+from trak.score_computers.flow import weaker
 from trak.score_computers.logistic import log_odds
 from trak.score_computers.loss_power import path_of, power_of
 
@@ -247,7 +248,12 @@ def _ridge_of_it(
     longer = min(decay.ridge * own / examples.steep / _DEPTH**mistaken, MOST)
     weight = decay.clarity * (1 - between(explained, *_HELD_BY_IT))
     weight *= 1 - between(growing, *_HOLDS)
-    return ridge * (max(ridge, longer) / ridge) ** weight
+    found = ridge * (max(ridge, longer) / ridge) ** weight
+    if told >= LEAST or found > _UNKNOWN:
+        return found
+    return weaker(
+        found, examples.kernel, examples.loss, examples.counts, examples.share
+    )
 
 
 def _stiffness(found: float, share: float, explained: float, ridge: float) -> float:

@@ -1,0 +1,124 @@
+"""A training of the linearized model, followed until it ends as the real one did.
+
+Outputs `f = Phi w` that are trained by gradient flow from zero are `f = Phi Phi^T a`, with
+`a_i` the integral of `q_i = 1 / (1 + exp(f_i))` over time: what all steps added up to
+(as the steps of a real training are in Pruthi et al. 2020, Sec. 3).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trak.score_computers.decay import between
+
+_STEPS, _STEPS_OF_SAMPLES = 1000, 3000
+_APART = 1.08  # times between two looks at the loss weights
+_FIRST, _GROWTH = 0.1, 1 / 12  # of steps
+_TURNS = 20  # of the power iteration that begins
+_OVER = 0.25  # of the loss weights; so far beyond the model nothing is looked for
+_LEAST = 1e-30
+_SHORT = (0.15, 0.25)
+"""Ridges that a training amounts to, in units of `q (1 - q)`. Below the first it was as long
+as only linear models are trained: features of networks grow as outputs do, so that these
+are done much earlier."""
+_UNLIKE = (0.35, 0.45)
+"""Shares of the variance of loss weights that the flow does not reproduce: above the second
+it says nothing about the training."""
+_WEAKEST = 0.03
+
+Pull = Callable[[Tensor], Tensor]
+"""`Phi Phi^T` times weights `[n]`, as outputs `[n]`."""
+
+
+class Followed(NamedTuple):
+    """Where the flow comes closest to the real model.
+
+    Attributes:
+        added: `a`, `[n]`, float32.
+        distance: mean squared, between its loss weights and the real ones.
+    """
+
+    added: Tensor
+    distance: float
+
+
+def weaker(
+    ridge: float, kernel: Tensor, loss: Tensor, counts: Tensor, share: float
+) -> float:
+    """A training's ridge, less where a linear model was trained for long without any.
+
+    A flow that was stopped has `w = Phi^T a`, where a ridge would have led to
+    `lambda w = Phi^T q`; so it amounts to `lambda = a^T K q / (a^T K a)`.
+
+    Args:
+        ridge: what else is known of it, in units of the mean squared row norm times
+            `mean q (1 - q)`, with how much examples count.
+        kernel: `K = Phi Phi^T` of a sample, in units of the mean squared row norm,
+            `[s, s]`, float64.
+        loss: Q as probabilities of being wrong, not counting how much examples count,
+            `[s]`.
+        counts: how much they count, `[s]`.
+        share: of the training set that the sample is.
+
+    Returns:
+        In the same units; at most what is known.
+    """
+    known, strong = kernel.float(), counts.float()  # a larger kernel takes less time
+    added, distance = followed(
+        lambda a: known @ (strong * a), loss.float(), _STEPS_OF_SAMPLES
+    )
+    along = known @ (strong * added)
+    steep = float((loss * (1 - loss) * counts).mean())
+    amounts = float(along @ (strong * loss.float()) / (along @ (strong * added)))
+    told = max(amounts / share / steep, _WEAKEST)
+    clear = 1 - between(distance / max(float(loss.var()), _LEAST), *_UNLIKE)
+    weight = clear * (1 - between(told, *_SHORT))
+    return float(ridge * (min(ridge, told) / ridge) ** weight)
+
+
+def followed(outputs: Pull, loss: Tensor, steps: int = _STEPS) -> Followed:
+    """Follows the flow of a logistic loss until its loss weights are the real ones.
+
+    Steps are a twelfth of the time that has passed, from `0.1 / s` up to `1 / s`, with `s`
+    the largest eigenvalue of the linearized flow, which falls as examples are learned.
+
+    Args:
+        outputs: the kernel; signed, and with how strongly examples pull.
+        loss: Q of the real model as probabilities, `[n]`, float32.
+        steps: at most so many.
+
+    Returns:
+        The flow's state that has the least mean squared distance.
+    """
+    added, current = torch.zeros_like(loss), torch.full_like(loss, 0.5)
+    leading, steep = _steepest(outputs, current, torch.ones_like(loss), _TURNS)
+    found, time, until = Followed(current, float("inf")), 0.0, 0.0
+    for _ in range(steps):
+        step = max(_FIRST, min(1.0, _GROWTH * time * steep)) / steep
+        time += step
+        added = added + step * current
+        current = torch.sigmoid(-outputs(added))
+        if time < until:
+            continue
+        until = time * _APART
+        distance = float((current - loss).square().mean())
+        if distance < found.distance:
+            found = Followed(added, distance)
+        if float(current.mean()) < _OVER * float(loss.mean()):
+            break
+        leading, steep = _steepest(outputs, current, leading, 2)
+    return found
+
+
+def _steepest(
+    outputs: Pull, loss: Tensor, leading: Tensor, turns: int
+) -> tuple[Tensor, float]:
+    # power iteration on the linearized flow
+    curvature, size = loss * (1 - loss), _LEAST
+    for _ in range(turns):
+        leading = outputs(curvature * leading)
+        size = max(float(leading.norm()), _LEAST)
+        leading = leading / size
+    return leading, size
