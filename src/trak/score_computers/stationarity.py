@@ -251,9 +251,7 @@ def _ridge_of_it(
     found = ridge * (max(ridge, longer) / ridge) ** weight
     if told >= LEAST or found > _UNKNOWN:
         return found
-    return weaker(
-        found, examples.kernel, examples.loss, examples.counts, examples.share
-    )
+    return weaker(found, examples.kernel, examples.loss, examples.counts, examples.share)
 
 
 def _stiffness(found: float, share: float, explained: float, ridge: float) -> float:
