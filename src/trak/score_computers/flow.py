@@ -20,9 +20,9 @@ _TURNS = 20  # of the power iteration that begins
 _OVER = 0.25  # of the loss weights; so far beyond the model nothing is looked for
 _LEAST = 1e-30
 _SHORT = (0.15, 0.25)
-"""Ridges that a training amounts to, in units of `q (1 - q)`. Below the first it was as long
-as only linear models are trained: features of networks grow as outputs do, so that these
-are done much earlier."""
+"""Ridges that a training amounts to, in units of `q (1 - q)`. Below the first it was as
+long as only linear models are trained: features of networks grow as outputs do, so that
+these are done much earlier."""
 _UNLIKE = (0.35, 0.45)
 """Shares of the variance of loss weights that the flow does not reproduce: above the second
 it says nothing about the training."""
