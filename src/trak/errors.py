@@ -100,4 +100,4 @@ class UnsupportedModuleError(AttributionError, NotImplementedError):
 
 
 class NotEnoughMemoryError(AttributionError, MemoryError):
-    """A single sample does not fit into memory."""
+    """A single sample, or one number for each example, does not fit into memory."""

@@ -55,7 +55,8 @@ class Results:
         checkpoint, or `Phi^T R Phi + lambda I` with `curvature=True`; means are over
         checkpoints:
 
-        - `"trak"`: `mean(phi^T K^-1 psi) mean(q)`, what `finalize_scores` computed.
+        - `"trak"`: `mean(phi^T K^-1 psi) mean(q)`, what `finalize_scores` computed; `q` is
+          what `loss_power` makes of Q, here and in `self_influence`.
         - `"dot"`: `mean(q phi^T psi)`, the product of the training loss's and the target's
           gradients. `"tracin"`: its sum with `checkpoint_weights`, the learning rates:
           TracInCP (Pruthi et al. 2020) of the target's model output. TracInCP of its loss

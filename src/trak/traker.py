@@ -70,7 +70,8 @@ class TRAKer(Results):
         score_computer: class or instance; `RidgeScoreComputer` if None.
             `BasicScoreComputer` scales as upstream does.
         proj_dim: projection dimension `k`; `"auto"` for 4096, less where rows would
-            fill more than 8 GiB, more where there are few; `"exact"` for none, by rows of
+            fill more than 8 GiB, more where there are few, and no projection of gradients
+            that have no more entries; `"exact"` for none in any case, by rows of
             gradients or, where these are too wide, by the exact kernel (its cost is logged,
             and rows are float32 unless `row_dtype` says otherwise). A given projector's own
             counts instead.
@@ -297,7 +298,8 @@ class TRAKer(Results):
     ) -> None:
         """Factors the Gram matrix of every featurized checkpoint.
 
-        May be called again with another `lambda_reg`: no gradient is recomputed.
+        Another `TRAKer` of the same store may have another `lambda_reg`, `curvature` or
+        `loss_power`: its call factors anew, and no gradient is recomputed.
 
         Args:
             model_ids: the checkpoints; all in the store if None.

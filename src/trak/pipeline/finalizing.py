@@ -41,10 +41,10 @@ def finalize_checkpoints(
 ) -> list[int]:
     """Factors the Gram matrix of every checkpoint that needs it.
 
-    The automatic ridge, and exponent of Q, are medians of what the rows of all that are
-    asked for say, so that one of which too little can be told does not outweigh the others.
-    They depend on nothing else: not on other checkpoints of the store, nor on which of
-    these were finalized before a call was interrupted.
+    The automatic ridge, the exponent of Q and the share of what Q added up to are medians
+    of what the rows of all that are asked for say, so that one of which too little can be
+    told does not outweigh the others. They depend on nothing else: not on other checkpoints
+    of the store, nor on which of these were finalized before a call was interrupted.
 
     Args:
         scorer: the score computer.

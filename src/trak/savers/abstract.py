@@ -312,7 +312,8 @@ class AbstractSaver(ABC):
         Args:
             model_id: the checkpoint.
             matrix: `[q, q]`.
-            info: how it was made.
+            info: how it was made: JSON values, and arrays `[n, 1]`, float64, which belong
+                to the matrix and must come back with it.
         """
 
     @abstractmethod
@@ -323,7 +324,7 @@ class AbstractSaver(ABC):
             model_id: the checkpoint.
 
         Returns:
-            The matrix `[q, q]` and how it was made.
+            The matrix `[q, q]` and how it was made, arrays included.
         """
 
     @abstractmethod

@@ -278,7 +278,7 @@ class MmapSaver(SideFiles):
         Args:
             model_id: the checkpoint.
             matrix: `[q, q]`.
-            info: how it was made.
+            info: how it was made; arrays in it get files of their own.
         """
         factor_files.save(self._layout.checkpoint(model_id), matrix, info)
         self.refresh()

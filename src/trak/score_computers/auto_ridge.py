@@ -78,17 +78,17 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
 
 
 def choice(rows: RowSource, situation: Situation) -> Choice:
-    """Ridge and exponent of Q, in one pass over the rows.
+    """The ridge, and what is to be made of Q, in one pass over the rows.
 
-    Where some examples are known in a wider projection, it is the geometric mean of what
-    the rows say and of what these do.
+    Where some examples are known in a wider projection, the ridge is the geometric mean of
+    what the rows say and of what these do.
 
     Args:
         rows: Phi, `[n, k]`; weighted rows if the situation says so.
         situation: what else counts.
 
     Returns:
-        Both.
+        The ridge, the exponent of Q, and the share of what Q added up to.
     """
     factor = noise_factor(rows.shape[0], situation)
     factor *= 1 + BY_STRENGTH * situation.strength

@@ -92,7 +92,8 @@ class LinearScoreComputer(AbstractScoreComputer):
             rows: Phi, `[n, k]`.
 
         Returns:
-            A square float64 matrix, and a JSON description of how it was made.
+            A square float64 matrix, and a description of how it was made: JSON values, and
+            arrays `[n, 1]`.
         """
 
     def weights(

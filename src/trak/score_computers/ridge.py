@@ -94,14 +94,14 @@ class RidgeScoreComputer(LinearScoreComputer):
         return matrix, info if used == {"power": 1} else {**info, **used}
 
     def choose(self, rows: RowSource, situation: Situation) -> Choice:
-        """The automatic ridge and exponent of Q of one checkpoint.
+        """The automatic ridge of one checkpoint, and what it tells of loss weights.
 
         Args:
             rows: Phi, `[n, k]`.
             situation: what it depends on, beside the rows.
 
         Returns:
-            Both.
+            The ridge, the exponent of Q, and the share of what Q added up to.
         """
         situation = replace(situation, curvature=self.curvature)
         return choice(self.weighted(rows, situation.losses), situation)
