@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from tests import cases, reference, runs
 
-from trak.errors import InputError, StoreCorruptedError, StoreMismatchError
+from trak.errors import InputError, PhaseError, StoreCorruptedError, StoreMismatchError
 from trak.gradient_computers import FunctionalGradientComputer
 from trak.savers.arrays import RowFile
 from trak.savers.filesystem import create_json, read_json, replace_json
@@ -332,3 +333,17 @@ def test_experiment_names_stay_in_their_folder(name, tmp_path):
     with pytest.raises(InputError, match="exp_name"):
         traker.start_scoring_checkpoint(name, model.state_dict(), 0, len(targets[0]))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_scores_of_a_checkpoint_that_was_dropped_are_told_how_to_go_on(tmp_path):
+    model, train, targets = runs.data("mlp", 20, 3)
+    states = cases.checkpoints("mlp", 2)
+    runs.whole_run(runs.make_traker(model, 20, tmp_path), train, targets, states)
+    shutil.rmtree(tmp_path / "1")
+    traker = runs.make_traker(model, 20, tmp_path)
+    with pytest.raises(PhaseError, match=r"checkpoints \[1\], too, which are no longer"):
+        traker.scores("exp")
+    traker.finalize_features()
+    found = traker.finalize_scores("exp")
+    np.testing.assert_array_equal(traker.scores("exp"), found)
+    runs.expect(traker, train, targets, states[:1], found)

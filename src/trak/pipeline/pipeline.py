@@ -22,6 +22,7 @@ from trak.pipeline.project import RowMaker
 from trak.pipeline.readiness import (
     chosen_ids,
     not_ready,
+    refuse_dropped,
     scores_with_record,
     warn_of_other_groups,
     warn_of_other_ridge,
@@ -368,10 +369,11 @@ class Pipeline:
             Scores, `[n, m]`.
 
         Raises:
-            PhaseError: if a checkpoint was finalized anew since.
+            PhaseError: if a checkpoint was finalized anew since, or taken away.
         """
         self.verify()
         scores, record = scores_with_record(self.saver, exp_name)
+        refuse_dropped(self.saver, exp_name, record["model_ids"])
         warn_of_other_ridge(self.scorer, self.saver, exp_name, record["model_ids"])
         now, then = self._factors(record["model_ids"]), record["factors"]
         if {i: what_counts(f) for i, f in then.items()} != {

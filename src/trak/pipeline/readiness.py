@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak.errors import ModelIDException
+from trak.errors import ModelIDException, PhaseError
 from trak.pipeline.describe import as_model_ids, describe_rows
 from trak.pipeline.solving import ScoreSet, asked_for, factor_in_words
 from trak.savers import AbstractSaver
@@ -146,6 +146,27 @@ def scores_with_record(
         scores = saver.load_scores(exp_name)
         if saver.experiment(exp_name) == record:
             return scores, record
+
+
+def refuse_dropped(saver: AbstractSaver, exp_name: str, model_ids: Iterable[int]) -> None:
+    """Refuses scores of checkpoints that somebody took out of the store.
+
+    Args:
+        saver: the store.
+        exp_name: the experiment.
+        model_ids: the checkpoints that its scores are from.
+
+    Raises:
+        PhaseError: names those that are gone.
+    """
+    gone = [i for i in model_ids if saver.checkpoint_digest(i) is None]
+    if gone:
+        raise PhaseError(
+            f"The scores of {exp_name!r} are means over checkpoints {gone}, too, which are "
+            f"no longer in {saver.save_dir}. Call finalize_features() and "
+            f"finalize_scores(exp_name={exp_name!r}) for scores of those that are left; no "
+            "gradient is recomputed."
+        )
 
 
 def not_ready(
