@@ -73,7 +73,7 @@ def attribute(
         exp_name: name of this set of targets.
         whitening: 0 to 1; `"auto"` chooses (`trak.strength`).
         curvature: weigh training examples by the curvature of their loss.
-        loss_power: exponent of their loss weights Q; `"auto"` tells how training went.
+        loss_power: exponent of Q; `"auto"` tells it by how training went (docs/choices.md).
         lambda_reg: the ridge, as for `TRAKer`.
         proj_dim: as for `TRAKer`; `"auto"` does not project up to 256 MiB of rows.
         progress: show progress bars.

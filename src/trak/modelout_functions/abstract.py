@@ -31,6 +31,12 @@ class AbstractModelOutput(ABC):
     - `get_sample_weights(self, batch)`: how much each sample counts, above 0, `[b]` or
       `[b, 1]`. `Q` is then that of the sample's loss without its weight.
 
+    Further ones are asked for where there are any (docs/custom-tasks.md):
+    `get_batch_output(self, model, batch)`, outputs of a whole batch, for
+    `HookGradientComputer`; `settings(self)`, what the store is compared by;
+    `prepare_checkpoint(self, model, digest)` and `check_ready(self, digest)`, for what a
+    task computes from weights; `padding_mask(self, model, batch)`.
+
     Attributes:
         loss_temperature: divides the logits inside Q.
         loss_is_logistic: whether `Q = 1 / (1 + exp(f))`, as it is for classification, or
