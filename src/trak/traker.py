@@ -249,7 +249,7 @@ class TRAKer(Results):
         """Adds a batch of training examples to what whitening is made of.
 
         Between `load_checkpoint` and the first `featurize`, for every batch of the training
-        set or of a sample of it; a few hundred examples do. Which examples they are counts,
+        set or of a sample of it; about a thousand do. Which examples they are counts,
         and not in which batches they come; but for layers that few examples use, such as
         experts, and for batches of a single example (docs/whitening.md). A checkpoint whose
         rows are in the store already asks for nothing: see `whitening_is_fitted`.
