@@ -72,7 +72,10 @@ def _load(folder: Path) -> tuple[NDArray[np.float64], dict[str, Any]]:
             "finalize_features() first."
         )
     record = folder / "factor.json"
-    again = "and call finalize_features() again; no gradient is recomputed"
+    again = (
+        "and call finalize_features() again, or make the call of attribute again; no "
+        "gradient is recomputed"
+    )
     info = read_object(record, f"remove it {again}", shape=list)
     remedy = f"Remove {record} {again}."
     shape, sizes = info["shape"], info.pop(_ARRAYS, {})
