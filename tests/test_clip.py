@@ -121,6 +121,15 @@ def test_the_draw_is_seeded_and_instances_do_not_share_it(world):
         gradient(untouched, model, images, texts)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_embeddings_may_be_computed_under_any_grad_mode(world, mode):
+    model, images, texts = world
+    with mode():
+        inside = ready(model, images, texts)
+    expected = gradient(ready(model, images, texts), model, images, texts)
+    assert torch.equal(gradient(inside, model, images, texts), expected)
+
+
 def test_embeddings_of_another_checkpoint_are_refused(world, tmp_path):
     model, images, texts = world
     traker = TRAKer(

@@ -85,6 +85,14 @@ def test_the_first_checkpoint_is_fitted_once(proj_dim, learned, tmp_path, monkey
     np.testing.assert_array_equal(found, given)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_callers_grad_mode_does_not_matter(mode, learned, stiff, tmp_path):
+    expected = runs.one_call(learned, tmp_path / "a")
+    with mode():
+        found = np.array(runs.one_call(learned, tmp_path / "b"))
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("whitening", "told"), [("auto", True), (0.25, True), (0.1, False)]
 )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -90,7 +91,7 @@ def attribute(
     settings |= {"lambda_reg": lambda_reg, "proj_dim": proj_dim}
     settings |= {"curvature": curvature, "loss_power": loss_power}
     settings |= _selection(model, settings)
-    with _restored(model) as before:
+    with torch.inference_mode(False), _restored(model) as before:
         states = [_apart(c, model, before) for c in _listed(checkpoints, model)]
         _try_batches(model, states[0], examples, aims, settings)
         bar, first = _Bar(len(states), as_flag("progress", progress, numbers=True)), None

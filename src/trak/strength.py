@@ -141,7 +141,7 @@ def _fitted_stiffness(
     pipeline: Pipeline, batches: Iterable[Any], count: int, logistic: bool | None
 ) -> float:
     device = next(pipeline.model.parameters()).device
-    with torch.inference_mode(False), evaluation_mode(pipeline.model):
+    with evaluation_mode(pipeline.model):
         for batch in batches:
             pipeline.whitener.fit(normalize(batch, device), 0)
     examples = pipeline.whitener.seen(0)

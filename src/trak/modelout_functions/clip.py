@@ -126,13 +126,10 @@ class CLIPModelOutput(AbstractModelOutput):
                 done += len(images[-1])
                 if done >= size:
                     break
-        self._check_embeddings(images, done, embedding_dim)
-        self.image_embeddings, self.text_embeddings = (
-            torch.cat(images),
-            torch.cat(texts),
-        )
+            self._check_embeddings(images, done, embedding_dim)
+            self.image_embeddings, self.text_embeddings = map(torch.cat, (images, texts))
+            self._drawn = self._draw(self.image_embeddings, self.text_embeddings)
         self.num_computed_embeddings = done
-        self._drawn = self._draw(self.image_embeddings, self.text_embeddings)
         self._digest = state_digest(model.state_dict())
 
     def _draw(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ def try_first_batches(
     computer = make_computer(given, parts, dict(chosen))
     model.load_state_dict(state)
     prepare_task(parts.task, model)
-    with torch.inference_mode(False), evaluation_mode(model):
+    with evaluation_mode(model):
         computer.load_model_params(model)
         for name, some in batches.items():
             _try_first(computer, name, some)

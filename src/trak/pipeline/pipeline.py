@@ -158,7 +158,7 @@ class Pipeline:
         phase.watch.check()
         normal = normalize(batch, next(self.model.parameters()).device)
         prepare_task(self.task, self.model, phase.digest)
-        with torch.inference_mode(False), evaluation_mode(self.model):
+        with evaluation_mode(self.model):
             self.whitener.fit(normal, phase.model_id)
 
     def save_whitening(self) -> None:

@@ -6,7 +6,6 @@ Settings and weights are compared by content; the code of a model and of a task 
 import logging
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -43,7 +42,7 @@ def warn_of_other_code(
         return
     before = np.asarray(rows.array("out_to_loss")[numbers[known], 0], dtype=np.float64)
     try:
-        with torch.inference_mode(False), evaluation_mode(model):
+        with evaluation_mode(model):
             found = maker.loss_weights(narrow(batch, known))[:, 0]
         now = found.detach().double().cpu().numpy()
     except Exception:  # what cannot be compared is said where it is needed

@@ -110,7 +110,7 @@ class RowStorer:
         names = ["out_to_loss", "sample_weights"][: self.maker.loss_columns]
         loss = np.concatenate([rows.array(name)[numbers] for name in names], axis=1)
         whole = bool(rows.done.all())
-        with torch.inference_mode(False), evaluation_mode(self.model):
+        with evaluation_mode(self.model):
             self.maker.losses.look_again(batch, loss, phase.model_id, whole=whole)
 
     def _record_coverage(self, phase: Phase) -> None:
@@ -132,11 +132,7 @@ class RowStorer:
         making = self.maker.making(
             batch, phase.model_id, numbers.tolist(), training=phase.kind == "featurize"
         )
-        with (
-            torch.inference_mode(False),
-            evaluation_mode(self.model),
-            making as (made, weights),
-        ):
+        with evaluation_mode(self.model), making as (made, weights):
             if phase.coverage is None or self.maker.computer.disproved:
                 refuse_disproved(self.saver, phase.model_id, self.maker.computer, batch)
             values = {"examples": digests[:, None]}
