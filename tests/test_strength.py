@@ -10,6 +10,7 @@ from tests import reference, runs
 
 from trak import TRAKer
 from trak.batches import normalize
+from trak.pipeline import model_state
 from trak.pipeline.whiten import Whitener
 from trak.projectors import NoOpProjector
 from trak.score_computers import stationarity
@@ -83,6 +84,18 @@ def test_the_first_checkpoint_is_fitted_once(proj_dim, learned, tmp_path, monkey
     strength = metadata["whitening"]["strength"]
     given = runs.one_call(learned, tmp_path / "b", proj_dim=proj_dim, whitening=strength)
     np.testing.assert_array_equal(found, given)
+
+
+def test_weights_are_hashed_once_a_pass(learned, stiff, tmp_path, monkeypatch):
+    hashed, real = [], model_state.state_digest
+
+    def digest(state, like=None):
+        hashed.append(1)
+        return real(state, like)
+
+    monkeypatch.setattr(model_state, "state_digest", digest)
+    runs.one_call(learned, tmp_path)
+    assert len(hashed) == 2 * len(learned[-1])  # featurize and score
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -21,7 +21,7 @@ from trak.batches import Batch, batch_size, normalize
 from trak.errors import InputTypeError
 from trak.evaluation.ranks import correlations
 from trak.modes import evaluation_mode
-from trak.pipeline import Pipeline, prepare_task, validate_state
+from trak.pipeline import Pipeline, check_state, prepare_task
 from trak.precision import full_precision
 from trak.projectors import LeadingProjector, NoOpProjector
 from trak.savers.filesystem import read_object
@@ -198,7 +198,7 @@ def state_of(checkpoint: Any) -> Mapping[str, Any]:
 
 def _load(pipeline: Pipeline, checkpoint: Any) -> None:
     state = state_of(checkpoint)
-    validate_state(pipeline.model, state)
+    check_state(pipeline.model, state)
     pipeline.load_weights(state)
     prepare_task(pipeline.task, pipeline.model)
 

@@ -15,7 +15,7 @@ from trak.modelout_functions import resolve_task
 from trak.modes import evaluation_mode
 from trak.pipeline.assembly import make_computer
 from trak.pipeline.checks import as_names, check_model, check_parts
-from trak.pipeline.model_state import validate_state
+from trak.pipeline.model_state import check_state
 from trak.pipeline.task_state import prepare_task
 from trak.projectors import resolve_device
 
@@ -37,7 +37,7 @@ def try_first_batches(
     check_model(model)
     given = settings.get("gradient_computer")
     check_parts(given, settings.get("projector"), settings.get("saver"))
-    validate_state(model, state)
+    check_state(model, state)
     parts: Any = SimpleNamespace(
         model=model,
         task=resolve_task(settings["task"]),

@@ -15,7 +15,7 @@ _COPIED = 1 << 16  # bytes of a buffer
 
 
 def validate_state(model: nn.Module, checkpoint: Any) -> str:
-    """Checks that a state dict fits a model, before anything is touched.
+    """Checks that a state dict fits a model, as `check_state`, and hashes it.
 
     Args:
         model: the model.
@@ -23,6 +23,17 @@ def validate_state(model: nn.Module, checkpoint: Any) -> str:
 
     Returns:
         The content hash of the weights.
+    """
+    check_state(model, checkpoint)
+    return state_digest(checkpoint, like=model.state_dict())
+
+
+def check_state(model: nn.Module, checkpoint: Any) -> None:
+    """Checks that a state dict fits a model, before anything is touched.
+
+    Args:
+        model: the model.
+        checkpoint: its state dict to be.
 
     Raises:
         InputTypeError: if it is no state dict.
@@ -46,7 +57,6 @@ def validate_state(model: nn.Module, checkpoint: Any) -> str:
             f"The checkpoint does not fit the model ({len(problems)} differences):\n"
             f"{shown}\n{_hint(own, checkpoint)}Nothing was loaded."
         )
-    return state_digest(checkpoint, like=own)
 
 
 def _hint(own: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> str:
