@@ -10,7 +10,7 @@ import trak
 from trak import TRAKer
 from trak.errors import InputError
 from trak.modelout_functions import AbstractModelOutput
-from trak.pipeline.losses import loss_sizes
+from trak.pipeline.sources import loss_sizes
 from trak.score_computers.logistic import is_logistic, sizes
 
 N, M = 120, 24

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak.errors import StoreCorruptedError
-from trak.pipeline.solving import row_source
+from trak.pipeline.sources import row_source
 from trak.projectors.kept import Arrays, Part
 from trak.savers import Rows
 from trak.savers.arrays import runs

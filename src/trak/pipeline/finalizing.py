@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from trak.encodings import RowSource
 from trak.errors import ModelIDException
 from trak.pipeline.describe import describe_rows
-from trak.pipeline.losses import LossWatch, counts_of, loss_sizes, tell_of_strays
+from trak.pipeline.losses import LossWatch, tell_of_strays
 from trak.pipeline.project import RowMaker
 from trak.pipeline.readiness import chosen_ids, current_factor, together
-from trak.pipeline.solving import placed, row_source
+from trak.pipeline.sources import counts_of, loss_sizes, phi_of
 from trak.pipeline.whiten import Whitener
 from trak.savers import AbstractSaver, Rows
 from trak.score_computers import (
@@ -25,6 +23,7 @@ from trak.score_computers import (
     RidgeScoreComputer,
 )
 from trak.score_computers.auto_ridge import Choice
+from trak.score_computers.linear import Kept
 from trak.score_computers.ridge_sample import Situation, Wide, drawn
 from trak.score_computers.stream import decoded
 
@@ -73,7 +72,8 @@ def finalize_checkpoints(
             continue
         tell_of_strays(loss_sizes(saver, model_id, decided), model_id)
         wanted[model_id] = Situation(
-            **_losses(saver, model_id),
+            loss=rows.array("out_to_loss"),
+            counts=counts_of(saver, model_id),
             checkpoints=len(chosen),
             strength=whitener.strength,
             columns=maker.projector.random_dim or None,
@@ -82,20 +82,14 @@ def finalize_checkpoints(
             unwhitened=whitener.unwhitened(model_id),
             wide=_wide(saver, model_id, len(rows.done)),
         )
-    sources = {model_id: row_source(saver.train_rows(model_id)) for model_id in wanted}
     if found is None:
-        found = _chosen_together(scorer, sources, wanted, maker.device)
+        found = _chosen_together(scorer, saver, wanted, maker.device)
     for model_id, situation in wanted.items():
         settled = replace(situation, **(found._asdict() if found else {}))
-        matrix, info = finalize_rows(scorer, sources[model_id], maker.device, settled)
+        matrix, info = _factored(scorer, saver, model_id, maker.device, settled)
         info = {**info, **decided, "together": together(saver, chosen)}
         saver.save_factor(model_id, matrix, info)
     return list(wanted)
-
-
-def _losses(saver: AbstractSaver, model_id: int) -> dict[str, Any]:
-    loss = saver.train_rows(model_id).array("out_to_loss")
-    return {"loss": loss, "counts": counts_of(saver, model_id)}
 
 
 def _refuse_missing(rows: Rows, model_id: int) -> None:
@@ -110,13 +104,13 @@ def _refuse_missing(rows: Rows, model_id: int) -> None:
 
 def _chosen_together(
     scorer: AbstractScoreComputer,
-    sources: dict[int, RowSource],
+    saver: AbstractSaver,
     situations: dict[int, Situation],
     device: torch.device,
 ) -> Choice | None:
     if not isinstance(scorer, RidgeScoreComputer) or not situations:
         return None
-    found = [scorer.choose(placed(sources[i], device), s) for i, s in situations.items()]
+    found = [scorer.choose(phi_of(saver, i, device), s) for i, s in situations.items()]
     multiples, powers, paths = zip(*found, strict=True)
     power, path = float(np.median(powers)), float(np.median(paths))
     if scorer.loss_power is None:
@@ -144,28 +138,20 @@ def _wide(saver: AbstractSaver, model_id: int, count: int) -> Wide | None:
     return Wide(*found)
 
 
-def finalize_rows(
+def _factored(
     scorer: AbstractScoreComputer,
-    rows: RowSource,
+    saver: AbstractSaver,
+    model_id: int,
     device: torch.device,
-    situation: Situation | None = None,
-) -> tuple[NDArray[np.float64], dict[str, object]]:
-    """Makes the square matrix that the store keeps of a checkpoint.
-
-    Args:
-        scorer: the score computer; one with upstream's three methods only gets its
-            `get_xtx` kept.
-        rows: Phi, `[n, k]`.
-        device: where to compute.
-        situation: what an automatic ridge depends on, beside the rows.
-
-    Returns:
-        The matrix and how it was made.
-    """
-    if isinstance(scorer, RidgeScoreComputer) and situation is not None:
-        return scorer.finalize(placed(rows, device), situation)
+    situation: Situation,
+) -> Kept:
+    # what the store keeps of a checkpoint
+    rows = phi_of(saver, model_id, device)
+    if isinstance(scorer, RidgeScoreComputer):
+        return scorer.finalize(rows, situation)
     if isinstance(scorer, LinearScoreComputer):
-        return scorer.finalize(placed(rows, device))
+        return scorer.finalize(rows)
+    # upstream's three methods
     gram = scorer.get_xtx(decoded(rows, torch.float32).to(device))
     matrix = gram.detach().to(torch.float64).cpu().numpy()
     return matrix, {"computer": type(scorer).__name__}

@@ -18,8 +18,7 @@ from trak.gradient_computers import AbstractGradientComputer
 from trak.pipeline.chance import warn_of_chance
 from trak.savers import AbstractSaver
 from trak.score_computers.logistic import is_logistic, weights_in
-from trak.score_computers.loss_power import WAY, Path, powered
-from trak.score_computers.losses import Losses, losses_beside, losses_of
+from trak.score_computers.losses import Losses, losses_beside
 
 logger = logging.getLogger(__name__)
 
@@ -179,69 +178,11 @@ class LossWatch:
         return None if softened and not found else found
 
 
-def counts_of(saver: AbstractSaver, model_id: int) -> NDArray[Any] | None:
-    """How much a checkpoint's training examples count in its training.
-
-    Args:
-        saver: the store.
-        model_id: the checkpoint.
-
-    Returns:
-        `[n, 1]`; None if the task does not say, so that all count once.
-    """
-    if not saver.metadata.get("sample_weights"):
-        return None
-    return saver.train_rows(model_id).array("sample_weights")
-
-
-def loss_sizes(
-    saver: AbstractSaver, model_id: int, made: Mapping[str, Any] | None = None
-) -> Losses:
-    """What the curvature of a checkpoint's training examples is told from.
-
-    Args:
-        saver: the store.
-        model_id: the checkpoint.
-        made: how its factor was made, or is to be: `logistic` says whether the loss is;
-            what was found of this checkpoint, if it does not.
-
-    Returns:
-        Q without the signs that it may have if the loss is logistic.
-    """
-    loss = saver.train_rows(model_id).array("out_to_loss")
-    known = made if made and "logistic" in made else saver.loss_record(model_id)
-    logistic = (known or {}).get("logistic")
-    return losses_of(loss, counts_of(saver, model_id)).sized(logistic)
-
-
-def score_weights(
-    saver: AbstractSaver, model_id: int, made: Mapping[str, Any]
-) -> NDArray[np.floating]:
-    """What scores of a checkpoint's training examples are multiplied by.
-
-    Args:
-        saver: the store.
-        model_id: the checkpoint.
-        made: how its factor was made.
-
-    Returns:
-        Q, `[n, 1]`; to the power that was chosen, if one was, with its share of the way.
-    """
-    loss = saver.train_rows(model_id).array("out_to_loss")
-    power, way = made.get("power", 1.0), made.get(WAY)
-    if power == 1 and way is None:
-        return loss
-    sizes = loss_sizes(saver, model_id, made)
-    losses = losses_of(loss, counts_of(saver, model_id))
-    path = None if way is None else Path(torch.from_numpy(way), made["path"])
-    return powered(losses, sizes, power, path).numpy()
-
-
 def tell_of_strays(losses: Losses, model_id: int) -> None:
     """Says so where a few loss weights are the reason for other settings, or all are 0.
 
     Args:
-        losses: what `loss_sizes` gave.
+        losses: what `trak.pipeline.sources.loss_sizes` gave.
         model_id: the checkpoint.
     """
     loss = losses.own

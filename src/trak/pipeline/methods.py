@@ -17,10 +17,10 @@ from torch import Tensor
 from trak.arguments import as_number, is_listed, meant
 from trak.encodings import RowSource
 from trak.errors import InputError, InputTypeError, NumericalError
-from trak.pipeline.losses import loss_sizes, score_weights
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.readiness import finalized_ids
-from trak.pipeline.solving import ScoreSet, kept_factor, row_source
+from trak.pipeline.solving import ScoreSet, kept_factor
+from trak.pipeline.sources import loss_sizes, phi_of, score_weights, targets_of
 from trak.pipeline.systems import System
 from trak.savers import AbstractSaver
 from trak.score_computers import (
@@ -29,7 +29,7 @@ from trak.score_computers import (
     RunningTop,
     TopScores,
 )
-from trak.score_computers.stream import decoded, rows_per_block, stream
+from trak.score_computers.stream import rows_per_block, stream
 from trak.score_computers.topk import how_many
 
 
@@ -276,10 +276,7 @@ class MethodPass:
                 f"has {type(self.scorer).__name__}. Use 'dot', 'tracin' or 'cosine', or a "
                 "TRAKer without score_computer, and finalize_features() again."
             )
-        rows = self.saver.train_rows(model_id)
-        source = row_source(rows)
-        if isinstance(source, Tensor):
-            source = source.to(self.device)
+        source = phi_of(self.saver, model_id, self.device)
         scorer = self.scorer if isinstance(self.scorer, RidgeScoreComputer) else None
         kept = kept_factor(self.scorer, self.saver, model_id) if solved else None
         loss = score_weights(self.saver, model_id, kept[1] if kept else {})
@@ -289,8 +286,7 @@ class MethodPass:
     def _columns(
         self, system: System, exp_name: str, method: Method, groups: Tensor | None
     ) -> Tensor:
-        source = row_source(self.saver.target_rows(exp_name, system.model_id))
-        targets = decoded(source, torch.float64).to(self.device)
+        targets = targets_of(self.saver, exp_name, system.model_id).to(self.device)
         columns = system.solve(targets) if method.solved else targets
         if method.unit_targets:
             columns = columns / system.norms(targets, columns, method.rows)

@@ -15,7 +15,7 @@ from trak.errors import ModelIDException, PhaseError
 from trak.modes import evaluation_mode
 from trak.pipeline.describe import as_model_id, store_metadata
 from trak.pipeline.finalizing import finalize_checkpoints
-from trak.pipeline.losses import LossWatch, loss_sizes
+from trak.pipeline.losses import LossWatch
 from trak.pipeline.model_state import WeightWatch, validate_state
 from trak.pipeline.phase import Phase
 from trak.pipeline.project import RowMaker
@@ -30,18 +30,14 @@ from trak.pipeline.readiness import (
     what_counts,
 )
 from trak.pipeline.scoring import ScorePass
-from trak.pipeline.solving import ScoreSet, ridge_name, row_source, score_sets
+from trak.pipeline.solving import ScoreSet, features_of, ridge_name, score_sets
+from trak.pipeline.sources import phi_of
 from trak.pipeline.storing import RowStorer
 from trak.pipeline.task_state import prepare_task
 from trak.pipeline.whiten import Whitener
 from trak.precision import full_precision
 from trak.savers import AbstractSaver
-from trak.score_computers import (
-    AbstractScoreComputer,
-    LinearScoreComputer,
-    RidgeScoreComputer,
-)
-from trak.score_computers.stream import decoded
+from trak.score_computers import AbstractScoreComputer
 from trak.settings import RunSettings
 
 logger = logging.getLogger(__name__)
@@ -335,8 +331,9 @@ class Pipeline:
         self.verify()
         self.saver.refresh()
         chosen = chosen_ids(self.saver, model_ids)
-        for each in sets:
-            self.saver.experiment(each.exp_name)  # raises if there is none
+        names = sorted({each.exp_name for each in sets})
+        for name in names:
+            self.saver.experiment(name)  # raises if there is none
         ready: list[int] = []
         for model_id in chosen:
             problems = (not_ready(self.scorer, self.saver, each, model_id) for each in sets)
@@ -344,7 +341,6 @@ class Pipeline:
             if problem is None:
                 ready.append(model_id)
             elif allow_skip:
-                names = sorted({each.exp_name for each in sets})
                 logger.warning("Left out of %s: %s", names, problem)
             else:
                 more = "" if allow_skip is None else ", or pass allow_skip=True"
@@ -353,7 +349,6 @@ class Pipeline:
                     f"in model_ids{more}."
                 )
         if not ready:
-            names = sorted({each.exp_name for each in sets})
             raise PhaseError(f"No checkpoint is ready to score {names}.")
         warn_of_other_groups(self.scorer, self.saver, sets, ready)
         return ready
@@ -403,17 +398,9 @@ class Pipeline:
         matrix, info = self.saver.load_factor(model_id)
         made = what_counts(info)
         if self._features is None or self._features[:2] != (model_id, made):
-            rows = row_source(self.saver.train_rows(model_id))
-            if isinstance(self.scorer, LinearScoreComputer):
-                loss = {}
-                if isinstance(self.scorer, RidgeScoreComputer):
-                    loss = {"loss": loss_sizes(self.saver, model_id, info)}
-                features = self.scorer.features((matrix, info), rows, **loss)
-            else:
-                phi = decoded(rows, torch.float32).to(self.maker.device)
-                features = self.scorer.get_x_xtx_inv(
-                    phi, torch.as_tensor(matrix, device="cpu").to(phi)
-                )
+            rows = phi_of(self.saver, model_id, self.maker.device)
+            kept = matrix, info
+            features = features_of(self.scorer, self.saver, model_id, rows, kept)
             dtype = torch.promote_types(self.dtype, torch.float32)
             self._features = (model_id, made, features.to(dtype).cpu().numpy())
         return self._features[2]

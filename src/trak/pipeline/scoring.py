@@ -12,8 +12,8 @@ from torch import Tensor
 
 from trak.encodings import RowSource, row_encoding
 from trak.errors import NumericalError
-from trak.pipeline.losses import score_weights
-from trak.pipeline.solving import ScoreSet, kept_factor, placed, row_source, solve
+from trak.pipeline.solving import ScoreSet, kept_factor, solve
+from trak.pipeline.sources import phi_of, row_source, score_weights
 from trak.savers import AbstractSaver
 from trak.score_computers import (
     AbstractScoreComputer,
@@ -117,10 +117,7 @@ class ScorePass:
             First row and finite scores `[rows, m]`, to be used before two more are asked
             for.
         """
-        sources = [
-            placed(row_source(self.saver.train_rows(i)), self.device)
-            for i in self.model_ids
-        ]
+        sources = [phi_of(self.saver, i, self.device) for i in self.model_ids]
         solved = [
             solve(self.scorer, self.saver, self.sets, i, rows, self.kept[i])
             for i, rows in zip(self.model_ids, sources, strict=True)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from trak.arguments import Ridge, as_ridge, is_listed
-from trak.encodings import EncodedRows, RowSource
+from trak.encodings import RowSource
 from trak.errors import InputError, InputTypeError, PhaseError
-from trak.pipeline.losses import loss_sizes
-from trak.savers import AbstractSaver, Rows
+from trak.pipeline.sources import loss_sizes, targets_of
+from trak.savers import AbstractSaver
 from trak.score_computers import (
     AbstractScoreComputer,
     LinearScoreComputer,
@@ -92,37 +92,6 @@ def ridge_name(wanted: ScoreSet) -> str | None:
         return None
     reg = wanted.lambda_reg
     return reg if isinstance(reg, str) else "default" if reg is None else repr(float(reg))
-
-
-def row_source(rows: Rows) -> RowSource:
-    """Projected gradients of a store, unread if the store can.
-
-    Args:
-        rows: the store's rows.
-
-    Returns:
-        `[rows, k]`.
-    """
-    encoded = getattr(rows, "encoded", None)
-    if encoded is None:
-        return torch.from_numpy(rows.array("grads"))
-    found: EncodedRows = encoded()
-    return found
-
-
-def placed(rows: RowSource, device: torch.device) -> RowSource:
-    """The same rows where they are to be computed with.
-
-    Args:
-        rows: `[n, k]`; those in a file travel block by block later.
-        device: where to.
-
-    Returns:
-        `[n, k]`.
-    """
-    if isinstance(rows, EncodedRows) or device.type == "cpu":
-        return rows
-    return rows.to(device)
 
 
 def factor_in_words(info: Mapping[str, Any]) -> str:
@@ -211,7 +180,7 @@ def solve(
         where there are none, a function of first and end row for each set.
     """
     targets = {
-        name: decoded(row_source(saver.target_rows(name, model_id)), torch.float64)
+        name: targets_of(saver, name, model_id)
         for name in dict.fromkeys(s.exp_name for s in sets)
     }
     if not isinstance(scorer, LinearScoreComputer):
@@ -256,6 +225,30 @@ def block_scorer(
     return Weighted(blocks_of(rows, weights.dtype, weights.device), weights)
 
 
+def features_of(
+    scorer: AbstractScoreComputer,
+    saver: AbstractSaver,
+    model_id: int,
+    rows: RowSource,
+    kept: Kept,
+) -> Tensor:
+    """Upstream's features of a checkpoint.
+
+    Args:
+        scorer: the score computer.
+        saver: the store.
+        model_id: the checkpoint.
+        rows: its Phi, `[n, k]`.
+        kept: its factor and how it was made.
+
+    Returns:
+        `[n, k]`.
+    """
+    if not isinstance(scorer, LinearScoreComputer):
+        return _bare_features(scorer, kept, rows)
+    return scorer.features(kept, rows, **_loss_of(scorer, saver, model_id, kept))
+
+
 def _loss_of(
     scorer: LinearScoreComputer, saver: AbstractSaver, model_id: int, kept: Kept
 ) -> dict[str, Any]:
@@ -281,8 +274,12 @@ def _bare(
     scorer: AbstractScoreComputer, kept: Kept, rows: RowSource, targets: Tensor
 ) -> BlockScorer:
     # upstream's three methods, with all features in memory
-    phi = decoded(rows, torch.float32).to(scorer.device)
-    features = scorer.get_x_xtx_inv(phi, torch.as_tensor(kept[0], device="cpu").to(phi))
-    scores = torch.zeros(len(phi), len(targets), device="cpu")
+    features = _bare_features(scorer, kept, rows)
+    scores = torch.zeros(rows.shape[0], len(targets), device="cpu")
     scorer.get_scores(features, targets.to(features), accumulator=scores)
     return lambda start, stop: scores[start:stop].to(torch.float64)
+
+
+def _bare_features(scorer: AbstractScoreComputer, kept: Kept, rows: RowSource) -> Tensor:
+    phi = decoded(rows, torch.float32).to(scorer.device)
+    return scorer.get_x_xtx_inv(phi, torch.as_tensor(kept[0], device="cpu").to(phi))

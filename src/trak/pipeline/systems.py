@@ -8,10 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak.encodings import EncodedRows
+from trak.encodings import RowSource
 from trak.score_computers import RidgeScoreComputer
 from trak.score_computers.linear import Kept
 from trak.score_computers.losses import Losses
+from trak.score_computers.stream import home
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class System:
     """
 
     model_id: int
-    rows: Tensor | EncodedRows
+    rows: RowSource
     loss: NDArray[Any]
     sizes: Losses
     scorer: RidgeScoreComputer | None
@@ -58,8 +59,7 @@ class System:
             `[count, 1]`, float64.
         """
         found = np.array(self.loss[start : start + count], dtype=np.float64)
-        device = self.rows.device if isinstance(self.rows, Tensor) else torch.device("cpu")
-        return torch.from_numpy(found).to(device)
+        return torch.from_numpy(found).to(home(self.rows))
 
     def scale(self, rows: Tensor, start: int, kind: str) -> Tensor:
         """What a row's products are multiplied by.

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from trak.encodings import RowSource
 from trak.errors import InputError, NumericalError
-from trak.pipeline.losses import loss_sizes, score_weights
-from trak.pipeline.solving import block_scorer, kept_factor, row_source
+from trak.pipeline.solving import block_scorer, kept_factor
+from trak.pipeline.sources import loss_sizes, phi_of, score_weights, targets_of
 from trak.savers import AbstractSaver
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
 from trak.score_computers.jackknife import GROUPS, group_contrasts
 from trak.score_computers.linear import BlockScorer, Kept, Weighted
-from trak.score_computers.stream import decoded
 
 _BLOCK_BYTES = 32 << 20
 _FEWEST_COLUMNS = 32
@@ -183,16 +182,14 @@ class VariancePass:
         Returns:
             `[n, k]`, on the device unless it is in a file.
         """
-        rows = row_source(self.saver.train_rows(model_id))
-        return rows.to(self.device) if isinstance(rows, Tensor) else rows
+        return phi_of(self.saver, model_id, self.device)
 
     @cached_property
     def _loss(self) -> list[NDArray[Any]]:
         return [score_weights(self.saver, i, self.kept[i][1]) for i in self.model_ids]
 
     def _targets(self, model_id: int) -> Tensor:
-        targets = self.saver.target_rows(self.exp_name, model_id)
-        return decoded(row_source(targets), torch.float64)
+        return targets_of(self.saver, self.exp_name, model_id)
 
     def _scorer_of(self, model_id: int) -> BlockScorer:
         rows, targets = self.rows(model_id), self._targets(model_id)
