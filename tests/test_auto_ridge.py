@@ -1,5 +1,6 @@
 """The ridge that is chosen, and ridges by name."""
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -285,6 +286,14 @@ def test_a_ridge_that_is_given_asks_for_no_common_one(tmp_path, caplog):
     assert "several calls" not in caplog.text
     traker.sweep(["exp"], [None])
     assert "several calls" in caplog.text
+    # a store from before there was an automatic ridge
+    record = tmp_path / "0" / "factor.json"
+    kept = json.loads(record.read_text())
+    record.write_text(
+        json.dumps({n: kept[n] for n in kept if n not in {"auto", "together"}})
+    )
+    traker.sweep(["exp"], [None])
+    assert "(unknown, " in caplog.text
     traker.finalize_features()
     autos = {traker.saver.load_factor(i)[1]["auto"] for i in range(2)}
     assert len(autos) == 1

@@ -300,9 +300,14 @@ def warn_of_other_groups(
             "for all, gives them one that is chosen for their average; no gradient is "
             "recomputed.",
             list(found),
-            ", ".join(f"{info['auto']:.3g}" for info in found.values()),
+            ", ".join(_automatic_in_words(info) for info in found.values()),
             list(found),
         )
+
+
+def _automatic_in_words(info: Mapping[str, Any]) -> str:
+    # a store from before there was an automatic ridge has none
+    return f"{info['auto']:.3g}" if "auto" in info else "unknown"
 
 
 def warn_of_other_ridge(
