@@ -6,6 +6,7 @@ float16 or bfloat16 numbers exactly, and summed in float32 over 32,768 rows at m
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from trak.shapes import Square
 _STRIP = 256
 _PART_ROWS = 32_768  # are summed in the dtype of the products, parts in float64
 _DUAL_COLUMNS = 16_384
+_Lower = Callable[[RowSource, torch.dtype, torch.device], Tensor]
 _TINY = 1e-24  # mean squares below it may have lost products to float32's lower end
 
 
@@ -38,26 +40,40 @@ def primal_gram(rows: RowSource, device: torch.device | None = None) -> Square:
     Returns:
         `[k, k]`, float64. In float16 the sum would overflow.
     """
-    device = device or home(rows)
+    return _symmetric(_lower_primal, rows, device or home(rows))
+
+
+def dual_gram(rows: RowSource, device: torch.device | None = None) -> Square:
+    """`Phi Phi^T`.
+
+    Args:
+        rows: Phi, `[n, k]`.
+        device: where to compute; where the rows are if None.
+
+    Returns:
+        `[n, n]`, float64.
+    """
+    return _symmetric(_lower_dual, rows, device or home(rows))
+
+
+def _symmetric(lower: _Lower, rows: RowSource, device: torch.device) -> Square:
     num_rows, width = rows.shape
     dtype = products_dtype(rows)
-    # the sum of k x k blocks must not cost more than their making
-    block_rows = rows_per_block(width, dtype, fewest=1024)
-    gram = _lower_gram(rows, dtype, device, block_rows)
-    mean_square = float(gram.trace()) / (num_rows * width)
+    gram = lower(rows, dtype, device)
+    mean_square = float(gram.trace()) / max(1, num_rows * width)
     if dtype is torch.float32 and not _TINY < mean_square < math.inf:
-        gram = _lower_gram(rows, torch.float64, device, block_rows)
+        gram = lower(rows, torch.float64, device)
     if not torch.isfinite(gram.diagonal()).all():  # any NaN or inf is squared into it
-        refuse_nonfinite(rows, block_rows)
+        refuse_nonfinite(rows, rows_per_block(width, torch.float64))
     upper = gram.tril(-1).T
     return gram.tril_().add_(upper)
 
 
-def _lower_gram(
-    rows: RowSource, dtype: torch.dtype, device: torch.device, block_rows: int
-) -> Tensor:
+def _lower_primal(rows: RowSource, dtype: torch.dtype, device: torch.device) -> Tensor:
     # the lower triangle, by strips: fewer multiplications than the whole square needs
     width = rows.shape[1]
+    # the sum of k x k blocks must not cost more than their making
+    block_rows = rows_per_block(width, products_dtype(rows), fewest=1024)
     strip = max(_STRIP, width // 8)
     gram = torch.zeros(width, width, dtype=torch.float64, device=device)
     part = torch.zeros(width, width, dtype=dtype, device=device)
@@ -73,29 +89,6 @@ def _lower_gram(
             gram += part
             summed = 0
     return gram.add_(part) if summed else gram
-
-
-def dual_gram(rows: RowSource, device: torch.device | None = None) -> Square:
-    """`Phi Phi^T`.
-
-    Args:
-        rows: Phi, `[n, k]`.
-        device: where to compute; where the rows are if None.
-
-    Returns:
-        `[n, n]`, float64.
-    """
-    device = device or home(rows)
-    num_rows, width = rows.shape
-    dtype = products_dtype(rows)
-    gram = _lower_dual(rows, dtype, device)
-    mean_square = float(gram.trace()) / max(1, num_rows * width)
-    if dtype is torch.float32 and not _TINY < mean_square < math.inf:
-        gram = _lower_dual(rows, torch.float64, device)
-    if not torch.isfinite(gram.diagonal()).all():
-        refuse_nonfinite(rows, rows_per_block(rows.shape[1], torch.float64))
-    upper = gram.tril(-1).T
-    return gram.tril_().add_(upper)
 
 
 def _lower_dual(rows: RowSource, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trak.encodings import RowSource
 from trak.errors import InputError
-from trak.score_computers.factor import factorize
+from trak.score_computers.factor import RidgeFactor, factorize
 from trak.score_computers.linear import (
     BlockScorer,
     Kept,
@@ -59,13 +59,15 @@ def group_contrasts(
             "checkpoints."
         )
     groups = torch.arange(width, device="cpu").tensor_split(GROUPS)
-    if computer.factor(kept, computer.where(rows)).form == "primal":
-        weights = list(_contrasts(_primal(computer, kept, rows, targets, groups)))
+    factor = computer.factor(kept, computer.where(rows))
+    if factor.form == "primal":
+        weights = list(_contrasts(_primal(factor, rows.shape[0], targets, groups)))
         dtype = safe_products([rows], weights)
         block = blocks_of(rows, dtype, weights[0].device)
         return [Weighted(block, each.to(dtype)) for each in weights]
-    scores = _dual(computer, kept, rows, targets, groups, loss)
-    return [lambda start, stop, s=each: s[start:stop] for each in _contrasts(scores)]
+    scores = _dual(factor, computer.weighted(rows, loss), targets, groups)
+    found = _contrasts(computer.unweighted(each, loss) for each in scores)
+    return [lambda start, stop, s=each: s[start:stop] for each in found]
 
 
 def _contrasts(replicates: Iterable[Tensor]) -> Generator[Tensor]:
@@ -81,47 +83,36 @@ def _contrasts(replicates: Iterable[Tensor]) -> Generator[Tensor]:
 
 
 def _primal(
-    computer: RidgeScoreComputer,
-    kept: Kept,
-    rows: RowSource,
-    targets: Tensor,
-    groups: Sequence[Tensor],
+    factor: RidgeFactor, num_rows: int, targets: Tensor, groups: Sequence[Tensor]
 ) -> Generator[Tensor]:
     # weights without each group, [k, m]
-    factor = computer.factor(kept, computer.where(rows))
-    gram, width = factor.gram(), rows.shape[1]
+    gram = factor.gram()
     targets = targets.to(gram)
     for group in groups:
-        left = torch.ones(width, dtype=torch.bool, device="cpu")
+        left = torch.ones(len(gram), dtype=torch.bool, device="cpu")
         left[group] = False
         left = left.to(gram.device)
-        part = gram[left][:, left]
-        ridge = factor.ridge * float(part.trace() / gram.trace())
-        solver = factorize(part, form="primal", ridge=ridge, num_rows=rows.shape[0])
-        weights = torch.zeros(width, len(targets), device="cpu").to(gram)
-        weights[left] = solver.solve(targets[:, left].T)
+        weights = torch.zeros(len(gram), len(targets), device="cpu").to(gram)
+        part = _of_part(factor, gram, gram[left][:, left], num_rows)
+        weights[left] = part.solve(targets[:, left].T)
         yield weights
 
 
 def _dual(
-    computer: RidgeScoreComputer,
-    kept: Kept,
-    rows: RowSource,
-    targets: Tensor,
-    groups: Sequence[Tensor],
-    loss: Any,
+    factor: RidgeFactor, rows: RowSource, targets: Tensor, groups: Sequence[Tensor]
 ) -> Generator[Tensor]:
     # scores without each group, [n, m]
-    factor = computer.factor(kept, computer.where(rows))
     gram = factor.gram()
     targets = targets.to(gram)
-    weighted = computer.weighted(rows, loss)
-    whole = product(weighted, targets.T)
+    whole = product(rows, targets.T)
     for group in groups:
         columns = slice(int(group[0]), int(group[-1]) + 1)
-        phi = decoded(weighted, torch.float64, columns).to(gram)
-        part = gram - phi @ phi.T
-        ridge = factor.ridge * float(part.trace() / gram.trace())
-        solver = factorize(part, form="dual", ridge=ridge, num_rows=rows.shape[0])
-        scores = solver.solve(whole - phi @ targets[:, columns].T)
-        yield computer.unweighted(scores, loss)
+        phi = decoded(rows, torch.float64, columns).to(gram)
+        part = _of_part(factor, gram, gram - phi @ phi.T, rows.shape[0])
+        yield part.solve(whole - phi @ targets[:, columns].T)
+
+
+def _of_part(factor: RidgeFactor, gram: Tensor, part: Tensor, num_rows: int) -> RidgeFactor:
+    # of a part of the columns, with a ridge of the same size relative to the rows
+    ridge = factor.ridge * float(part.trace() / gram.trace())
+    return factorize(part, form=factor.form, ridge=ridge, num_rows=num_rows)

@@ -13,7 +13,7 @@ from trak.encodings import RowSource, row_encoding
 from trak.errors import NotEnoughMemoryError
 from trak.score_computers.curvature import roots as roots_of
 from trak.score_computers.losses import Losses, losses_of
-from trak.score_computers.stream import rows_per_block, stream
+from trak.score_computers.stream import home, rows_per_block, stream
 from trak.score_computers.unwhitened import Unwhitened
 
 SAMPLE = 600
@@ -229,7 +229,7 @@ def _gathered(rows: RowSource, numbers: Tensor, columns: Tensor) -> tuple[Tensor
     # some rows, and Phi^T columns
     double = row_encoding(rows).name == "float64"
     dtype = torch.float64 if double else torch.float32
-    device = rows.device if isinstance(rows, Tensor) else torch.device("cpu")
+    device = home(rows)
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=device)
     kept: list[Tensor] = []
     block_rows = rows_per_block(rows.shape[1], dtype)
