@@ -26,9 +26,9 @@ from trak.savers import AbstractSaver
 from trak.score_computers import (
     AbstractScoreComputer,
     RidgeScoreComputer,
-    RunningTop,
     TopScores,
 )
+from trak.score_computers.running import top_of
 from trak.score_computers.stream import rows_per_block, stream
 from trak.score_computers.topk import how_many
 
@@ -194,16 +194,9 @@ class MethodPass:
         Returns:
             Rows and scores, strongest first.
         """
-        sign = 1 if helpful else -1
         k = how_many(k, len(self.saver.train_rows(self.model_ids[0]).done))
-        top: RunningTop | None = None
         with closing(self.blocks(exp_name, method, groups)) as blocks:
-            for start, block in blocks:
-                if top is None:
-                    top = RunningTop(block.shape[1], k, block.dtype, block.device)
-                top.add(start, block * sign)
-        assert top is not None  # noqa: S101 - there is at least one training example
-        rows, scores = top.result(negated=not helpful)
+            rows, scores = top_of(blocks, k, helpful=helpful)
         return TopScores(rows, scores.astype(np.float32))
 
     def blocks(
@@ -219,9 +212,9 @@ class MethodPass:
         Yields:
             First row and finite scores `[rows, m]`, float64.
         """
+        shares = self._shares(summed=method.summed)
         systems = [self._system(i, solved=method.solved) for i in self.model_ids]
         columns = [self._columns(s, exp_name, method, groups) for s in systems]
-        shares = self._shares(summed=method.summed)
         for start, parts in self._stretches(systems):
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for system, column, share, rows in zip(

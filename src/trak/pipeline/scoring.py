@@ -15,12 +15,9 @@ from trak.errors import NumericalError
 from trak.pipeline.solving import ScoreSet, kept_factor, solve
 from trak.pipeline.sources import phi_of, row_source, score_weights
 from trak.savers import AbstractSaver
-from trak.score_computers import (
-    AbstractScoreComputer,
-    RunningTop,
-    TopScores,
-)
+from trak.score_computers import AbstractScoreComputer, TopScores
 from trak.score_computers.linear import BlockScorer, Kept, safe_products
+from trak.score_computers.running import top_of
 from trak.score_computers.stream import (
     Multiplier,
     refuse_nonfinite,
@@ -83,14 +80,8 @@ class ScorePass:
         """
         columns = self.columns()
         k = how_many(k, len(self.saver.train_rows(self.model_ids[0]).done))
-        top: RunningTop | None = None
-        with closing(self.blocks(1 if helpful else -1)) as blocks:
-            for start, block in blocks:
-                if top is None:
-                    top = RunningTop(columns[-1].stop, k, block.dtype, block.device)
-                top.add(start, block)
-        assert top is not None  # noqa: S101 - there is at least one training example
-        rows, scores = top.result(negated=not helpful)
+        with closing(self.blocks()) as blocks:
+            rows, scores = top_of(blocks, k, helpful=helpful)
         scores = scores.astype(self._stored(), copy=False)
         return [TopScores(rows[part], scores[part]) for part in columns]
 
@@ -104,14 +95,11 @@ class ScorePass:
             for start, block in blocks:
                 yield start, block.cpu().numpy()
 
-    def blocks(self, sign: int = 1) -> Scored:
+    def blocks(self) -> Scored:
         """Scores in stretches of rows, averaged over checkpoints.
 
         `(mean_c Phi_c K_c^-1 phi_c^T) * (mean_c Q_c)`: Park et al. 2023, Sec. 3.2, Step
         4, with the averages taken apart as upstream does.
-
-        Args:
-            sign: -1 turns the scores' signs.
 
         Yields:
             First row and finite scores `[rows, m]`, to be used before two more are asked
@@ -124,10 +112,10 @@ class ScorePass:
         ]
         weights = [w for w in solved if isinstance(w, Tensor)]
         if len(weights) == len(solved):
-            scale = sign / len(weights)
-            found = self._multiplied(sources, [w * scale for w in weights])
+            share = 1 / len(weights)
+            found = self._multiplied(sources, [w * share for w in weights])
         else:
-            found = self._looked_up([s for s in solved if not isinstance(s, Tensor)], sign)
+            found = self._looked_up([s for s in solved if not isinstance(s, Tensor)])
         for start, block in found:
             # a sum is quick, and finite unless a term is not, or it overflows
             if not torch.isfinite(block.sum()) and not torch.isfinite(block).all():
@@ -152,7 +140,7 @@ class ScorePass:
             if source == last:
                 yield start, out
 
-    def _looked_up(self, scorers: list[list[BlockScorer]], sign: int) -> Scored:
+    def _looked_up(self, scorers: list[list[BlockScorer]]) -> Scored:
         q = self._q()
         num_rows = len(self.saver.train_rows(self.model_ids[0]).done)
         for start in range(0, num_rows, _SOLVED_ROWS):
@@ -161,7 +149,7 @@ class ScorePass:
                 torch.cat([score(start, stop) for score in part], dim=1) for part in scorers
             ]
             mean = torch.stack(parts).mean(dim=0)
-            yield start, mean * (sign * q(start, stop)).to(mean)
+            yield start, mean * q(start, stop).to(mean)
 
     def _stored(self) -> type[np.floating]:
         # as in score files: float64 for float64 models only

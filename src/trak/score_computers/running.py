@@ -1,5 +1,6 @@
 """The strongest training examples of every target, while scores stream by."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -111,6 +112,26 @@ class RunningTop:
         chosen = order[firsts[:, None] + torch.arange(self.k, device=order.device)]
         self._scores[hit] = scores[chosen]
         self._rows[hit] = rows[chosen]
+
+
+def top_of(blocks: Iterable[tuple[int, Tensor]], k: int, *, helpful: bool) -> TopScores:
+    """The strongest training examples of every target, in memory that has no `n`.
+
+    Args:
+        blocks: first row and scores without NaN, `[b, m]`, of all rows in order.
+        k: how many a target.
+        helpful: the largest scores; if False, the smallest.
+
+    Returns:
+        Rows and scores, strongest first; equal scores in the order of their rows.
+    """
+    top: RunningTop | None = None
+    for start, block in blocks:
+        if top is None:
+            top = RunningTop(block.shape[1], k, block.dtype, block.device)
+        top.add(start, block if helpful else -block)
+    assert top is not None  # noqa: S101 - there is at least one training example
+    return top.result(negated=not helpful)
 
 
 def _largest(columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
