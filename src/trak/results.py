@@ -87,8 +87,7 @@ class Results:
         num_targets = self.saver.experiment(exp_name)["num_targets"]
         averages = group_matrix(groups, num_targets)
         if as_flag("with_error", with_error):
-            extra = groups is not None or checkpoint_weights is not None
-            self._refuse_error_of(method, extra=extra)
+            _refuse_error_of(method, groups, checkpoint_weights)
             if model_ids is None:
                 model_ids = self.saver.experiment(exp_name).get("model_ids")
             return error_pass(self._pipeline, exp_name, model_ids).scores()
@@ -168,8 +167,7 @@ class Results:
         """
         helpful = as_flag("helpful", helpful)
         if as_flag("with_error", with_error):
-            extra = groups is not None or checkpoint_weights is not None
-            self._refuse_error_of(method, extra=extra)
+            _refuse_error_of(method, groups, checkpoint_weights)
             taken = error_pass(self._pipeline, exp_name, model_ids)
             ranked = taken.top(k, helpful=helpful)
             ranked.warn_of_noise()
@@ -243,16 +241,6 @@ class Results:
             return scores
         return scores @ averages.numpy().astype(scores.dtype)
 
-    @staticmethod
-    def _refuse_error_of(method: str, *, extra: bool) -> None:
-        if not is_trak(method):
-            method_named(method)
-        if not is_trak(method) or extra:
-            raise InputError(
-                "with_error=True is for TRAK's scores of single targets: leave groups, "
-                f"checkpoint_weights and method out (this is method={method!r})."
-            )
-
     @tells_of_files
     def checkpoints(self) -> list[CheckpointInfo]:
         """Lists the checkpoints of the store.
@@ -270,3 +258,13 @@ class Results:
             One entry an experiment, by name.
         """
         return list_experiments(self.saver)
+
+
+def _refuse_error_of(method: str, *others: Any) -> None:
+    if not is_trak(method):
+        method_named(method)  # raises if there is none
+    if not is_trak(method) or any(other is not None for other in others):
+        raise InputError(
+            "with_error=True is for TRAK's scores of single targets: leave groups, "
+            f"checkpoint_weights and method out (this is method={method!r})."
+        )

@@ -119,8 +119,7 @@ def make_pipeline(
         The pipeline.
     """
     layout = {name: math.prod(shape) for name, shape in shapes.items()}
-    losses = LossWatch(task=parts.task, computer=parts.gradient_computer, saver=parts.saver)
-    maker = _make_maker(parts, layout, shapes, losses)
+    maker = _make_maker(parts, layout, shapes)
     whitener = Whitener(
         maker=maker,
         saver=parts.saver,
@@ -136,7 +135,6 @@ def make_pipeline(
         saver=parts.saver,
         scorer=parts.score_computer,
         whitener=whitener,
-        losses=losses,
         settings=lambda: _settings(parts, layout),
         dtype=parts.dtype,
         examples_are_checked=examples_are_checked,
@@ -147,7 +145,6 @@ def _make_maker(
     parts: Parts,
     layout: Mapping[str, int],
     shapes: Mapping[str, tuple[int, ...]],
-    losses: LossWatch,
 ) -> RowMaker:
     common: dict[str, Any] = {
         "model": parts.model,
@@ -156,7 +153,9 @@ def _make_maker(
         "layout": layout,
         "scale": math.sqrt(sum(layout.values())),
         "device": parts.device,
-        "losses": losses,
+        "losses": LossWatch(
+            task=parts.task, computer=parts.gradient_computer, saver=parts.saver
+        ),
     }
     if isinstance(parts.projector, KernelProjector):
         return KernelMaker(**common, saver=parts.saver, dtype=parts.dtype)

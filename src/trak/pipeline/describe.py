@@ -97,7 +97,7 @@ def describe_run(
     proj_dim: int,
     train_set_size: int,
     dtype: torch.dtype,
-    whitening: float = 0.0,
+    whitening: float,
 ) -> RunSettings:
     """Collects a run's settings.
 

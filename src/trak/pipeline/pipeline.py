@@ -15,7 +15,6 @@ from trak.errors import ModelIDException, PhaseError
 from trak.modes import evaluation_mode
 from trak.pipeline.describe import as_model_id, store_metadata
 from trak.pipeline.finalizing import finalize_checkpoints
-from trak.pipeline.losses import LossWatch
 from trak.pipeline.model_state import WeightWatch, validate_state
 from trak.pipeline.phase import Phase
 from trak.pipeline.project import RowMaker
@@ -53,7 +52,6 @@ class Pipeline:
         saver: the store.
         scorer: turns rows into scores.
         whitener: whitens gradients before they are projected.
-        losses: finds out which kind of loss it is.
         settings: the run's settings as they are now.
         dtype: dtype of the stored rows.
         examples_are_checked: refuse other examples in rows seen before.
@@ -68,7 +66,6 @@ class Pipeline:
         saver: AbstractSaver,
         scorer: AbstractScoreComputer,
         whitener: Whitener,
-        losses: LossWatch,
         settings: Callable[[], RunSettings],
         dtype: torch.dtype,
         examples_are_checked: bool,
@@ -79,7 +76,7 @@ class Pipeline:
         self.saver = saver
         self.scorer = scorer
         self.whitener = whitener
-        self.losses = losses
+        self.losses = maker.losses  # finds out which kind of loss it is
         self.settings = settings
         self.dtype = dtype
         self._storer = RowStorer(

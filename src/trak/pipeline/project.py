@@ -51,11 +51,11 @@ class RowMaker:
         layout: name to number of scalars of the selected parameters.
         scale: rows are divided by it (the square root of the number of parameters).
         device: where to project.
+        losses: is shown the first training examples.
         micro: splits batches that do not fit into memory.
         ignores_padding: checkpoint to the lengths between which padding does nothing; None
             if it does something.
         whitenings: checkpoint to what is done to its gradients before they are projected.
-        losses: is shown the first training examples; None for nobody.
     """
 
     model: nn.Module
@@ -64,12 +64,12 @@ class RowMaker:
     layout: Mapping[str, int]
     scale: float
     device: torch.device
+    losses: LossWatch
     micro: MicroBatches = field(default_factory=MicroBatches)
     ignores_padding: dict[int, tuple[int, int] | None] = field(
         default_factory=dict[int, tuple[int, int] | None]
     )
     whitenings: dict[int, Whitening] = field(default_factory=dict[int, Whitening])
-    losses: LossWatch | None = None
 
     def rows(
         self, batch: Batch, model_id: int, numbers: list[int], *, with_weights: bool = False
@@ -169,9 +169,9 @@ class RowMaker:
                 if not with_weights:
                     return part
                 # right after the gradients, whose forward pass may answer for these
-                outputs = self.losses.outputs(piece, model_id) if self.losses else None
+                outputs = self.losses.outputs(piece, model_id)
                 weights = self.finite_weights(piece, its)
-                if self.losses and outputs is not None:
+                if outputs is not None:
                     self.losses.look(outputs, weights, model_id)
                 return torch.cat([part, weights.to(part)], dim=1)
 

@@ -104,8 +104,6 @@ class RowStorer:
     def _look_again(
         self, phase: Phase, rows: Rows, batch: Batch, numbers: NDArray[np.int64]
     ) -> None:
-        if self.maker.losses is None:
-            return
         prepare_task(self.task, self.model, phase.digest)
         names = ["out_to_loss", "sample_weights"][: self.maker.loss_columns]
         loss = np.concatenate([rows.array(name)[numbers] for name in names], axis=1)
