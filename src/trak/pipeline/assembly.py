@@ -12,6 +12,7 @@ from trak.gradient_computers import AbstractGradientComputer, choose_computer
 from trak.pipeline.choices import float_dtype
 from trak.pipeline.describe import describe_run, store_metadata
 from trak.pipeline.kernel import KernelMaker
+from trak.pipeline.lengths import Trimmer
 from trak.pipeline.losses import LossWatch
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker, by_blocks
@@ -156,6 +157,7 @@ def _make_maker(
         "losses": LossWatch(
             task=parts.task, computer=parts.gradient_computer, saver=parts.saver
         ),
+        "trimmer": Trimmer(parts.model, parts.gradient_computer.modelout_fn, (*layout,)),
     }
     if isinstance(parts.projector, KernelProjector):
         return KernelMaker(**common, saver=parts.saver, dtype=parts.dtype)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -101,7 +101,9 @@ class Trimmer:
     model: nn.Module
     task: Any
     names: tuple[str, ...]
-    ignored: dict[int, tuple[int, int] | None]
+    ignored: dict[int, tuple[int, int] | None] = field(
+        default_factory=dict[int, tuple[int, int] | None]
+    )
 
     def buckets(self, batch: Batch, model_id: int) -> list[tuple[list[int], Batch]]:
         """Splits a batch by length.

@@ -52,9 +52,8 @@ class RowMaker:
         scale: rows are divided by it (the square root of the number of parameters).
         device: where to project.
         losses: is shown the first training examples.
+        trimmer: leaves padding out.
         micro: splits batches that do not fit into memory.
-        ignores_padding: checkpoint to the lengths between which padding does nothing; None
-            if it does something.
         whitenings: checkpoint to what is done to its gradients before they are projected.
     """
 
@@ -65,10 +64,8 @@ class RowMaker:
     scale: float
     device: torch.device
     losses: LossWatch
+    trimmer: Trimmer
     micro: MicroBatches = field(default_factory=MicroBatches)
-    ignores_padding: dict[int, tuple[int, int] | None] = field(
-        default_factory=dict[int, tuple[int, int] | None]
-    )
     whitenings: dict[int, Whitening] = field(default_factory=dict[int, Whitening])
 
     def rows(
@@ -278,9 +275,7 @@ class RowMaker:
         make: Callable[[Batch, list[int]], Tensor],
     ) -> Tensor:
         # rows in the order of the batch, whatever the order in which they are made
-        task, names = self.computer.modelout_fn, tuple(self.layout)
-        trimmer = Trimmer(self.model, task, names, self.ignores_padding)
-        buckets = trimmer.buckets(batch, model_id)
+        buckets = self.trimmer.buckets(batch, model_id)
         made = [make(bucket, [numbers[j] for j in own]) for own, bucket in buckets]
         if len(made) == 1:
             return made[0]
