@@ -6,7 +6,7 @@ import torch
 from scipy.stats import t as student
 from tests import reference
 
-from trak.score_computers.moderation import Stretch, learned
+from trak.score_computers.moderation import ScoredRows, learned
 
 
 class World:
@@ -34,14 +34,14 @@ class World:
 
     def moderated(self):
         found = self.learned()
-        stretch = Stretch(
+        stretch = ScoredRows(
             found.effects(*self.peers_part()),
             torch.from_numpy(self.scores[:, : self.m]),
             torch.from_numpy(self.squares[:, : self.m]),
         )
         half = len(self.scores) // 2
         levels = found.target_levels([
-            Stretch(*(p[s] for p in stretch)) for s in (slice(half), slice(half, None))
+            ScoredRows(*(p[s] for p in stretch)) for s in (slice(half), slice(half, None))
         ])
         return found.moderated(levels, stretch).numpy(), found.degrees
 
@@ -127,9 +127,9 @@ def test_a_target_of_which_nothing_was_learned_is_left_alone():
     silent = squares.clone()
     silent[:, 2] = 0.0  # in the rows that levels are told from
 
-    levels = found.target_levels([Stretch(effects, scores, silent)])
+    levels = found.target_levels([ScoredRows(effects, scores, silent)])
     assert levels.isnan().tolist() == [False, False, True, False, False, False]
-    after = found.moderated(levels, Stretch(effects, scores, squares))
+    after = found.moderated(levels, ScoredRows(effects, scores, squares))
     torch.testing.assert_close(after[:, 2], squares[:, 2])
     assert not torch.isclose(after[:, 3], squares[:, 3]).all()
 

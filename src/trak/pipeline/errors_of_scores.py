@@ -3,6 +3,7 @@
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from trak.score_computers.linear import BlockScorer
 from trak.score_computers.moderation import (
     PEERS,
     Moderation,
-    Stretch,
+    ScoredRows,
     learned,
 )
 from trak.score_computers.ridge_sample import drawn
@@ -141,10 +142,7 @@ class ErrorPass(VariancePass):
         """
         for start, stop in self.stretches():
             scores, squares = self.stretch(self.takes, start, stop)
-            if self._levels is not None and self._moderation is not None:
-                stretch = Stretch(self._effects[start:stop], scores, squares)
-                squares = self._moderation.moderated(self._levels, stretch)
-            yield start, scores, squares
+            yield start, scores, self._moderated(slice(start, stop), ..., scores, squares)
 
     def single(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Some scores of every target and their variances, without computing the others.
@@ -163,16 +161,23 @@ class ErrorPass(VariancePass):
             if not len(some.rows):
                 continue
             scores, squares = self.stretch(self.takes, start, stop, some)
-            if self._levels is not None and self._moderation is not None:
-                stretch = Stretch(self._effects[some.rows], scores, squares)
-                levels = self._levels[some.targets, None]
-                squares = self._moderation.moderated(levels, stretch)
+            columns = (some.targets, None)
+            squares = self._moderated(some.rows, columns, scores, squares)
             found.append((scores.flatten(), squares.flatten()))
         parts = (torch.cat(each) for each in zip(*found, strict=True))
         scores, squares = (
             torch.empty_like(part).scatter_(0, order, part).view_as(rows) for part in parts
         )
         return scores, squares
+
+    def _moderated(
+        self, rows: Any, targets: Any, scores: Tensor, squares: Tensor
+    ) -> Tensor:
+        # of what effects and levels have at these places
+        if self._levels is None or self._moderation is None:
+            return squares
+        found = ScoredRows(self._effects[rows], scores, squares)
+        return self._moderation.moderated(self._levels[targets], found)
 
     @cached_property
     def _peers(self) -> Tensor:
@@ -227,10 +232,10 @@ class ErrorPass(VariancePass):
         if self._moderation is None:
             return None
 
-        def stretches() -> Generator[Stretch]:
+        def stretches() -> Generator[ScoredRows]:
             for start, stop in self._some():
                 found = self.stretch(self.takes, start, stop)
-                yield Stretch(self._effects[start:stop], *found)
+                yield ScoredRows(self._effects[start:stop], *found)
 
         return self._moderation.target_levels(list(stretches()))
 

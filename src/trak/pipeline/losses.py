@@ -76,13 +76,10 @@ class LossWatch:
             return
         # processes with few examples each add theirs up
         every = [*record.get("seen", []), *pairs.tolist()][:_MOST]
-        found = (
-            None
-            if len(every) < _ENOUGH
-            else self._told(torch.tensor(every, device="cpu").double())
-        )
+        known = torch.tensor(every, device="cpu").double()
+        found = self._told(known) if len(every) >= _ENOUGH else None
         if found is False:
-            _tell_of_weights(torch.tensor(every, device="cpu").double())
+            _tell_of_weights(known)
         told = {"seen": every} if found is None else {"logistic": found}
         self.saver.record_loss(model_id, told)
 

@@ -26,7 +26,7 @@ _FEWEST_A_BIN = 50
 _ROUNDS = 4
 
 
-class Stretch(NamedTuple):
+class ScoredRows(NamedTuple):
     """Some rows of the scores of all targets.
 
     Attributes:
@@ -82,7 +82,7 @@ class Moderation:
         found = self.share * _means(logs - self.levels, alive, dim=1)
         return torch.where(alive.any(dim=1), found, torch.nan)
 
-    def target_levels(self, stretches: Sequence[Stretch]) -> Tensor:
+    def target_levels(self, stretches: Sequence[ScoredRows]) -> Tensor:
         """The targets' levels.
 
         Args:
@@ -107,7 +107,7 @@ class Moderation:
         assert levels is not None  # noqa: S101 - there is at least one round
         return levels
 
-    def moderated(self, levels: Tensor, stretch: Stretch) -> Tensor:
+    def moderated(self, levels: Tensor, stretch: ScoredRows) -> Tensor:
         """Moderates the variances of some rows.
 
         Args:

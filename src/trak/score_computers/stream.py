@@ -22,7 +22,7 @@ _FEWEST, _MOST = 64, 8192  # float32 sums within a block stay short
 Multiplier = Callable[[int, int], Tensor]
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """Consecutive rows of one source.
 
     Attributes:
@@ -57,7 +57,7 @@ def stream(
     device: torch.device,
     block_rows: int,
     multiplier: Multiplier | None = None,
-) -> Iterator[Block]:
+) -> Iterator[RowBlock]:
     """Passes over several sources side by side: the first rows of each, the next, ...
 
     Rows in files are read ahead by a thread while the caller computes.
@@ -90,7 +90,7 @@ def stream(
             rows = out[: stop - start].copy_(raw.to(device))
             if factor is not None:
                 rows.mul_(factor.to(rows))
-            yield Block(i, start, rows)
+            yield RowBlock(i, start, rows)
 
 
 def decoded(rows: RowSource, dtype: torch.dtype, columns: slice = slice(None)) -> Tensor:
