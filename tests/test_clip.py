@@ -130,6 +130,22 @@ def test_embeddings_may_be_computed_under_any_grad_mode(world, mode):
     assert torch.equal(gradient(inside, model, images, texts), expected)
 
 
+def test_stored_rows_are_held_against_embeddings_of_their_own_weights(
+    world, tmp_path, caplog
+):
+    model, images, texts = world
+    first, second = shifted(model, 0), shifted(model, 0.5)
+    batch = images[:8], texts[:8]
+    for _ in range(2):  # the second time all rows are there
+        model.load_state_dict(first)
+        task = CLIPModelOutput(simulated_batch_size=5)
+        task.get_embeddings(model, [(images, texts)], 16, embedding_dim=4)
+        traker = TRAKer(model, task, 8, tmp_path, device="cpu", proj_dim=8)
+        traker.load_checkpoint(second, model_id=0)
+        traker.featurize(batch, num_samples=8)
+    assert "has the code of the model or the task changed" not in caplog.text
+
+
 def test_embeddings_of_another_checkpoint_are_refused(world, tmp_path):
     model, images, texts = world
     traker = TRAKer(

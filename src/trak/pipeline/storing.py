@@ -82,6 +82,8 @@ class RowStorer:
         kind = "training example" if training else "target"
         check_examples(numbers, digests, others, kind)
         wanted = missing_rows(rows, numbers)
+        if (training and size) or len(wanted):
+            prepare_task(self.task, self.model, phase.digest)
         if training and not phase.began and len(wanted) < size:
             warn_of_other_code(self.model, self.maker, rows, normal, numbers)
         if training and size and not len(wanted):
@@ -104,7 +106,6 @@ class RowStorer:
     def _look_again(
         self, phase: Phase, rows: Rows, batch: Batch, numbers: NDArray[np.int64]
     ) -> None:
-        prepare_task(self.task, self.model, phase.digest)
         names = ["out_to_loss", "sample_weights"][: self.maker.loss_columns]
         loss = np.concatenate([rows.array(name)[numbers] for name in names], axis=1)
         whole = bool(rows.done.all())
@@ -125,7 +126,6 @@ class RowStorer:
         numbers: NDArray[np.int64],
         digests: NDArray[np.int64],
     ) -> None:
-        prepare_task(self.task, self.model, phase.digest)
         self.whitener.prepare(phase.model_id)
         making = self.maker.making(
             batch, phase.model_id, numbers.tolist(), training=phase.kind == "featurize"
