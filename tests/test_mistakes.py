@@ -56,7 +56,7 @@ def no_rows(monkeypatch):
     def refuse(*_args, **_options):
         raise AssertionError("training examples were worked on")
 
-    for name in ("fitted", "making"):
+    for name in ("moments_and_rows", "making"):
         monkeypatch.setattr(RowMaker, name, refuse)
 
 

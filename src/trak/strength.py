@@ -273,7 +273,7 @@ class Trial:
         maker, projector = self.pipeline.maker, self.pipeline.maker.projector
         total, parts = Moments(), []
         for batch in self.sample:
-            moments, rows = maker.fitted(batch, number, projector)
+            moments, rows = maker.moments_and_rows(batch, number, projector)
             if not bool(torch.isfinite(rows).all()):  # this one says where
                 maker.rows(batch, number, list(range(len(rows))), with_weights=True)
             total.merge(moments)

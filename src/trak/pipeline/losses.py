@@ -103,7 +103,7 @@ class LossWatch:
             self.look(outputs, torch.from_numpy(np.array(loss)), model_id)
 
     def tell(self, batches: list[Batch], losses: list[Tensor]) -> bool | None:
-        """The same from some batches alone, by the weights that are loaded.
+        """Told from some batches alone, by the weights that are loaded.
 
         Args:
             batches: normalized batches.

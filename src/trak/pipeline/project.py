@@ -223,12 +223,12 @@ class RowMaker:
         Returns:
             Its sums.
         """
-        return self.fitted(batch, 0, None)[0]
+        return self.moments_and_rows(batch, 0, None)[0]
 
-    def fitted(
+    def moments_and_rows(
         self, batch: Batch, model_id: int, projector: AbstractProjector | None
     ) -> tuple[Moments, Tensor]:
-        """The same, and rows that are not whitened, in one pass.
+        """What whitening needs to know, and rows that are not whitened, in one pass.
 
         Args:
             batch: a normalized batch.
@@ -340,7 +340,7 @@ class RowMaker:
             numbers: the samples' row numbers, or what to call them in a message.
 
         Returns:
-            `[b, 1]`.
+            As `loss_weights`.
 
         Raises:
             NumericalError: names the first sample whose Q is not.

@@ -120,8 +120,8 @@ def what_counts(factor: Mapping[str, Any]) -> dict[str, Any]:
         factor: its description.
 
     Returns:
-        The same, without arrays; at a ridge that was given without the automatic one,
-        which was not used.
+        The description without arrays and, where a ridge was given, without the automatic
+        one, which was not used.
     """
     unused = {WAY}
     if factor.get("lambda_reg") is not None:

@@ -118,7 +118,7 @@ def factor_in_words(info: Mapping[str, Any]) -> str:
 
 
 def asked_for(scorer: AbstractScoreComputer) -> str:
-    """The same of a run.
+    """What users set of the score computer of a run, for messages.
 
     Args:
         scorer: its score computer.

@@ -23,7 +23,7 @@ class System:
         model_id: the checkpoint.
         rows: Phi, `[n, k]`.
         loss: Q, `[n, 1]`.
-        sizes: what rows are weighted by, if they are.
+        sizes: Q without signs, from which the rows' weights in the Gram matrix are told.
         scorer: solves; None if the method does not ask for it.
         kept: what the scorer made.
     """

@@ -93,7 +93,7 @@ class Whitener:
                 f"Rows of model_id={model_id} are whitened by what was fitted before, so "
                 "nothing can be added. Featurize on, or use another save_dir."
             )
-        found, rows = self.maker.fitted(batch, model_id, self.sketch)
+        found, rows = self.maker.moments_and_rows(batch, model_id, self.sketch)
         found.refuse_nonfinite()
         self.sums.setdefault(model_id, Moments()).merge(found)
         if len(rows):

@@ -75,7 +75,7 @@ def losses_of(total: Any, counts: Any = None) -> Losses:
 
 
 def losses_beside(columns: Tensor) -> Losses:
-    """The same from columns beside each other.
+    """As `losses_of`, from columns beside each other.
 
     Args:
         columns: Q, and how much the examples count if that differs, `[n, 1]` or `[n, 2]`.
