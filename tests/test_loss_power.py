@@ -101,23 +101,27 @@ def test_signs_and_how_much_examples_count_stay():
 
 
 @pytest.mark.parametrize(
-    ("loss", "share", "ridge", "at_rest", "explained", "expected"),
+    ("loss", "share", "ridge", "at_rest", "explained", "held", "expected"),
     [
-        (0.01, 0.02, 0.3, 0.0, 0.3, 0.75),  # learned, and not held by a decay
-        (0.4, 0.02, 0.3, 0.0, 0.3, 0.5),  # few epochs
-        (0.4, 0.02, 3.5, 0.0, 0.3, 0.25),  # a short fine-tuning
-        (0.4, 0.02, 2.0, 0.0, 0.3, 0.375),
-        (0.4, 0.02, 0.5, 0.5, 0.95, 0.75),  # wrong labels, at rest
-        (0.4, 0.3, 0.3, 0.0, 0.3, 1.0),  # growth is most of it, as with two classes
-        (0.25, 0.16, 12.0, 12.0, 0.3, 0.25),  # two classes, a short fine-tuning
-        (0.12, 0.02, 0.4, -0.1, 0.9, 0.625),
-        (0.01, 0.095, 0.3, 0.0, 0.3, 0.875),
+        (0.01, 0.02, 0.3, 0.0, 0.3, 0.0, 0.75),  # learned, and not held by a decay
+        (0.4, 0.02, 0.3, 0.0, 0.3, 0.0, 0.5),  # few epochs
+        (0.4, 0.02, 3.5, 0.0, 0.3, 0.0, 0.25),  # a short fine-tuning
+        (0.4, 0.02, 2.0, 0.0, 0.3, 0.0, 0.375),
+        (0.4, 0.02, 0.5, 0.5, 0.95, 0.0, 0.75),  # wrong labels, at rest
+        (0.4, 0.3, 0.3, 0.0, 0.3, 0.0, 1.0),  # growth is most of it, as with two classes
+        (0.4, 0.3, 0.3, 0.0, 0.3, 1.0, 0.5),  # held back, as by batch normalization
+        (0.12, 0.3, 0.3, 0.0, 0.3, 0.5, 0.90625),
+        (0.01, 0.3, 0.3, 0.0, 0.3, 1.0, 1.0),  # held back, and nothing left to learn
+        (0.25, 0.16, 12.0, 12.0, 0.3, 0.0, 0.25),  # two classes, a short fine-tuning
+        (0.12, 0.02, 0.4, -0.1, 0.9, 0.0, 0.625),
+        (0.01, 0.095, 0.3, 0.0, 0.3, 0.0, 0.875),
     ],
 )
 def test_the_power_depends_on_how_training_went(
-    loss, share, ridge, at_rest, explained, expected
+    loss, share, ridge, at_rest, explained, held, expected
 ):
-    assert power_of(loss, share, ridge, at_rest, explained) == pytest.approx(expected)
+    found = power_of(loss, share, ridge, at_rest, explained, held)
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, float("nan"), "half", None, True])

@@ -75,8 +75,18 @@ def as_power(value: Any) -> Power:
     return found
 
 
+OTHER = (0.5, 0.5)
+"""Exponent, and share of the way, where loss weights are different numbers from 0 to 1 of a
+loss that is no logistic one, such as of several labels or a hinge."""
+
+
 def power_of(
-    loss: float, share: float, ridge: float, at_rest: float, explained: float
+    loss: float,
+    share: float,
+    ridge: float,
+    at_rest: float,
+    explained: float,
+    held: float,
 ) -> float:
     """The exponent that suits a training.
 
@@ -86,16 +96,18 @@ def power_of(
         ridge: of the training, in mean squared row norms times `mean q (1 - q)`.
         at_rest: the ridge that holds its outputs where they are, if it came to rest.
         explained: share of what pulls at outputs that this explains, 0 to 1.
+        held: how surely growth is held back, 0 to 1.
 
     Returns:
         0.75, and down to 0.5 the more examples were not learned, unless a ridge explains
-        that; up to 1 where growth is a large share; and instead of all this down to 0.25
-        the shorter training was.
+        that; up to 1 where growth is a large share, unless it is held back while examples
+        are left to learn; and instead of all this down to 0.25 the shorter training was.
     """
     rest = between(at_rest, 0, _AT_REST) * between(explained, *_EXPLAINED)
-    power = _USUAL - (_USUAL - _SHORT) * between(loss, *_UNLEARNED) * (1 - rest)
+    unlearned = between(loss, *_UNLEARNED)
+    power = _USUAL - (_USUAL - _SHORT) * unlearned * (1 - rest)
     short = between(ridge, *_LAZY)
-    power += (1 - power) * between(share, *_FREE) * (1 - short)
+    power += (1 - power) * between(share, *_FREE) * (1 - short) * (1 - held * unlearned)
     return power - (power - _SHORTEST) * short
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from trak.score_computers.decay import between, decay_of
 from trak.score_computers.flow import weaker
 from trak.score_computers.logistic import log_odds
-from trak.score_computers.loss_power import path_of, power_of
+from trak.score_computers.loss_power import OTHER, path_of, power_of
 
 LEAST, MOST = 0.3, 8.0
 """Ridges of a training, in units of the mean squared row norm times `q (1 - q)`."""
@@ -141,8 +141,9 @@ def training_of(
     these are little else than what training began with, as after a few epochs; the ridge
     is then 20, so that models on halves are about a gradient step. For other losses the
     ridge is a constant: 0.4, 0.8 where loss weights are different numbers from 0 to 1, or
-    0.03 for means over the words of texts; and the answers are those that would have led
-    to the loss weights.
+    0.03 for means over the words of texts; the answers are those that would have led to
+    the loss weights; and so are their exponent and share of the way, where they are
+    different numbers from 0 to 1 (`loss_power.OTHER`).
 
     Args:
         kernel: `Phi Phi^T` of a sample, in units of the mean squared row norm, `[n, n]`,
@@ -165,7 +166,8 @@ def training_of(
         ridge = _BOUNDED if bounded else _UNKNOWN
         ridge = _OF_WORDS if words else ridge
         ridge *= 1.0 if counts is None else float(counts.mean())
-        return Training(ridge, kernel, pull / ridge + loss)
+        power, path = OTHER if bounded and not words else (1.0, 0.0)
+        return Training(ridge, kernel, pull / ridge + loss, power=power, path=path)
     examples = _Examples(kernel, pull, loss, outputs, _counts(loss, counts), share)
     ridge, stiffness, power, path = _at_rest(examples, noisy=noisy)
     if stiffness != 1:
@@ -219,8 +221,9 @@ def _at_rest(examples: _Examples, *, noisy: bool) -> _Rest:
     ridge = EARLY if early else _ridge_of_it(examples, told, explained, growing)
     share = float(outputs @ kernel @ outputs / (outputs @ outputs)) / len(outputs)
     stiffness = _stiffness(growing / (_DEPTH * ridge), share, explained, ridge)
-    power = power_of(float(loss.mean()), share, ridge, told, explained)
-    path = path_of(share, ridge, told, explained, between(growing, *_HOLDS))
+    held = between(growing, *_HOLDS)
+    power = power_of(float(loss.mean()), share, ridge, told, explained, held)
+    path = path_of(share, ridge, told, explained, held)
     return _Rest(ridge, stiffness, power, path)
 
 
