@@ -1,11 +1,15 @@
 """What loss weights add up to along a training, against small steps written out."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from tests import cases, runs
 
+import trak
 from trak.errors import StoreCorruptedError
+from trak.modelout_functions import AbstractModelOutput
 from trak.score_computers import RidgeScoreComputer, path
 from trak.score_computers.auto_ridge import Choice
 from trak.score_computers.loss_power import path_of
@@ -233,3 +237,67 @@ def test_a_power_that_was_given_has_no_way(world, tmp_path):
     traker, _ = run(world, tmp_path, loss_power=0.5)
     assert not {"way", "path"} & set(traker.saver.load_factor(0)[1])
     assert not list(tmp_path.glob("*/way.npy"))
+
+
+class SeveralLabels(AbstractModelOutput):
+    """The mean margin of three labels."""
+
+    loss_is_logistic = False
+
+    @staticmethod
+    def get_output(model, weights, buffers, x, y):
+        found = torch.func.functional_call(model, (weights, buffers), (x[None],))
+        return ((2 * y - 1) * found[0]).mean()
+
+    def get_out_to_loss_grad(self, model, weights, buffers, batch):
+        x, y = batch
+        found = torch.func.functional_call(model, (weights, buffers), (x,))
+        return 1 - torch.sigmoid((2 * y - 1) * found).mean(dim=1, keepdim=True).detach()
+
+
+class OfWords(SeveralLabels):
+    loss_is_of_words = True
+
+
+class AllAlike(SeveralLabels):
+    def get_out_to_loss_grad(self, model, weights, buffers, batch):
+        return torch.ones(len(batch[0]), 1)
+
+
+@pytest.mark.parametrize(
+    ("task", "share"), [(SeveralLabels, 0.5), (OfWords, 0), (AllAlike, 0)]
+)
+def test_losses_that_are_not_logistic(task, share, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(N, 8)
+    y = (x[:, :3] + 0.3 * torch.randn(N, 3) > 0).float()
+    model = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.ReLU())
+    model.append(torch.nn.Linear(12, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(200):
+        optimizer.zero_grad()
+        torch.nn.functional.binary_cross_entropy_with_logits(model(x), y).backward()
+        optimizer.step()
+    found = {}
+    for power in (1.0, "auto"):
+        scores = trak.attribute(
+            model,
+            task=task,
+            train=[(x, y)],
+            targets=[(x[:M], y[:M])],
+            checkpoints=[model.state_dict()],
+            save_dir=tmp_path / str(power),
+            loss_power=power,
+            progress=False,
+        )
+        found[power] = np.array(scores)
+    if not share:
+        assert not list(tmp_path.glob("auto/0/way.npy"))
+        np.testing.assert_array_equal(found["auto"], found[1.0])
+        return
+    record = json.loads((tmp_path / "auto/0/factor.json").read_text("utf-8"))
+    assert (record["power"], record["path"]) == (0.5, share)
+    q = np.load(tmp_path / "auto/0/out_to_loss.mmap").astype(np.float64)
+    made = q**0.25 * np.load(tmp_path / "auto/0/way.npy") ** 0.5
+    expected = found[1.0] * (made / q) * (q.sum() / made.sum())
+    np.testing.assert_allclose(found["auto"], expected, rtol=1e-4)
