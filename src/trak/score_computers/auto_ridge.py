@@ -165,8 +165,9 @@ def _by_wide(narrow: Sample, situation: Situation) -> float | None:
         words=situation.words,
         noisy=True,
     )
-    whole = best_ridge(sample, training)
-    seen = best_ridge(narrow, training)
+    games = _games(sample, training)
+    whole = best_ridge(sample, training, games)
+    seen = best_ridge(narrow, training, games)
     noise = (seen / whole) ** (situation.checkpoints**-_SEEN_AVERAGED)
     factor = noise_factor(len(narrow.loss), replace(situation, columns=None))
     factor *= BY_CURVATURE if is_curved(situation) else 1
@@ -202,12 +203,15 @@ def noise_factor(num_rows: int, situation: Situation) -> float:
     return factor
 
 
-def best_ridge(sample: Sample, training: Training) -> float:
+def best_ridge(
+    sample: Sample, training: Training, games: Sequence[Halves] | None = None
+) -> float:
     """The ridge at which scores predict the outputs of linearized models best.
 
     Args:
         sample: of the training set.
         training: how the linearized models are trained.
+        games: those that were, if these examples were played before.
 
     Returns:
         In units of the mean squared norm of the (weighted) rows: the geometric mean of
@@ -217,34 +221,37 @@ def best_ridge(sample: Sample, training: Training) -> float:
     # a squared loss is equally curved everywhere, however rows are weighted
     even = training.answers is not None
     weights = sample.counts.sqrt() if even else sample.roots
-    games = [
-        _played(sample, training, weights, seed) for seed in range(_games(len(sample.loss)))
+    played = [
+        _played(sample, weights, halves) for halves in games or _games(sample, training)
     ]
-    values = np.mean([agreements for agreements, _ in games], axis=0)
+    values = np.mean([agreements for agreements, _ in played], axis=0)
     good = np.log(_RIDGES[values >= values.max() - _AS_GOOD])
     found = float(np.exp(good.mean()))
     if even or sample.curved:
         return found
-    return found * _smaller(games[0][1], found * _share(sample))
+    return found * _smaller(played[0][1], found * _share(sample))
 
 
-def _games(size: int) -> int:
-    # with few examples it matters which of them are held out
-    return min(_MOST_GAMES, max(1, round(SAMPLE / size)))
+def _games(sample: Sample, training: Training) -> list[Halves]:
+    # several with few examples, where it matters which of them are held out
+    size = len(sample.loss)
+    return [
+        retrained(
+            training.kernel,
+            training.ridge * sample.share,
+            answers=training.answers,
+            counts=sample.counts,
+            seed=seed,
+            subsets=SUBSETS if size <= SAMPLE else SUBSETS // 2,
+        )
+        for seed in range(min(_MOST_GAMES, max(1, round(SAMPLE / size))))
+    ]
 
 
 def _played(
-    sample: Sample, training: Training, weights: Tensor, seed: int
+    sample: Sample, weights: Tensor, halves: Halves
 ) -> tuple[NDArray[np.float64], Tensor]:
     # correlations at every ridge, and the spectrum of the rows trained with
-    halves = retrained(
-        training.kernel,
-        training.ridge * sample.share,
-        answers=training.answers,
-        counts=sample.counts,
-        seed=seed,
-        subsets=SUBSETS if len(sample.loss) <= SAMPLE else SUBSETS // 2,
-    )
     sums, spectrum = _sums(sample, weights, halves)
     values = torch.stack([halves.agreement(each) for each in sums])
     return values.nan_to_num(-1.0).cpu().numpy(), spectrum

@@ -37,7 +37,37 @@ class Decay(NamedTuple):
     clarity: float
 
 
-def decay_of(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> Decay:
+class Spectrum(NamedTuple):
+    """Eigenvalues and eigenvectors of a kernel, ascending.
+
+    Attributes:
+        values: `[s]`.
+        vectors: as columns, `[s, s]`.
+    """
+
+    values: Tensor
+    vectors: Tensor
+
+    @classmethod
+    def of(cls, kernel: Tensor) -> "Spectrum":
+        """That of a symmetric matrix.
+
+        Args:
+            kernel: `[s, s]`.
+
+        Returns:
+            All of it.
+        """
+        return cls(*torch.linalg.eigh(kernel))
+
+
+def decay_of(
+    kernel: Tensor,
+    loss: Tensor,
+    counts: Tensor,
+    share: float,
+    spectrum: Spectrum | None = None,
+) -> Decay:
     """The ridge whose filter fits best, by least squares.
 
     Args:
@@ -47,6 +77,7 @@ def decay_of(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> Deca
             `[s]`.
         counts: how much they count, `[s]`.
         share: of the training set that the sample is.
+        spectrum: of the kernel, if it is known.
 
     Returns:
         The ridge in units of the mean squared row norm times `mean q (1 - q)`, and how
@@ -56,7 +87,9 @@ def decay_of(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> Deca
     if not usual > 0:
         return Decay(float(_RIDGES[0]), 0.0)
     roots = (counts / usual).sqrt()
-    values, vectors = torch.linalg.eigh(kernel * torch.outer(roots, roots))
+    if spectrum is None or not bool((roots == 1).all()):
+        spectrum = Spectrum.of(kernel * torch.outer(roots, roots))
+    values, vectors = spectrum
     began, left = vectors.T @ roots, vectors.T @ (roots * loss)
     ridges = _RIDGES.to(values)[:, None]
     filtered = began / (1 + values.clamp(min=0) / share / ridges)

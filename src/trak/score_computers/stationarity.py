@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trak.score_computers.decay import between, decay_of
+from trak.score_computers.decay import Spectrum, between, decay_of
 from trak.score_computers.flow import weaker
 from trak.score_computers.logistic import log_odds
 from trak.score_computers.loss_power import OTHER, path_of, power_of
@@ -213,12 +213,14 @@ def _counts(loss: Tensor, counts: Tensor | None) -> Tensor:
 
 def _at_rest(examples: _Examples, *, noisy: bool) -> _Rest:
     kernel, outputs, loss = examples.kernel, examples.outputs, examples.loss
-    steep = examples.steep
-    found, explained = _ridge_of(kernel, examples.pull, outputs, noisy=noisy)
+    steep, spectrum = examples.steep, Spectrum.of(kernel)
+    found, explained = _ridge_of(spectrum, examples.pull, outputs, noisy=noisy)
     told = found / steep / _DEPTH
     growing = float(outputs @ examples.pull / (outputs @ outputs)) / steep
     early = growing < -MOST and float(loss.median()) > _MOST_WRONG
-    ridge = EARLY if early else _ridge_of_it(examples, told, explained, growing)
+    ridge = EARLY
+    if not early:
+        ridge = _ridge_of_it(examples, spectrum, told, explained, growing)
     share = float(outputs @ kernel @ outputs / (outputs @ outputs)) / len(outputs)
     stiffness = _stiffness(growing / (_DEPTH * ridge), share, explained, ridge)
     held = between(growing, *_HOLDS)
@@ -228,7 +230,11 @@ def _at_rest(examples: _Examples, *, noisy: bool) -> _Rest:
 
 
 def _ridge_of_it(
-    examples: _Examples, told: float, explained: float, growing: float
+    examples: _Examples,
+    spectrum: Spectrum,
+    told: float,
+    explained: float,
+    growing: float,
 ) -> float:
     """The ridge of a training that had begun.
 
@@ -237,6 +243,7 @@ def _ridge_of_it(
 
     Args:
         examples: of the training.
+        spectrum: of their kernel.
         told: what stationarity says, in units of `q (1 - q)`.
         explained: share of the pulls' variance that it explains.
         growing: stiffness of growth, in the same units.
@@ -245,16 +252,17 @@ def _ridge_of_it(
         In units of `q (1 - q)`, with how much examples count.
     """
     ridge = min(max(told, LEAST), MOST) if told > 0 else _UNKNOWN
-    decay = decay_of(examples.kernel, examples.loss, examples.counts, examples.share)
-    own = float((examples.loss * (1 - examples.loss)).mean())
-    mistaken = between(float((examples.loss > _SURE).double().mean()), *_MISTAKEN)
-    longer = min(decay.ridge * own / examples.steep / _DEPTH**mistaken, MOST)
-    weight = decay.clarity * (1 - between(explained, *_HELD_BY_IT))
-    weight *= 1 - between(growing, *_HOLDS)
-    found = ridge * (max(ridge, longer) / ridge) ** weight
-    if told >= LEAST or found > _UNKNOWN:
-        return found
-    return weaker(found, examples.kernel, examples.loss, examples.counts, examples.share)
+    kernel, loss, counts = examples.kernel, examples.loss, examples.counts
+    weight = (1 - between(explained, *_HELD_BY_IT)) * (1 - between(growing, *_HOLDS))
+    if weight:
+        decay = decay_of(kernel, loss, counts, examples.share, spectrum)
+        own = float((loss * (1 - loss)).mean())
+        mistaken = between(float((loss > _SURE).double().mean()), *_MISTAKEN)
+        longer = min(decay.ridge * own / examples.steep / _DEPTH**mistaken, MOST)
+        ridge *= (max(ridge, longer) / ridge) ** (weight * decay.clarity)
+    if told >= LEAST or ridge > _UNKNOWN:
+        return ridge
+    return weaker(ridge, kernel, loss, counts, examples.share)
 
 
 def _stiffness(found: float, share: float, explained: float, ridge: float) -> float:
@@ -304,15 +312,15 @@ def _as_if_learned(kernel: Tensor, loss: Tensor, outputs: Tensor) -> bool:
 
 
 def _ridge_of(
-    kernel: Tensor, pull: Tensor, outputs: Tensor, *, noisy: bool
+    spectrum: Spectrum, pull: Tensor, outputs: Tensor, *, noisy: bool
 ) -> tuple[float, float]:
     # and the share of the pulls' variance that it explains
     apart = outputs - outputs.mean()
     slope = apart @ pull / (apart @ apart)
     offset = outputs.mean() - pull.mean() / slope
-    values, vectors = torch.linalg.eigh(kernel)
+    values, vectors = spectrum
     present = int((values > _PRESENT * values[-1]).sum())
-    last = max(1, min(_LAST, len(kernel) // 3, present))
+    last = max(1, min(_LAST, len(values) // 3, present))
     chosen = slice(min(_FIRST, last - 1), last)
     directions = vectors.flip(1)[:, chosen].T
     pulls, wanted = directions @ pull, directions @ (outputs - offset)
