@@ -15,7 +15,7 @@ from trak.score_computers.auto_ridge import Choice
 from trak.score_computers.loss_power import path_of
 from trak.score_computers.losses import Losses
 from trak.score_computers.path import of_kernel
-from trak.score_computers.ridge_sample import Situation
+from trak.score_computers.ridge_sample import SAMPLE, Situation, drawn
 
 N, M = 60, 6
 ONES = torch.ones(40)
@@ -237,6 +237,19 @@ def test_a_power_that_was_given_has_no_way(world, tmp_path):
     traker, _ = run(world, tmp_path, loss_power=0.5)
     assert not {"way", "path"} & set(traker.saver.load_factor(0)[1])
     assert not list(tmp_path.glob("*/way.npy"))
+
+
+def test_one_q_that_is_no_probability_is_enough_for_no_power():
+    lots = torch.Generator().manual_seed(0)
+    rows = torch.randn(1000, 20, generator=lots)
+    loss = torch.rand(1000, 1, generator=lots)
+    computer = RidgeScoreComputer(loss_power="auto")
+    chosen = computer.choose(rows, Situation(loss=loss, logistic=False))
+    assert (chosen.power, chosen.path) == (0.5, 0.5)
+    unseen = set(range(1000)) - set(drawn(1000, SAMPLE).tolist())
+    loss[min(unseen)] = 1.5
+    chosen = computer.choose(rows, Situation(loss=loss, logistic=False))
+    assert (chosen.power, chosen.path) == (1, 0)
 
 
 class SeveralLabels(AbstractModelOutput):

@@ -125,6 +125,8 @@ def choice(rows: RowSource, situation: Situation) -> Choice:
         float(np.average(each, weights=sizes))
         for each in zip(*((t.power, t.path) for t in trainings), strict=True)
     )
+    if situation.losses is None or not situation.losses.are_probable:
+        power, path = 1.0, 0.0  # whatever the sample's are
     logger.info(
         "Automatic ridge: %.3g times the mean squared row norm for linearized models on "
         "halves, trained with a ridge of %s; times %.3g.",
