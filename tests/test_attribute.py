@@ -20,7 +20,6 @@ from torch.utils.data import (
 
 import trak
 from trak import TRAKer
-from trak.attribution import EXACT_UP_TO
 from trak.errors import (
     InputError,
     InputTypeError,
@@ -30,6 +29,7 @@ from trak.errors import (
 )
 from trak.loaders import some_of, spread
 from trak.pipeline.project import RowMaker
+from trak.preparation import EXACT_UP_TO
 from trak.projectors import FactoredProjector, NoOpProjector
 from trak.projectors.dimension import chosen_dimension, exact_cost
 from trak.savers import MmapSaver
@@ -125,7 +125,7 @@ def test_it_goes_on_and_adds_targets(learned, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         call(learned, tmp_path / "b")
     metadata = json.loads((tmp_path / "b" / "metadata.json").read_text())
-    monkeypatch.setattr("trak.attribution.choose_strength", None)  # must not be asked
+    monkeypatch.setattr("trak.preparation.choose_strength", None)  # must not be asked
     np.testing.assert_array_equal(whole, call(learned, tmp_path / "b"))
     monkeypatch.setattr(TRAKer, "featurize", real)
     making = RowMaker.making
@@ -437,7 +437,7 @@ def test_some_batches_are_taken_and_no_further_ones_loaded(world):
 
 
 def test_the_trial_needs_no_room_for_exact_rows(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("trak.attribution.choose_strength", lambda *a, **o: 0.5)
+    monkeypatch.setattr("trak.preparation.choose_strength", lambda *a, **o: 0.5)
     asked = []
     real = TRAKer.__init__
 

@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import tempfile
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,23 +19,15 @@ from tqdm import tqdm
 from trak.arguments import as_flag, is_listed, meant
 from trak.digests import is_plain
 from trak.errors import InputError, InputTypeError, PhaseError, StoreNotWritableError
-from trak.gradient_computers import select_parameters
 from trak.loaders import count_of, ordered, size_of, some_of
 from trak.pipeline import Whitener, as_names, check_model, try_first_batches
-from trak.projectors import KernelProjector, NoOpProjector
-from trak.projectors.dimension import EXACT
+from trak.preparation import FITTED, Preparation, whole_rows
 from trak.savers.filesystem import made_folder
 from trak.savers.layout import check_experiment_name
-from trak.strength import SAMPLE, choose_strength, known_strength, state_of
+from trak.strength import state_of
 from trak.traker import TRAKer
 
 logger = logging.getLogger(__name__)
-
-FITTED = 1024
-"""Examples that whitening is fitted to, spread over the training set."""
-EXACT_UP_TO = 256 << 20
-"""Bytes of unprojected rows of one checkpoint that nobody minds; of float32 ones, whose
-gradients may be tiny, or else of float16 ones."""
 
 
 def attribute(
@@ -76,7 +67,7 @@ def attribute(
         curvature: weigh training examples by the curvature of their loss.
         loss_power: exponent of Q; `"auto"` tells it by how training went (docs/choices.md).
         lambda_reg: the ridge, as for `TRAKer`.
-        proj_dim: as for `TRAKer`; `"auto"` does not project up to 256 MiB of rows.
+        proj_dim: as for `TRAKer`; `"auto"` keeps (nearly) all of up to 256 MiB of rows.
         progress: show progress bars.
         options: further arguments of `TRAKer`.
 
@@ -87,18 +78,18 @@ def attribute(
     folder = _folder(model, save_dir)
     examples, aims = ordered("train", train), ordered("targets", targets)
     count = count_of("training examples", examples)
-    settings: dict[str, Any] = {"task": task, "train_set_size": count, **options}
-    settings |= {"lambda_reg": lambda_reg, "proj_dim": proj_dim}
-    settings |= {"curvature": curvature, "loss_power": loss_power}
-    settings |= _selection(model, settings)
+    own = {"lambda_reg": lambda_reg, "proj_dim": proj_dim, "loss_power": loss_power}
+    settings: dict[str, Any] = {"task": task, "train_set_size": count, **options, **own}
+    settings |= {"curvature": curvature, "grad_wrt": as_names(options.get("grad_wrt"))}
+    settings |= (whole := whole_rows(model, settings))
     with torch.inference_mode(False), _restored(model) as before:
         states = [_apart(c, model, before) for c in _listed(checkpoints, model)]
         _try_batches(model, states[0], examples, aims, settings)
-        bar, first = _Bar(len(states), as_flag("progress", progress, numbers=True)), None
-        if isinstance(whitening, str) and whitening == "auto":
-            whitening, first = _chosen(model, states, examples, folder, settings, bar)
-        traker = TRAKer(model, save_dir=folder, whitening=whitening, **settings)
-        return _Run(traker, states, bar, first).scores(examples, aims, exp_name)
+        bar = _Bar(len(states), as_flag("progress", progress, numbers=True))
+        found = Preparation(model, states, examples, folder, settings, bar.over)
+        found.choose(whitening, narrow=bool(whole))
+        traker = TRAKer(model, save_dir=folder, **found.settings)
+        return _Run(traker, states, bar, found.fitted).scores(examples, aims, exp_name)
 
 
 def _folder(model: Any, save_dir: Any) -> Path:
@@ -290,65 +281,3 @@ class _Run:
                 "its collate_fn drops some, or its sampler leaves them out. Rows are known "
                 "by their place, so take such examples out of the data set instead."
             )
-
-
-def _selection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
-    names = as_names(settings.get("grad_wrt"))  # of which there is one pass, perhaps
-    own = {**settings, "grad_wrt": names}
-    return {"grad_wrt": names, **_projection(model, own)}
-
-
-def _projection(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
-    # no projection where rows are few
-    free = _says(settings["proj_dim"], "auto")
-    if not free or settings.get("projector") is not None:
-        return {}
-    chosen = select_parameters(model, settings["grad_wrt"])
-    width = sum(p.numel() for p in chosen.values())
-    numbers = settings["train_set_size"] * width
-    if 2 * numbers > EXACT_UP_TO:
-        return {}
-    whole: dict[str, Any] = {"projector": NoOpProjector()}
-    said = {"row_dtype", "use_half_precision"} & set(settings)
-    fits = 4 * numbers <= EXACT_UP_TO
-    return whole | ({"row_dtype": "float32"} if fits and not said else {})
-
-
-def _says(proj_dim: Any, word: str) -> bool:
-    return isinstance(proj_dim, str) and proj_dim == word  # arrays are compared by entries
-
-
-def _chosen(
-    model: nn.Module,
-    states: list[Any],
-    train: Any,
-    folder: Path,
-    settings: Mapping[str, Any],
-    bar: _Bar,
-) -> tuple[float, Whitener | None]:
-    # the strength of whitening, and who has fitted the first checkpoint
-    known = known_strength(folder)
-    if known is not None:  # a call that goes on must not choose anew
-        return known, None
-    count, exact = settings["train_set_size"], _says(settings["proj_dim"], EXACT)
-    if exact:  # the trial's folder may have less room
-        settings = {**settings, "proj_dim": "auto"}
-        settings |= _projection(model, settings)
-    sample = list(some_of(train, count, SAMPLE))
-    fitted = bar.over(some_of(train, count, FITTED), 0, "whitening")
-    with tempfile.TemporaryDirectory() as trial:
-        traker = TRAKer(model, save_dir=trial, whitening="auto", **settings)
-        if isinstance(traker.projector, KernelProjector):  # agreement is told by a sketch
-            exact = True
-            sketched: dict[str, Any] = {**settings, "proj_dim": "auto", "projector": None}
-            beside = Path(trial) / "sketch"
-            traker = TRAKer(model, save_dir=beside, whitening="auto", **sketched)
-        strength = choose_strength(
-            traker.pipeline,
-            states,
-            sample,
-            fitted,
-            count,
-            curvature=bool(settings["curvature"]),
-        )
-    return strength, None if exact else traker.pipeline.whitener

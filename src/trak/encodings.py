@@ -84,7 +84,10 @@ class RowEncoding:
             `[b, k]`.
         """
         rows = raw.to(dtype or self.floating)
-        return rows if scales is None else rows.mul_(scales.to(rows))
+        if scales is None:
+            return rows
+        # raw may be a file's memory, whose pages are slow to change
+        return rows * scales.to(rows) if rows is raw else rows.mul_(scales.to(rows))
 
 
 def _encodings() -> dict[str, RowEncoding]:

@@ -140,12 +140,28 @@ def _by_agreement(trial: "Trial") -> float:
 def _fitted_stiffness(
     pipeline: Pipeline, batches: Iterable[Any], count: int, logistic: bool | None
 ) -> float:
+    _fit(pipeline, batches)
+    examples = pipeline.whitener.seen(0)
+    return 1.0 if examples is None else stiffness(examples, count, logistic)
+
+
+def fit_first(pipeline: Pipeline, state: Any, batches: Iterable[Any]) -> None:
+    """Fits the whitening of the first checkpoint, whose sums stay in the whitener.
+
+    Args:
+        pipeline: of a run that whitens.
+        state: the checkpoint, as `state_of` takes it.
+        batches: of training examples.
+    """
+    _load(pipeline, state)
+    _fit(pipeline, batches)
+
+
+def _fit(pipeline: Pipeline, batches: Iterable[Any]) -> None:
     device = next(pipeline.model.parameters()).device
     with evaluation_mode(pipeline.model):
         for batch in batches:
             pipeline.whitener.fit(normalize(batch, device), 0)
-    examples = pipeline.whitener.seen(0)
-    return 1.0 if examples is None else stiffness(examples, count, logistic)
 
 
 def _is_useful(loss: Tensor, logistic: bool | None) -> bool:
@@ -165,11 +181,24 @@ def known_strength(folder: Path) -> float | None:
     Returns:
         0 for none; None if there is no store yet.
     """
-    path = folder / "metadata.json"
-    if not path.exists():
+    known = begun_with(folder)
+    if known is None:
         return None
-    found = read_object(path).get("whitening")
+    found = known.get("whitening")
     return float(found["strength"]) if found else 0.0
+
+
+def begun_with(folder: Path) -> dict[str, Any] | None:
+    """The settings that a store was begun with.
+
+    Args:
+        folder: the store's.
+
+    Returns:
+        Its metadata; None if there is no store yet.
+    """
+    path = folder / "metadata.json"
+    return read_object(path) if path.exists() else None
 
 
 def state_of(checkpoint: Any) -> Mapping[str, Any]:

@@ -222,18 +222,19 @@ class Whitener:
         self.maker.whiten(model_id, whitening, basis)
 
     @full_precision()
-    def made(self, sums: Moments, strength: float) -> Whitening:
+    def made(self, sums: Moments, strength: float, *, in_bases: bool = False) -> Whitening:
         """The whitening by some sums.
 
         Args:
             sums: over examples.
             strength: alpha.
+            in_bases: keep eigenvectors, whether the projector needs them or not.
 
         Returns:
             The whitening, with what the projector needs of it.
         """
-        leading = isinstance(self.maker.projector, LeadingProjector)
-        return Whitening(sums, self.shapes, strength, DAMPING, self.dtype, in_bases=leading)
+        bases = in_bases or isinstance(self.maker.projector, LeadingProjector)
+        return Whitening(sums, self.shapes, strength, DAMPING, self.dtype, in_bases=bases)
 
 
 def _arrays(sums: Moments, chosen: Chosen | None) -> dict[str, NDArray[Any]]:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -290,6 +290,25 @@ class LeadingProjector(BlockProjector):
             like = block.backprops.detach()
             rectangle = block.sketch(part.left.to(like), part.right.to(like)).detach()
         return rectangle.flatten(1)[:, part.inside.to(rectangle.device)]
+
+
+def coordinates_holding(whitening: Whitening, names: Collection[str], share: float) -> int:
+    """How many leading coordinates hold a share of the whitened gradients' variance.
+
+    Args:
+        whitening: of one checkpoint, with its bases.
+        names: of parameters.
+        share: below 1.
+
+    Returns:
+        The smallest number; 0 if nothing varies.
+    """
+    found = [_variance(whitening, name) for name in names]
+    parts = [part.double() for part in found if part is not None]
+    if not parts:
+        return 0
+    held = torch.cat(parts).sort(descending=True).values.cumsum(0)
+    return int((held < share * held[-1]).sum()) + 1 if held[-1] > 0 else 0
 
 
 def _picks(left: Tensor | None) -> tuple[Tensor, Tensor] | None:

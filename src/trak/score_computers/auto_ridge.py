@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak.encodings import RowSource
+from trak.score_computers.decay import Spectrum
 from trak.score_computers.retraining import SUBSETS, Halves, retrained
 from trak.score_computers.ridge_sample import (
     FEWEST,
@@ -288,7 +289,7 @@ def _sums(sample: Sample, roots: Tensor, halves: Halves) -> tuple[list[Tensor], 
     weights = roots[train][:, None]
     gram = weights * sample.kernel[train][:, train] * weights.T
     unit = gram.trace() / len(train)
-    values, vectors = torch.linalg.eigh(gram / unit)
+    values, vectors = Spectrum.of(gram / unit)
     across = vectors.T @ (weights * sample.kernel[train][:, held])
     loss = (sample.loss * sample.counts)[train][:, None]
     after = halves.masks @ (vectors * (loss / weights))

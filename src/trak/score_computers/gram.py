@@ -30,35 +30,47 @@ _Lower = Callable[[RowSource, torch.dtype, torch.device], Tensor]
 _TINY = 1e-24  # mean squares below it may have lost products to float32's lower end
 
 
-def primal_gram(rows: RowSource, device: torch.device | None = None) -> Square:
+def primal_gram(
+    rows: RowSource,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Square:
     """`Phi^T Phi` (Park et al. 2023, Sec. 3.2, Step 3).
 
     Args:
         rows: Phi, `[n, k]`.
         device: where to compute; where the rows are if None.
+        dtype: of products; as the rows' encoding has it if None.
 
     Returns:
         `[k, k]`, float64. In float16 the sum would overflow.
     """
-    return _symmetric(_lower_primal, rows, device or home(rows))
+    return _symmetric(_lower_primal, rows, device or home(rows), dtype)
 
 
-def dual_gram(rows: RowSource, device: torch.device | None = None) -> Square:
+def dual_gram(
+    rows: RowSource,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Square:
     """`Phi Phi^T`.
 
     Args:
         rows: Phi, `[n, k]`.
         device: where to compute; where the rows are if None.
+        dtype: of products; as the rows' encoding has it if None.
 
     Returns:
         `[n, n]`, float64.
     """
-    return _symmetric(_lower_dual, rows, device or home(rows))
+    return _symmetric(_lower_dual, rows, device or home(rows), dtype)
 
 
-def _symmetric(lower: _Lower, rows: RowSource, device: torch.device) -> Square:
+def _symmetric(
+    lower: _Lower, rows: RowSource, device: torch.device, dtype: torch.dtype | None
+) -> Square:
     num_rows, width = rows.shape
-    dtype = products_dtype(rows)
+    dtype = dtype or products_dtype(rows)
     gram = lower(rows, dtype, device)
     mean_square = float(gram.trace()) / max(1, num_rows * width)
     if dtype is torch.float32 and not _TINY < mean_square < math.inf:
@@ -73,7 +85,7 @@ def _lower_primal(rows: RowSource, dtype: torch.dtype, device: torch.device) -> 
     # the lower triangle, by strips: fewer multiplications than the whole square needs
     width = rows.shape[1]
     # the sum of k x k blocks must not cost more than their making
-    block_rows = rows_per_block(width, products_dtype(rows), fewest=1024)
+    block_rows = rows_per_block(width, dtype, fewest=1024)
     strip = max(_STRIP, width // 8)
     gram = torch.zeros(width, width, dtype=torch.float64, device=device)
     part = torch.zeros(width, width, dtype=dtype, device=device)

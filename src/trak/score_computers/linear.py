@@ -263,9 +263,18 @@ def safe_products(sources: Sequence[RowSource], weights: Sequence[Tensor]) -> to
     """
     if any(products_dtype(rows) is not torch.float32 for rows in sources):
         return torch.float64
+    return torch.float32 if all(map(are_safe, weights)) else torch.float64
+
+
+def are_safe(weights: Tensor) -> bool:
+    """Whether float32 can hold products of rows with these.
+
+    Args:
+        weights: `[k, m]`.
+
+    Returns:
+        Whether no column's largest entry is near either end of its range.
+    """
     low, high = _SAFE
-    for each in weights:
-        largest = each.abs().amax(dim=0)
-        if not ((largest == 0) | ((largest > low) & (largest < high))).all():
-            return torch.float64
-    return torch.float32
+    largest = weights.abs().amax(dim=0)
+    return bool(((largest == 0) | ((largest > low) & (largest < high))).all())

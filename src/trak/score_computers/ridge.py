@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trak.arguments import Ridge, as_flag, as_ridge, multiple_of
-from trak.encodings import RowSource, row_encoding
+from trak.encodings import RowSource, encoding_of, row_encoding
 from trak.errors import InputError
 from trak.score_computers.auto_ridge import Choice, choice, relative_ridge
 from trak.score_computers.curvature import RULE, roots, weighted
@@ -19,6 +19,7 @@ from trak.score_computers.linear import (
     BlockScorer,
     Kept,
     LinearScoreComputer,
+    are_safe,
     product,
 )
 from trak.score_computers.loss_power import WAY, as_power
@@ -27,6 +28,9 @@ from trak.score_computers.ridge_sample import Situation
 from trak.score_computers.stream import decoded, products_dtype
 
 _LARGE = 100.0  # times the trace: a ridge beside which the Gram matrix loses digits
+_ROUNDED = torch.finfo(torch.float32).eps
+"""Times the trace: what float32 sums may round."""
+_AMPLE = 100 * _ROUNDED  # a ridge that hides it
 
 
 class RidgeScoreComputer(LinearScoreComputer):
@@ -83,14 +87,15 @@ class RidgeScoreComputer(LinearScoreComputer):
             auto, power, path = self.choose(rows, situation)
         phi, rows = rows, self.weighted(rows, situation.losses)
         form = smaller_form(*rows.shape)
-        gram = self._gram(rows, form)
+        products = _products(rows, [self.lambda_reg], auto)
+        gram = self._gram(rows, form, products)
         used = {"power": power if self.loss_power is None else self.loss_power}
         if path and self.loss_power is None:
             kernel = gram if form == "dual" else None
             roots, device = self._roots(situation.losses), self.where(phi)
             way = way_of(phi, kernel, roots, situation, device)
             used |= {"path": path, WAY: way}
-        matrix, info = self._factored(gram, form, rows, self.lambda_reg, auto)
+        matrix, info = self._factored(gram, form, rows, self.lambda_reg, auto, products)
         return matrix, info if used == {"power": 1} else {**info, **used}
 
     def choose(self, rows: RowSource, situation: Situation) -> Choice:
@@ -116,7 +121,8 @@ class RidgeScoreComputer(LinearScoreComputer):
         """Factors anew with other ridges, without a pass over the rows.
 
         The Gram matrix is had back from the factor. Where the factor's own ridge is so
-        large that digits would be lost, it is computed again, in one pass.
+        large that digits would be lost, or one of the others so small that it needs more
+        digits than the factor was made with, it is computed again, in one pass.
 
         Args:
             kept: what `finalize` made.
@@ -131,12 +137,16 @@ class RidgeScoreComputer(LinearScoreComputer):
         trace = factor.mean_squared_norm * rows.shape[0]
         large = factor.ridge > _LARGE * trace
         rows = self.weighted(rows, loss)
-        gram = self._gram(rows, factor.form) if large else factor.gram()
         auto = kept[1].get("auto")
         if auto is None:  # of a store from before there was an automatic ridge
             auto = relative_ridge(rows, Situation())
-        regs = [as_ridge(reg) for reg in lambda_regs]
-        return [self._factored(gram, factor.form, rows, reg, auto) for reg in regs]
+        regs, made_with = [as_ridge(reg) for reg in lambda_regs], _made_with(kept, rows)
+        products = _products(rows, regs, auto)
+        anew = large or products.itemsize > made_with.itemsize
+        products = products if anew else made_with
+        gram = self._gram(rows, factor.form, products) if anew else factor.gram()
+        form = factor.form
+        return [self._factored(gram, form, rows, reg, auto, products) for reg in regs]
 
     def weights(self, kept: Kept, rows: RowSource, targets: Tensor) -> Tensor | None:
         """Solves for the targets, in the primal form.
@@ -172,8 +182,10 @@ class RidgeScoreComputer(LinearScoreComputer):
         if factor.form == "primal":
             return super().scorer(kept, rows, targets)
         rows = self.weighted(rows, loss)
-        aims = targets.to(factor.lower.device, products_dtype(rows)).T
-        scores = factor.solve(product(rows, aims).double())
+        products, aims = _made_with(kept, rows), targets.to(factor.lower.device).T
+        if products is not products_dtype(rows) and not are_safe(aims):
+            products = products_dtype(rows)
+        scores = factor.solve(product(rows, aims.to(products)).double())
         scores = self.unweighted(scores, loss)
         return lambda start, stop: scores[start:stop]
 
@@ -294,9 +306,9 @@ class RidgeScoreComputer(LinearScoreComputer):
         found = self._roots(loss)
         return values if found is None else values / found.to(values)
 
-    def _gram(self, rows: RowSource, form: Form) -> Tensor:
+    def _gram(self, rows: RowSource, form: Form, products: torch.dtype) -> Tensor:
         gram = primal_gram if form == "primal" else dual_gram
-        return gram(rows, self.where(rows))
+        return gram(rows, self.where(rows), products)
 
     def _factorize(
         self,
@@ -321,6 +333,7 @@ class RidgeScoreComputer(LinearScoreComputer):
         rows: RowSource,
         lambda_reg: Ridge,
         auto: float,
+        products: torch.dtype,
     ) -> Kept:
         factor = self._factorize(gram, form, rows, lambda_reg, auto)
         info = {
@@ -331,6 +344,8 @@ class RidgeScoreComputer(LinearScoreComputer):
             "ridge": factor.ridge,
             "mean_squared_norm": factor.mean_squared_norm,
         }
+        if products is not products_dtype(rows):
+            info["products"] = encoding_of(products).name
         return factor.lower.cpu().numpy(), info
 
     def _request(self) -> dict[str, Any]:
@@ -355,3 +370,20 @@ class RidgeScoreComputer(LinearScoreComputer):
         lower = torch.as_tensor(matrix, device="cpu").to(device)
         form, ridge = info["form"], info["ridge"]
         return RidgeFactor(lower, form, ridge, info["mean_squared_norm"])
+
+
+def _products(rows: RowSource, ridges: Sequence[Ridge], auto: float) -> torch.dtype:
+    # float32 for float32 rows, too, where no ridge is so small that it would show
+    usual, count = products_dtype(rows), rows.shape[0]
+    found = [auto if reg is None else multiple_of(reg) for reg in ridges]
+    multiples = [float("nan") if multiple is None else multiple for multiple in found]
+    if any(multiple < _ROUNDED * count for multiple in multiples):
+        return torch.float64
+    ample = all(multiple > _AMPLE * count for multiple in multiples)
+    single = row_encoding(rows).raw is torch.float32
+    return torch.float32 if single and ample else usual
+
+
+def _made_with(kept: Kept, rows: RowSource) -> torch.dtype:
+    found = kept[1].get("products")
+    return products_dtype(rows) if found is None else encoding_of(found).raw

@@ -1,0 +1,158 @@
+"""What the one call finds out before its run: how much to whiten, and how wide rows are.
+
+The first checkpoint is tried out in a folder of its own. What was fitted there is handed
+on, so that the run need not fit it again.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trak.gradient_computers import select_parameters
+from trak.loaders import some_of
+from trak.pipeline import Whitener, as_strength
+from trak.projectors import KernelProjector, NoOpProjector
+from trak.projectors.dimension import EXACT
+from trak.strength import (
+    SAMPLE,
+    begun_with,
+    choose_strength,
+    fit_first,
+    known_strength,
+)
+from trak.traker import TRAKer
+from trak.width import WHOLE, known_width, width_of
+
+FITTED = 768
+"""Examples that whitening is fitted to, spread over the training set."""
+EXACT_UP_TO = 256 << 20
+"""Bytes of unprojected rows of one checkpoint that nobody minds; of float32 ones, whose
+gradients may be tiny, or else of float16 ones."""
+
+Settings = dict[str, Any]
+Shown = Callable[[Iterable[Any], int, str], Iterator[Any]]
+
+
+def whole_rows(model: nn.Module, settings: Mapping[str, Any]) -> Settings:
+    """What to change in the settings of a run so that gradients are not projected.
+
+    Args:
+        model: the model.
+        settings: of a `TRAKer`.
+
+    Returns:
+        Other settings; none where rows would be too many, or somebody said what they are
+        to be.
+    """
+    free = _says(settings["proj_dim"], "auto") and settings.get("projector") is None
+    if not free or 2 * _numbers(model, settings) > EXACT_UP_TO:
+        return {}
+    precise = _precision(_numbers(model, settings), settings)
+    return {"projector": NoOpProjector(), **precise}
+
+
+@dataclass
+class Preparation:
+    """Settings that are found out.
+
+    Attributes:
+        model: the model.
+        states: its checkpoints, as `state_of` takes them.
+        train: batches of training examples, as `ordered` gives them.
+        folder: the store's.
+        settings: of the run; those that are found out are added.
+        shown: goes over batches of a checkpoint and shows how far it is.
+        fitted: who has fitted the first checkpoint, if anybody has.
+    """
+
+    model: nn.Module
+    states: list[Any]
+    train: Any
+    folder: Path
+    settings: Settings
+    shown: Shown
+    fitted: Whitener | None = None
+
+    def choose(self, whitening: float | str | None, *, narrow: bool) -> None:
+        """Chooses strength and width, or takes those that the store was begun with.
+
+        Args:
+            whitening: 0 to 1, None, or `"auto"`.
+            narrow: coordinates may be left out.
+        """
+        if isinstance(whitening, str) and whitening == "auto":
+            whitening = self._strength()
+        strength = as_strength(whitening)
+        many = narrow and _numbers(self.model, self.settings) > WHOLE
+        width = self._width(strength) if many and strength else None
+        if width is not None:
+            numbers = self.settings["train_set_size"] * width
+            self.settings |= {"projector": "leading", "proj_dim": width}
+            self.settings |= _precision(numbers, self.settings)
+        self.settings["whitening"] = whitening
+
+    def _strength(self) -> float:
+        known = known_strength(self.folder)
+        if known is not None:  # a call that goes on must not choose anew
+            return known
+        settings, count = dict(self.settings), self.settings["train_set_size"]
+        exact = _says(settings["proj_dim"], EXACT)
+        if exact:  # the trial's folder may have less room
+            settings |= {"proj_dim": "auto"}
+            settings |= whole_rows(self.model, settings)
+        with tempfile.TemporaryDirectory() as trial:
+            traker = TRAKer(self.model, save_dir=trial, whitening="auto", **settings)
+            if isinstance(traker.projector, KernelProjector):  # a sketch tells agreement
+                exact = True
+                settings |= {"proj_dim": "auto", "projector": None}
+                beside = Path(trial) / "sketch"
+                traker = TRAKer(self.model, save_dir=beside, whitening="auto", **settings)
+            strength = choose_strength(
+                traker.pipeline,
+                self.states,
+                list(some_of(self.train, count, SAMPLE)),
+                self._sample(),
+                count,
+                curvature=bool(settings["curvature"]),
+            )
+        self.fitted = None if exact else traker.pipeline.whitener
+        return strength
+
+    def _width(self, strength: float) -> int | None:
+        known = begun_with(self.folder)
+        if known is not None:
+            return known_width(known)
+        if self.fitted is None or 0 not in self.fitted.sums:
+            self.fitted = self._fit(strength)
+        return width_of(self.fitted, strength)
+
+    def _fit(self, strength: float) -> Whitener:
+        with tempfile.TemporaryDirectory() as trial:
+            own: Settings = {**self.settings, "whitening": strength}
+            traker = TRAKer(self.model, save_dir=trial, **own)
+            fit_first(traker.pipeline, self.states[0], self._sample())
+        return traker.pipeline.whitener
+
+    def _sample(self) -> Iterator[Any]:
+        count = self.settings["train_set_size"]
+        return self.shown(some_of(self.train, count, FITTED), 0, "whitening")
+
+
+def _numbers(model: nn.Module, settings: Mapping[str, Any]) -> int:
+    # in all unprojected rows
+    chosen = select_parameters(model, settings["grad_wrt"])
+    return settings["train_set_size"] * sum(p.numel() for p in chosen.values())
+
+
+def _precision(numbers: int, settings: Mapping[str, Any]) -> Settings:
+    said = {"row_dtype", "use_half_precision"} & set(settings)
+    fits = 4 * numbers <= EXACT_UP_TO
+    return {"row_dtype": "float32"} if fits and not said else {}
+
+
+def _says(proj_dim: Any, word: str) -> bool:
+    return isinstance(proj_dim, str) and proj_dim == word  # arrays are compared by entries

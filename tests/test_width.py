@@ -1,0 +1,182 @@
+"""Coordinates that hardly vary, and that the one call leaves out of many long rows."""
+
+import json
+
+import numpy as np
+import pytest
+from tests import cases, runs
+from tests.runs import one_call as call
+
+import trak
+from trak import preparation, strength, width
+from trak.gradient_computers import FunctionalGradientComputer
+from trak.projectors import NoOpProjector
+from trak.projectors.leading import coordinates_holding
+from trak.whitening import Moments
+
+N, M = 60, 6
+TASK = "image_classification"
+
+
+@pytest.fixture
+def world():
+    model, train, targets = runs.data("mlp", N, M)
+    return model, train, targets, cases.checkpoints("mlp", 2)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Any rows are many, and columns are counted one by one."""
+    monkeypatch.setattr(preparation, "WHOLE", 0)
+    monkeypatch.setattr(width, "_STEP", 1)
+
+
+def projection(folder):
+    return json.loads((folder / "metadata.json").read_text())["projection"]
+
+
+def near(found, expected):
+    return np.mean([
+        np.corrcoef(a, b)[0, 1] for a, b in zip(found.T, expected.T, strict=True)
+    ])
+
+
+def fitted(world, folder, strength=0.5):
+    model, train, _, states = world
+    traker = runs.make_traker(
+        model, N, folder, whitening=strength, projector=NoOpProjector()
+    )
+    traker.load_checkpoint(states[0], model_id=0)
+    for batch in runs.split(train, 9):
+        traker.fit_whitening(batch=batch)
+    return traker.pipeline.whitener
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.98])
+def test_the_smallest_number_that_holds_the_share(world, tmp_path, share):
+    whitener = fitted(world, tmp_path)
+    made = whitener.made(whitener.sums[0], 0.5, in_bases=True)
+    every = []
+    for name, shape in whitener.shapes.items():
+        if name in made.bases:  # the product of both sides' variances
+            left, right = (side.variances().double().numpy() for side in made.bases[name])
+            every += [a * b for a in left for b in right]
+        else:
+            scale = made.scales[name].double()
+            every += (made.mean_squares[name].double() * scale**2).tolist()
+        assert len(every) >= np.prod(shape)
+    every = np.sort(every)[::-1]
+    found = coordinates_holding(made, whitener.shapes, share)
+    assert every[:found].sum() >= share * every.sum() > every[: found - 1].sum()
+
+
+def test_what_was_never_seen_asks_for_none(world, tmp_path):
+    whitener = fitted(world, tmp_path)
+    made = whitener.made(whitener.sums[0], 0.5, in_bases=True)
+    assert coordinates_holding(made, ["another parameter"], 0.9) == 0
+
+
+def test_scores_are_nearly_those_of_all_coordinates(world, tmp_path, narrow):
+    found = call(world, tmp_path / "a", whitening=0.5)
+    made = projection(tmp_path / "a")
+    every = sum(p.numel() for p in world[0].parameters())
+    assert made["kind"] == "leading"
+    assert 0 < made["proj_dim"] <= width._WORTH * every
+    expected = call(world, tmp_path / "b", whitening=0.5, projector=NoOpProjector())
+    assert projection(tmp_path / "b")["kind"] == "na"
+    assert near(found, expected) > 0.98
+    assert np.abs(found - expected).max() > 0
+
+
+def test_rows_are_as_wide_as_the_share_asks_for(world, tmp_path, narrow, monkeypatch):
+    widths = []
+    for number, share in enumerate((0.5, 0.8, 0.95, 1 - 1e-12)):
+        monkeypatch.setattr(width, "HELD", share)
+        folder = tmp_path / str(number)
+        call(world, folder, whitening=0.5)
+        whitener = fitted(world, tmp_path / f"{number}-again")
+        made = whitener.made(whitener.sums[0], 0.5, in_bases=True)
+        widths.append(coordinates_holding(made, whitener.shapes, share))
+        every = sum(p.numel() for p in world[0].parameters())
+        few = widths[-1] <= width._WORTH * every
+        assert projection(folder)["proj_dim"] == (widths[-1] if few else every)
+    assert widths == sorted(set(widths))
+    assert projection(folder)["kind"] == "na"  # nearly all are all
+
+
+def test_the_width_is_that_of_the_first_call(world, tmp_path, narrow, monkeypatch):
+    first = call(world, tmp_path, whitening=0.5)
+    made = projection(tmp_path)
+    monkeypatch.setattr(width, "HELD", 0.5)
+    again = call(world, tmp_path, whitening=0.5, exp_name="again")
+    np.testing.assert_array_equal(first, again)
+    assert projection(tmp_path) == made
+
+
+def test_a_store_that_keeps_all_goes_on_to(world, tmp_path, monkeypatch):
+    first = call(world, tmp_path, whitening=0.5)
+    monkeypatch.setattr(preparation, "WHOLE", 0)
+    again = call(world, tmp_path, whitening=0.5, exp_name="again")
+    np.testing.assert_array_equal(first, again)
+    assert projection(tmp_path)["kind"] == "na"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"whitening": 0},
+        {"whitening": None},
+        {"projector": NoOpProjector()},
+        {"proj_dim": "exact"},
+        {"gradient_computer": FunctionalGradientComputer},
+    ],
+    ids=["0", "None", "projector", "exact", "functional"],
+)
+def test_all_are_kept_where_that_is_asked_for(world, tmp_path, narrow, options):
+    call(world, tmp_path, **{"whitening": 0.5, **options})
+    assert projection(tmp_path)["kind"] == "na"
+
+
+def test_few_numbers_are_kept_as_they_are(world, tmp_path, monkeypatch):
+    every = N * sum(p.numel() for p in world[0].parameters())
+    for number, (most, kind) in enumerate(((every, "na"), (every - 1, "leading"))):
+        monkeypatch.setattr(preparation, "WHOLE", most)
+        monkeypatch.setattr(width, "_STEP", 1)
+        call(world, tmp_path / str(number), whitening=0.5)
+        assert projection(tmp_path / str(number))["kind"] == kind
+
+
+def test_the_first_checkpoint_is_fitted_once(world, tmp_path, narrow, monkeypatch):
+    counts = []
+    merge = Moments.merge
+
+    def counted(self, other):
+        counts.append(other.count)
+        merge(self, other)
+
+    monkeypatch.setattr(Moments, "merge", counted)
+    call((*world[:3], world[3][:1]), tmp_path / "a", whitening=0.5)
+    once = sum(counts)
+    counts.clear()
+    call(
+        (*world[:3], world[3][:1]), tmp_path / "b", whitening=0.5, projector=NoOpProjector()
+    )
+    assert once == sum(counts)
+
+
+def test_strength_and_width_are_chosen_together(world, tmp_path, narrow, monkeypatch):
+    # of models that nobody has trained whitening is of no use
+    monkeypatch.setattr(strength, "_is_useful", lambda *_: True)
+    found = trak.attribute(
+        world[0],
+        task=TASK,
+        train=list(runs.split(world[1], 9)),
+        targets=list(runs.split(world[2], 4)),
+        checkpoints=world[3],
+        save_dir=tmp_path,
+        progress=False,
+    )
+    found_strength = json.loads((tmp_path / "metadata.json").read_text())["whitening"]
+    assert found_strength["strength"] > 0
+    assert projection(tmp_path)["kind"] == "leading"
+    assert found.shape == (N, M)
