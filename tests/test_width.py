@@ -164,6 +164,41 @@ def test_the_first_checkpoint_is_fitted_once(world, tmp_path, narrow, monkeypatc
     assert once == sum(counts)
 
 
+def test_what_told_the_strength_is_not_fitted_again(world, tmp_path, narrow, monkeypatch):
+    monkeypatch.setattr(strength, "_is_useful", lambda *_: True)
+    counts = []
+    fit = strength._fit
+
+    def counted(pipeline, batches):
+        counts.append(1)
+        fit(pipeline, batches)
+
+    monkeypatch.setattr(strength, "_fit", counted)
+    call((*world[:3], world[3][:1]), tmp_path)
+    assert projection(tmp_path)["kind"] == "leading"
+    assert len(counts) == 1
+
+
+def test_gradients_without_factors_are_kept(world, tmp_path, narrow, monkeypatch):
+    monkeypatch.setattr(width, "HELD", 0.3)  # of which few hold so much
+    call(world, tmp_path, whitening=0.5, gradient_computer=FunctionalGradientComputer)
+    assert projection(tmp_path)["kind"] == "na"
+
+
+@pytest.mark.parametrize(
+    ("options", "found"), [({}, "float32"), ({"row_dtype": "float16"}, "float16")]
+)
+def test_narrow_rows_are_precise_where_whole_ones_do_not_fit(
+    world, tmp_path, narrow, monkeypatch, options, found
+):
+    numbers = N * sum(p.numel() for p in world[0].parameters())
+    monkeypatch.setattr(preparation, "EXACT_UP_TO", 4 * numbers - 1)
+    call(world, tmp_path, whitening=0.5, **options)
+    known = json.loads((tmp_path / "metadata.json").read_text())
+    assert known["projection"]["kind"] == "leading"
+    assert known["precision"] == found
+
+
 def test_strength_and_width_are_chosen_together(world, tmp_path, narrow, monkeypatch):
     # of models that nobody has trained whitening is of no use
     monkeypatch.setattr(strength, "_is_useful", lambda *_: True)
