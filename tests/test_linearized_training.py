@@ -42,7 +42,7 @@ def test_retraining_of_the_linearized_regression():
         torch.testing.assert_close(outputs, rows[found.held] @ weights)
 
 
-@pytest.mark.parametrize("ridge", [0.02, 5.0])
+@pytest.mark.parametrize("ridge", [3e-4, 0.02, 5.0])
 def test_retraining_of_the_linearized_classifier(ridge):
     rows, _ = logistic(n=60)
     found = retrained(rows @ rows.T, ridge)
@@ -51,6 +51,13 @@ def test_retraining_of_the_linearized_classifier(ridge):
         torch.testing.assert_close(
             outputs, rows[found.held] @ weights, rtol=1e-3, atol=1e-3
         )
+
+
+def test_a_tiny_ridge_is_not_lost_to_rounding():
+    rows, _ = logistic(n=60)
+    kernel = rows @ rows.T
+    one, other = retrained(kernel, 1e-5), retrained(3 * kernel, 3e-5)  # the same problem
+    torch.testing.assert_close(one.outputs, other.outputs, rtol=1e-5, atol=1e-5)
 
 
 def test_separable_examples_do_not_diverge():

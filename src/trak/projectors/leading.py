@@ -274,7 +274,8 @@ class LeadingProjector(BlockProjector):
     def _coordinates(self, block: Block, part: Part) -> Tensor:
         if part.left is None or part.right is None:
             gradient = block.dense().gradient.detach().to(self.device)
-            return gradient[:, part.inside] * part.scale.to(gradient)  # type: ignore[union-attr]
+            kept = gradient.index_select(1, part.inside)
+            return kept * part.scale.to(gradient)  # type: ignore[union-attr]
         if isinstance(block, DenseBlock):
             gradient = block.gradient.detach().to(self.device)
             matrices = gradient.unflatten(1, self.shapes[block.name])
@@ -289,7 +290,7 @@ class LeadingProjector(BlockProjector):
         else:
             like = block.backprops.detach()
             rectangle = block.sketch(part.left.to(like), part.right.to(like)).detach()
-        return rectangle.flatten(1)[:, part.inside.to(rectangle.device)]
+        return rectangle.flatten(1).index_select(1, part.inside.to(rectangle.device))
 
 
 def coordinates_holding(whitening: Whitening, names: Collection[str], share: float) -> int:
