@@ -186,17 +186,51 @@ def test_gradients_without_factors_are_kept(world, tmp_path, narrow, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("options", "found"), [({}, "float32"), ({"row_dtype": "float16"}, "float16")]
+    ("options", "found"),
+    [
+        ({}, "bfloat16"),
+        ({"lambda_reg": None}, "bfloat16"),
+        ({"lambda_reg": "1x"}, "float32"),
+        ({"lambda_reg": 0.5}, "float32"),
+        ({"row_dtype": "float16"}, "float16"),
+        ({"use_half_precision": False}, "float64"),
+        ({"use_half_precision": True}, "float16"),
+    ],
 )
-def test_narrow_rows_are_precise_where_whole_ones_do_not_fit(
-    world, tmp_path, narrow, monkeypatch, options, found
+@pytest.mark.parametrize("whole_fit", [True, False])
+def test_many_narrow_rows_are_rounded_where_the_ridge_hides_it(
+    world, tmp_path, narrow, monkeypatch, options, found, whole_fit
 ):
-    numbers = N * sum(p.numel() for p in world[0].parameters())
-    monkeypatch.setattr(preparation, "EXACT_UP_TO", 4 * numbers - 1)
+    if not whole_fit:
+        numbers = N * sum(p.numel() for p in world[0].parameters())
+        monkeypatch.setattr(preparation, "EXACT_UP_TO", 4 * numbers - 1)
     call(world, tmp_path, whitening=0.5, **options)
     known = json.loads((tmp_path / "metadata.json").read_text())
     assert known["projection"]["kind"] == "leading"
     assert known["precision"] == found
+
+
+def test_few_narrow_rows_are_precise(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(width, "_STEP", 1)
+    every = N * sum(p.numel() for p in world[0].parameters())
+    monkeypatch.setattr(preparation, "WHOLE", every - 1)  # narrow ones are fewer
+    call(world, tmp_path, whitening=0.5)
+    assert projection(tmp_path)["kind"] == "leading"
+    assert json.loads((tmp_path / "metadata.json").read_text())["precision"] == "float32"
+
+
+def test_rows_are_rounded_as_the_first_call_did(world, tmp_path, narrow):
+    call(world, tmp_path, whitening=0.5, lambda_reg="1x")
+    call(world, tmp_path, whitening=0.5, exp_name="again")
+    known = json.loads((tmp_path / "metadata.json").read_text())
+    assert known["precision"] == "float32"
+
+
+def test_scores_of_rounded_rows_are_those_of_precise_ones(world, tmp_path, narrow):
+    found = call(world, tmp_path / "a", whitening=0.5)
+    expected = call(world, tmp_path / "b", whitening=0.5, row_dtype="float32")
+    assert near(found, expected) > 0.9999
+    assert np.abs(found - expected).max() > 0
 
 
 def test_strength_and_width_are_chosen_together(world, tmp_path, narrow, monkeypatch):

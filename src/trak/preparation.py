@@ -55,6 +55,18 @@ def whole_rows(model: nn.Module, settings: Mapping[str, Any]) -> Settings:
     return {"projector": NoOpProjector(), **precise}
 
 
+def dtype_given(settings: Mapping[str, Any]) -> bool:
+    """Whether somebody said what rows are to be stored as.
+
+    Args:
+        settings: of a `TRAKer`.
+
+    Returns:
+        True if they are not free.
+    """
+    return bool({"row_dtype", "use_half_precision"} & set(settings))
+
+
 @dataclass
 class Preparation:
     """Settings that are found out.
@@ -66,6 +78,7 @@ class Preparation:
         folder: the store's.
         settings: of the run; those that are found out are added.
         shown: goes over batches of a checkpoint and shows how far it is.
+        dtype_is_given: somebody said what rows are to be stored as.
         fitted: who has fitted the first checkpoint, if anybody has.
     """
 
@@ -75,6 +88,7 @@ class Preparation:
     folder: Path
     settings: Settings
     shown: Shown
+    dtype_is_given: bool
     fitted: Whitener | None = None
 
     def choose(self, whitening: float | str | None, *, narrow: bool) -> None:
@@ -90,9 +104,8 @@ class Preparation:
         many = narrow and _numbers(self.model, self.settings) > WHOLE
         width = self._width(strength) if many and strength else None
         if width is not None:
-            numbers = self.settings["train_set_size"] * width
             self.settings |= {"projector": "leading", "proj_dim": width}
-            self.settings |= _precision(numbers, self.settings)
+            self.settings |= {} if self.dtype_is_given else self._dtype(width)
         self.settings["whitening"] = whitening
 
     def _strength(self) -> float:
@@ -130,6 +143,18 @@ class Preparation:
             self.fitted = self._fit(strength)
         return width_of(self.fitted, strength)
 
+    def _dtype(self, width: int) -> Settings:
+        known = begun_with(self.folder)
+        if known is not None:
+            return {"row_dtype": known["precision"]}
+        numbers, ridge = (
+            self.settings["train_set_size"] * width,
+            self.settings["lambda_reg"],
+        )
+        automatic = ridge is None or _says(ridge, "auto")  # and hides what rows round
+        rounded = automatic and numbers > WHOLE
+        return {"row_dtype": "bfloat16"} if rounded else _precision(numbers, {})
+
     def _fit(self, strength: float) -> Whitener:
         with tempfile.TemporaryDirectory() as trial:
             own: Settings = {**self.settings, "whitening": strength}
@@ -149,9 +174,8 @@ def _numbers(model: nn.Module, settings: Mapping[str, Any]) -> int:
 
 
 def _precision(numbers: int, settings: Mapping[str, Any]) -> Settings:
-    said = {"row_dtype", "use_half_precision"} & set(settings)
     fits = 4 * numbers <= EXACT_UP_TO
-    return {"row_dtype": "float32"} if fits and not said else {}
+    return {"row_dtype": "float32"} if fits and not dtype_given(settings) else {}
 
 
 def _says(proj_dim: Any, word: str) -> bool:
