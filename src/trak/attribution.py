@@ -21,7 +21,7 @@ from trak.digests import is_plain
 from trak.errors import InputError, InputTypeError, PhaseError, StoreNotWritableError
 from trak.loaders import count_of, ordered, size_of, some_of
 from trak.pipeline import Whitener, as_names, check_model, try_first_batches
-from trak.preparation import FITTED, Preparation, dtype_given, whole_rows
+from trak.preparation import FITTED, Preparation, whole_rows
 from trak.savers.filesystem import made_folder
 from trak.savers.layout import check_experiment_name
 from trak.strength import state_of
@@ -86,8 +86,7 @@ def attribute(
         states = [_apart(c, model, before) for c in _listed(checkpoints, model)]
         _try_batches(model, states[0], examples, aims, settings)
         bar = _Bar(len(states), as_flag("progress", progress, numbers=True))
-        given = dtype_given(options)
-        found = Preparation(model, states, examples, folder, settings, bar.over, given)
+        found = Preparation(model, states, examples, folder, settings, bar.over, options)
         found.choose(whitening, narrow=bool(whole))
         traker = TRAKer(model, save_dir=folder, **found.settings)
         return _Run(traker, states, bar, found.fitted).scores(examples, aims, exp_name)

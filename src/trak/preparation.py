@@ -55,18 +55,6 @@ def whole_rows(model: nn.Module, settings: Mapping[str, Any]) -> Settings:
     return {"projector": NoOpProjector(), **precise}
 
 
-def dtype_given(settings: Mapping[str, Any]) -> bool:
-    """Whether somebody said what rows are to be stored as.
-
-    Args:
-        settings: of a `TRAKer`.
-
-    Returns:
-        True if they are not free.
-    """
-    return bool({"row_dtype", "use_half_precision"} & set(settings))
-
-
 @dataclass
 class Preparation:
     """Settings that are found out.
@@ -78,7 +66,7 @@ class Preparation:
         folder: the store's.
         settings: of the run; those that are found out are added.
         shown: goes over batches of a checkpoint and shows how far it is.
-        dtype_is_given: somebody said what rows are to be stored as.
+        given: further options of the call, as they were given.
         fitted: who has fitted the first checkpoint, if anybody has.
     """
 
@@ -88,7 +76,7 @@ class Preparation:
     folder: Path
     settings: Settings
     shown: Shown
-    dtype_is_given: bool
+    given: Settings
     fitted: Whitener | None = None
 
     def choose(self, whitening: float | str | None, *, narrow: bool) -> None:
@@ -105,7 +93,8 @@ class Preparation:
         width = self._width(strength) if many and strength else None
         if width is not None:
             self.settings |= {"projector": "leading", "proj_dim": width}
-            self.settings |= {} if self.dtype_is_given else self._dtype(width)
+            if not _dtype_is_said(self.given):
+                self.settings |= self._dtype(width)
         self.settings["whitening"] = whitening
 
     def _strength(self) -> float:
@@ -175,7 +164,11 @@ def _numbers(model: nn.Module, settings: Mapping[str, Any]) -> int:
 
 def _precision(numbers: int, settings: Mapping[str, Any]) -> Settings:
     fits = 4 * numbers <= EXACT_UP_TO
-    return {"row_dtype": "float32"} if fits and not dtype_given(settings) else {}
+    return {"row_dtype": "float32"} if fits and not _dtype_is_said(settings) else {}
+
+
+def _dtype_is_said(settings: Mapping[str, Any]) -> bool:
+    return bool({"row_dtype", "use_half_precision"} & set(settings))
 
 
 def _says(proj_dim: Any, word: str) -> bool:
