@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from trak.arguments import as_ridge
 from trak.gradient_computers import select_parameters
 from trak.loaders import some_of
 from trak.pipeline import Whitener, as_strength
@@ -51,7 +52,7 @@ def whole_rows(model: nn.Module, settings: Mapping[str, Any]) -> Settings:
     free = _says(settings["proj_dim"], "auto") and settings.get("projector") is None
     if not free or 2 * _numbers(model, settings) > EXACT_UP_TO:
         return {}
-    precise = _precision(_numbers(model, settings), settings)
+    precise = {} if _dtype_is_said(settings) else _precision(_numbers(model, settings))
     return {"projector": NoOpProjector(), **precise}
 
 
@@ -135,14 +136,12 @@ class Preparation:
     def _dtype(self, width: int) -> Settings:
         known = begun_with(self.folder)
         if known is not None:
-            return {"row_dtype": known["precision"]}
-        numbers, ridge = (
-            self.settings["train_set_size"] * width,
-            self.settings["lambda_reg"],
-        )
-        automatic = ridge is None or _says(ridge, "auto")  # and hides what rows round
-        rounded = automatic and numbers > WHOLE
-        return {"row_dtype": "bfloat16"} if rounded else _precision(numbers, {})
+            return {"row_dtype": known["precision"]} if "precision" in known else {}
+        numbers = self.settings["train_set_size"] * width
+        automatic = as_ridge(self.settings["lambda_reg"]) is None
+        if automatic and numbers > WHOLE:  # such a ridge hides what rows round
+            return {"row_dtype": "bfloat16"}
+        return _precision(numbers)
 
     def _fit(self, strength: float) -> Whitener:
         with tempfile.TemporaryDirectory() as trial:
@@ -162,9 +161,8 @@ def _numbers(model: nn.Module, settings: Mapping[str, Any]) -> int:
     return settings["train_set_size"] * sum(p.numel() for p in chosen.values())
 
 
-def _precision(numbers: int, settings: Mapping[str, Any]) -> Settings:
-    fits = 4 * numbers <= EXACT_UP_TO
-    return {"row_dtype": "float32"} if fits and not _dtype_is_said(settings) else {}
+def _precision(numbers: int) -> Settings:
+    return {"row_dtype": "float32"} if 4 * numbers <= EXACT_UP_TO else {}
 
 
 def _dtype_is_said(settings: Mapping[str, Any]) -> bool:
