@@ -126,7 +126,6 @@ def record_of(folder, task, size=7, scale=1, **options):
         (ImageClassificationModelOutput(), True),
         (Words(), False),
         (SaysSo(), True),
-        (Squared(), False),
     ],
     ids=lambda value: type(value).__name__,
 )

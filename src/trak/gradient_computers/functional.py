@@ -1,9 +1,9 @@
 """Exact per-sample gradients with `torch.func`: what every other computer must equal."""
 
 import logging
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from trak.modelout_functions import output_function
 from trak.precision import without_autocast
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 class FunctionalGradientComputer(SelectingGradientComputer):
@@ -142,7 +144,7 @@ class FunctionalGradientComputer(SelectingGradientComputer):
             )
 
     def compute_outputs(self, batch: Any, most: int) -> Tensor:
-        """Computes the model output of samples of a batch, one after the other.
+        """Computes the model output of samples of a batch.
 
         Args:
             batch: tuple or dict of tensors whose first axis is the sample axis.
@@ -153,10 +155,13 @@ class FunctionalGradientComputer(SelectingGradientComputer):
         """
         some = select(normalize(batch), slice(0, most))
         with undisturbed(self.model):
-            return without_graph(
-                self.model,
-                lambda: torch.stack([self._output({}, *each) for each in _samples(some)]),
-            )
+            return without_graph(self.model, lambda: self._outputs(some))
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        if not self._without_vmap:
+            with suppress(RuntimeError):  # whose reason the gradients tell
+                return self._at_once(batch, lambda *sample: self._output({}, *sample))
+        return torch.stack([self._output({}, *each) for each in _samples(batch)])
 
     @property
     def samples_at_once(self) -> int | None:
@@ -179,10 +184,13 @@ class FunctionalGradientComputer(SelectingGradientComputer):
         return {name: self.func_weights[name] for name in self.selected}
 
     def _vectorized(self, batch: Batch) -> dict[str, Tensor]:
+        chosen = self._chosen()
+        return self._at_once(batch, lambda *sample: self._gradient(chosen, *sample))
+
+    @staticmethod
+    def _at_once(batch: Batch, function: Callable[..., _T]) -> _T:
         sample = (batch,) if isinstance(batch, dict) else batch
-        in_dims = (None, *(0 for _ in sample))
-        per_sample = torch.func.vmap(self._gradient, in_dims, randomness="different")
-        return per_sample(self._chosen(), *sample)
+        return torch.func.vmap(function, randomness="different")(*sample)
 
     def _gradient(self, chosen: dict[str, Tensor], *sample: Any) -> dict[str, Tensor]:
         def outputs(given: dict[str, Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from trak.gradient_computers import AbstractGradientComputer, choose_computer
 from trak.pipeline.choices import float_dtype
 from trak.pipeline.describe import describe_run, store_metadata
+from trak.pipeline.kept_outputs import OutputKeeper
 from trak.pipeline.kernel import KernelMaker
 from trak.pipeline.lengths import Trimmer
 from trak.pipeline.losses import LossWatch
@@ -155,7 +156,14 @@ def _make_maker(
         "scale": math.sqrt(sum(layout.values())),
         "device": parts.device,
         "losses": LossWatch(
-            task=parts.task, computer=parts.gradient_computer, saver=parts.saver
+            task=parts.task,
+            computer=parts.gradient_computer,
+            saver=parts.saver,
+            keeper=OutputKeeper(
+                computer=parts.gradient_computer,
+                saver=parts.saver,
+                count=parts.train_set_size,
+            ),
         ),
         "trimmer": Trimmer(parts.model, parts.gradient_computer.modelout_fn, (*layout,)),
     }

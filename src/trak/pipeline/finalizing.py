@@ -24,7 +24,7 @@ from trak.score_computers import (
 )
 from trak.score_computers.auto_ridge import Choice
 from trak.score_computers.linear import Kept
-from trak.score_computers.ridge_sample import Situation, Wide, drawn
+from trak.score_computers.ridge_sample import Outputs, Situation, Wide, drawn
 from trak.score_computers.stream import decoded
 
 logger = logging.getLogger(__name__)
@@ -72,15 +72,12 @@ def finalize_checkpoints(
             continue
         tell_of_strays(loss_sizes(saver, model_id, decided), model_id)
         wanted[model_id] = Situation(
-            loss=rows.array("out_to_loss"),
-            counts=counts_of(saver, model_id),
             checkpoints=len(chosen),
             strength=whitener.strength,
             columns=maker.projector.random_dim or None,
-            logistic=decided["logistic"],
-            words=losses.words,
             unwhitened=whitener.unwhitened(model_id),
-            wide=_wide(saver, model_id, len(rows.done)),
+            **decided,
+            **_examples(saver, model_id, losses),
         )
     if found is None:
         found = _chosen_together(scorer, saver, wanted, maker.device)
@@ -129,6 +126,18 @@ def _choice_in(kept: Mapping[str, Any]) -> Choice | None:
     return Choice(kept["auto"], kept.get("power", 1.0), kept.get("path", 0.0))
 
 
+def _examples(saver: AbstractSaver, model_id: int, losses: LossWatch) -> dict[str, Any]:
+    # what a situation knows of the training examples
+    loss = saver.train_rows(model_id).array("out_to_loss")
+    return {
+        "loss": loss,
+        "counts": counts_of(saver, model_id),
+        "words": losses.words,
+        "wide": _wide(saver, model_id, len(loss)),
+        "outputs": _outputs(saver, model_id, losses),
+    }
+
+
 def _wide(saver: AbstractSaver, model_id: int, count: int) -> Wide | None:
     # rows that another version of this library began have none
     files = saver.wide_rows(model_id)
@@ -136,6 +145,14 @@ def _wide(saver: AbstractSaver, model_id: int, count: int) -> Wide | None:
     if found is None or 2 * len(found[0]) < len(drawn(count)):
         return None
     return Wide(*found)
+
+
+def _outputs(saver: AbstractSaver, model_id: int, losses: LossWatch) -> Outputs | None:
+    slope, files = losses.slope(model_id), saver.sample_outputs(model_id)
+    if slope is None or files is None:
+        return None
+    found = files.read()
+    return None if found is None else Outputs(*found, slope)
 
 
 def _factored(

@@ -1,10 +1,11 @@
-"""Finds out, from a checkpoint's first examples, whether its loss is logistic.
+"""Finds out, from a checkpoint's first examples, which loss it was trained with.
 
-The automatic ridge and the strength of whitening depend on it.
+Whether it is the logistic one, the automatic ridge and the strength of whitening depend
+on; of a squared one the ridge also asks for outputs.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from trak.batches import Batch, batch_size, select
 from trak.gradient_computers import AbstractGradientComputer
 from trak.pipeline.chance import warn_of_chance
+from trak.pipeline.kept_outputs import OutputKeeper
+from trak.pipeline.squared import slope_of
 from trak.savers import AbstractSaver
 from trak.score_computers.logistic import is_logistic, weights_in
 from trak.score_computers.losses import Losses, losses_beside
@@ -34,13 +37,17 @@ class LossWatch:
         task: may say itself, by an attribute `loss_is_logistic`.
         computer: computes model outputs.
         saver: keeps what was found.
+        keeper: keeps outputs where the loss is a squared one.
         seen: checkpoint to outputs and loss weights, `[b, 2]`.
+        slopes: checkpoint to what its record says of Q's slope.
     """
 
     task: Any
     computer: AbstractGradientComputer
     saver: AbstractSaver
+    keeper: OutputKeeper
     seen: dict[int, list[Tensor]] = field(default_factory=dict[int, list[Tensor]])
+    slopes: dict[int, float | None] = field(default_factory=dict[int, float | None])
 
     def outputs(self, batch: Batch, model_id: int) -> Tensor | None:
         """Outputs to look at, right after the gradients, whose forward pass may answer.
@@ -57,13 +64,22 @@ class LossWatch:
         missing = _ENOUGH - sum(map(len, self.seen.setdefault(model_id, [])))
         return self.computer.compute_outputs(batch, missing) if missing > 0 else None
 
-    def look(self, outputs: Tensor, loss: Tensor, model_id: int) -> None:
+    def look(
+        self,
+        batch: Batch,
+        outputs: Tensor,
+        loss: Tensor,
+        model_id: int,
+        numbers: list[int] | None,
+    ) -> None:
         """Takes some examples into account.
 
         Args:
-            outputs: what `outputs` gave, `[c]`.
-            loss: of all samples of that batch, as `RowMaker.loss_weights`.
-            model_id: the checkpoint.
+            batch: a normalized batch.
+            outputs: what `outputs` gave of it, `[c]`.
+            loss: of all its samples, as `RowMaker.loss_weights`.
+            model_id: the checkpoint, whose weights are loaded.
+            numbers: row numbers of the samples; None if their rows are stored.
         """
         pairs = _pairs(outputs, loss)
         if not any(map(len, self.seen[model_id])):
@@ -72,16 +88,61 @@ class LossWatch:
         if self.saver.checkpoint_digest(model_id) is None:
             return  # a trial has no checkpoint in the store
         record = self._record(model_id)
-        if "logistic" in record:
-            return
+        if "logistic" not in record:
+            self._record_more(batch, [*record.get("seen", []), *pairs.tolist()], model_id)
+        if numbers is not None:
+            self._keep_first(batch, outputs, model_id, numbers)
+
+    def keep(self, batch: Batch, model_id: int, numbers: list[int]) -> None:
+        """Keeps outputs of a squared loss, right after the gradients, as for `outputs`.
+
+        Args:
+            batch: a normalized batch.
+            model_id: the checkpoint, whose weights are loaded.
+            numbers: row numbers of the samples.
+        """
+        if self.slope(model_id) is not None:
+            self.keeper.keep(batch, numbers, model_id)
+
+    def slope(self, model_id: int) -> float | None:
+        """The slope of Q in the output.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            That of a squared loss; None of others, and where it was not found out.
+        """
+        if model_id not in self.slopes:
+            record = self._record(model_id)
+            if "logistic" not in record:
+                return None
+            self.slopes[model_id] = record.get("slope")
+        return self.slopes[model_id]
+
+    def _record_more(
+        self, batch: Batch, seen: Sequence[Sequence[float]], model_id: int
+    ) -> None:
         # processes with few examples each add theirs up
-        every = [*record.get("seen", []), *pairs.tolist()][:_MOST]
+        every = seen[:_MOST]
         known = torch.tensor(every, device="cpu").double()
         found = self._told(known) if len(every) >= _ENOUGH else None
+        told: dict[str, Any] = {"seen": every} if found is None else {"logistic": found}
         if found is False:
             _tell_of_weights(known)
-        told = {"seen": every} if found is None else {"logistic": found}
+            slope = None if self.words else slope_of(self.computer, batch)
+            told |= {} if slope is None else {"slope": slope}
         self.saver.record_loss(model_id, told)
+
+    def _keep_first(
+        self, batch: Batch, outputs: Tensor, model_id: int, numbers: list[int]
+    ) -> None:
+        # also before it is known whether anybody will ask for them
+        record = self._record(model_id)
+        if "logistic" in record:
+            self.keep(batch, model_id, numbers)
+        elif len(record.get("seen", [])) < _ENOUGH:
+            self.keeper.put(np.asarray(numbers[: len(outputs)]), outputs, model_id)
 
     def look_again(
         self, batch: Batch, loss: NDArray[Any], model_id: int, *, whole: bool
@@ -100,7 +161,8 @@ class LossWatch:
             return
         outputs = self.outputs(batch, model_id)
         if outputs is not None:
-            self.look(outputs, torch.from_numpy(np.array(loss)), model_id)
+            known = torch.from_numpy(np.array(loss))
+            self.look(batch, outputs, known, model_id, None)
 
     def tell(self, batches: list[Batch], losses: list[Tensor]) -> bool | None:
         """Told from some batches alone, by the weights that are loaded.

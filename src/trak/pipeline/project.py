@@ -167,9 +167,11 @@ class RowMaker:
                     return part
                 # right after the gradients, whose forward pass may answer for these
                 outputs = self.losses.outputs(piece, model_id)
+                if outputs is None:
+                    self.losses.keep(piece, model_id, its)
                 weights = self.finite_weights(piece, its)
                 if outputs is not None:
-                    self.losses.look(outputs, weights, model_id)
+                    self.losses.look(piece, outputs, weights, model_id, its)
                 return torch.cat([part, weights.to(part)], dim=1)
 
             return self.micro.rows(bucket, work, self._most)

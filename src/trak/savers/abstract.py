@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from trak.errors import PhaseError
 from trak.savers.gradient_files import GradientFiles
+from trak.savers.sample_outputs import SampleOutputs
 from trak.savers.wide_rows import WideRows
 
 
@@ -228,6 +229,19 @@ class AbstractSaver(ABC):
         Returns:
             None if the saver has no place for them: the ridge is then told from the
             stored rows alone.
+        """
+        del model_id
+        return None
+
+    def sample_outputs(self, model_id: int) -> SampleOutputs | None:
+        """Where model outputs of some examples are kept, for the automatic ridge.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            None if the saver has no place for them: the ridge of a squared loss is then a
+            constant.
         """
         del model_id
         return None

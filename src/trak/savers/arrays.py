@@ -7,13 +7,18 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from trak.errors import StoreCorruptedError, StoreMismatchError
+from trak.errors import (
+    UNREADABLE,
+    StoreCorruptedError,
+    StoreMismatchError,
+    not_of_the_file,
+)
 from trak.savers.filesystem import link_new, sync_directory, temporary_path
 
 _LARGEST = (1 << 63) - 1  # file, in bytes
@@ -144,6 +149,47 @@ class RowFile:
                 f"{found[:80]!r}. {self.remedy}"
             )
         return len(header)
+
+
+def read_array(path: Path, remedy: str) -> NDArray[Any]:
+    """Reads a whole two-dimensional array.
+
+    Args:
+        path: the file.
+        remedy: what to do if it is damaged, a sentence.
+
+    Returns:
+        The array; `refuse` raises where the file is none such, or not there.
+
+    Raises:
+        MemoryError: if there is none for what the file really holds.
+    """
+    try:
+        with path.open("rb") as file:
+            # what np.load says of a file that is no array is unsafe advice
+            found: NDArray[Any] = npy.read_array(file, allow_pickle=False)
+    except (*UNREADABLE, MemoryError) as error:
+        if not_of_the_file(error, path):
+            raise
+        refuse(path, str(error), remedy, error)
+    if found.ndim != 2:
+        refuse(path, f"an array of shape {found.shape}", remedy)
+    return found
+
+
+def refuse(path: Path, found: str, remedy: str, cause: Exception | None = None) -> NoReturn:
+    """Refuses a file that is not what it should be.
+
+    Args:
+        path: the file.
+        found: what it is instead.
+        remedy: what to do, a sentence.
+        cause: of the error.
+
+    Raises:
+        StoreCorruptedError: always.
+    """
+    raise StoreCorruptedError(f"{path} is lost or damaged ({found}). {remedy}") from cause
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from trak.savers import moments
 from trak.savers.abstract import AbstractSaver
 from trak.savers.filesystem import create_json, read_object, replace_json
 from trak.savers.gradient_files import GradientFiles
+from trak.savers.sample_outputs import SampleOutputs
 from trak.savers.wide_rows import WideRows
 
 _TOLD_AGAIN = (
@@ -160,3 +161,14 @@ class SideFiles(AbstractSaver):
             The files; none are made yet.
         """
         return WideRows(self.checkpoint_folder(model_id))
+
+    def sample_outputs(self, model_id: int) -> SampleOutputs:
+        """The file `{id}/outputs.mmap`.
+
+        Args:
+            model_id: the checkpoint.
+
+        Returns:
+            The file; it is not made yet.
+        """
+        return SampleOutputs(self.checkpoint_folder(model_id))

@@ -5,14 +5,17 @@ example whose row exists has its wide row, too.
 """
 
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from trak.errors import UNREADABLE, StoreCorruptedError, not_of_the_file
-from trak.savers.arrays import RowFile
+from trak.savers.arrays import RowFile, read_array, refuse
+
+_REMEDY = (
+    "Restore it, or delete wide.mmap and wide_numbers.mmap beside it: the automatic ridge "
+    "is then told from the rows alone."
+)
 
 
 class WideRows:
@@ -53,29 +56,10 @@ class WideRows:
         """
         if not self._rows.exists():
             return None
-        numbers, rows = _load(self._numbers)[:, 0], _load(self._rows)
+        numbers = read_array(self._numbers, _REMEDY)[:, 0]
+        rows = read_array(self._rows, _REMEDY)
         if len(numbers) != len(rows):
-            _refuse(self._rows, f"{len(rows)} rows for {len(numbers)} numbers")
+            found = f"{len(rows)} rows for {len(numbers)} numbers"
+            refuse(self._rows, found, _REMEDY)
         kept = rows.any(axis=1)
         return np.array(numbers[kept]), np.array(rows[kept])
-
-
-def _load(path: Path) -> NDArray[Any]:
-    try:
-        with path.open("rb") as file:
-            # what np.load says of a file that is no array is unsafe advice
-            found: NDArray[Any] = npy.read_array(file, allow_pickle=False)
-    except (*UNREADABLE, MemoryError) as error:
-        if not_of_the_file(error, path):
-            raise
-        _refuse(path, str(error), error)
-    if found.ndim != 2:
-        _refuse(path, f"an array of shape {found.shape}")
-    return found
-
-
-def _refuse(path: Path, found: str, cause: Exception | None = None) -> NoReturn:
-    raise StoreCorruptedError(
-        f"{path} is lost or damaged ({found}). Restore it, or delete wide.mmap and "
-        "wide_numbers.mmap beside it: the automatic ridge is then told from the rows alone."
-    ) from cause

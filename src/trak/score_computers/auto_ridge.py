@@ -105,18 +105,7 @@ def choice(rows: RowSource, situation: Situation) -> Choice:
         )
         return Choice(USUAL * factor, 1.0)
     wider = _by_wide(samples[0], situation)
-    trainings = [
-        training_of(
-            s.kernel,
-            s.pull,
-            s.loss,
-            counts=s.counts,
-            share=s.share,
-            logistic=situation.logistic,
-            words=situation.words,
-        )
-        for s in samples
-    ]
+    trainings = [_training(sample, situation) for sample in samples]
     _warn_of_much(situation.strength, trainings)
     pairs = zip(samples, trainings, strict=True)
     logs = [math.log(best_ridge(sample, training)) for sample, training in pairs]
@@ -140,6 +129,20 @@ def choice(rows: RowSource, situation: Situation) -> Choice:
     return Choice(played * factor, power, path)
 
 
+def _training(sample: Sample, situation: Situation, *, noisy: bool = False) -> Training:
+    return training_of(
+        sample.kernel,
+        sample.pull,
+        sample.loss,
+        counts=sample.counts,
+        share=sample.share,
+        logistic=situation.logistic,
+        words=situation.words,
+        noisy=noisy,
+        outputs=sample.outputs,
+    )
+
+
 def _warn_of_much(strength: float, trainings: Sequence[Training]) -> None:
     if strength >= _MUCH and all(each.stiffness <= _FREE for each in trainings):
         logger.warning(
@@ -158,16 +161,7 @@ def _by_wide(narrow: Sample, situation: Situation) -> float | None:
     rows = torch.from_numpy(situation.wide.rows).to(narrow.kernel) * narrow.signs[:, None]
     kernel = rows @ rows.T
     sample = replace(narrow, kernel=kernel / kernel.diagonal().mean())
-    training = training_of(
-        sample.kernel,
-        sample.pull,
-        sample.loss,
-        counts=sample.counts,
-        share=sample.share,
-        logistic=situation.logistic,
-        words=situation.words,
-        noisy=True,
-    )
+    training = _training(sample, situation, noisy=True)
     games = _games(sample, training)
     whole = best_ridge(sample, training, games)
     seen = best_ridge(narrow, training, games)

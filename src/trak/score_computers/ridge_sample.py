@@ -35,6 +35,20 @@ class Wide(NamedTuple):
     rows: NDArray[np.float32]
 
 
+class Outputs(NamedTuple):
+    """Model outputs of some examples of a squared loss.
+
+    Attributes:
+        numbers: their row numbers, ascending, `[s]`.
+        values: `[s]`.
+        slope: of Q in the output.
+    """
+
+    numbers: NDArray[np.int64]
+    values: NDArray[np.float64]
+    slope: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Situation:
     """What the automatic ridge depends on, beside the rows.
@@ -50,6 +64,7 @@ class Situation:
         curvature: the rows are weighted by the loss's curvature.
         unwhitened: some of the examples without whitening, for rows that are whitened.
         wide: some of the examples in a wider projection, for rows that are not whitened.
+        outputs: of some of the examples, for rows that are not whitened.
         words: Q is a mean over the words of a text.
         multiple: the ridge that was chosen already, in mean squared row norms.
         power: the exponent of Q that was chosen with it.
@@ -65,6 +80,7 @@ class Situation:
     curvature: bool = False
     unwhitened: Sequence[Unwhitened] = ()
     wide: Wide | None = None
+    outputs: Outputs | None = None
     words: bool = False
     multiple: float | None = None
     power: float = 1.0
@@ -93,6 +109,7 @@ class Sample:
             `[s]`.
         share: of the training set.
         curved: the rows are weighted by the loss's curvature, too.
+        outputs: of the model, in units of Q, where the loss is a squared one, `[s]`.
     """
 
     kernel: Tensor
@@ -103,6 +120,7 @@ class Sample:
     signs: Tensor
     share: float
     curved: bool
+    outputs: Tensor | None = None
 
 
 def is_curved(situation: Situation) -> bool:
@@ -221,8 +239,26 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
     device = kernel.device
     columns = (losses.own.flatten(), _counts(losses), factors, signs)
     loss, counts, factors, signs = (each[numbers].to(device) for each in columns)
-    share, curved = len(numbers) / count, is_curved(situation)
-    return Sample(kernel / unit, pull, loss, counts, factors, signs, share, curved)
+    outputs = _outputs(situation.outputs, numbers.numpy())
+    return Sample(
+        kernel / unit,
+        pull,
+        loss,
+        counts,
+        factors,
+        signs,
+        len(numbers) / count,
+        is_curved(situation),
+        None if outputs is None else outputs.to(device),
+    )
+
+
+def _outputs(known: Outputs | None, numbers: NDArray[np.int64]) -> Tensor | None:
+    # of all of the sample, or of nothing
+    if known is None or not np.isin(numbers, known.numbers).all():
+        return None
+    places = np.searchsorted(known.numbers, numbers)
+    return torch.from_numpy(-known.slope * known.values[places])
 
 
 def _gathered(rows: RowSource, numbers: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

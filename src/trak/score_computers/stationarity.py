@@ -17,6 +17,7 @@ from trak.score_computers.decay import Spectrum, between, decay_of
 from trak.score_computers.flow import weaker
 from trak.score_computers.logistic import log_odds
 from trak.score_computers.loss_power import OTHER, path_of, power_of
+from trak.score_computers.residuals import ridge_left
 
 LEAST, MOST = 0.3, 8.0
 """Ridges of a training, in units of the mean squared row norm times `q (1 - q)`."""
@@ -125,6 +126,7 @@ def training_of(
     logistic: bool | None = None,
     words: bool = False,
     noisy: bool = False,
+    outputs: Tensor | None = None,
 ) -> Training:
     """The training whose result these examples are.
 
@@ -139,11 +141,11 @@ def training_of(
     the rows, as with two classes, it is larger (see `_stiffness`). Where most are wrong and
     yet pulled away from their outputs, more strongly than any ridge would hold them,
     these are little else than what training began with, as after a few epochs; the ridge
-    is then 20, so that models on halves are about a gradient step. For other losses the
-    ridge is a constant: 0.4, 0.8 where loss weights are different numbers from 0 to 1, or
-    0.03 for means over the words of texts; the answers are those that would have led to
-    the loss weights; and so are their exponent and share of the way, where they are
-    different numbers from 0 to 1 (`loss_power.OTHER`).
+    is then 20, so that models on halves are about a gradient step. That of a squared loss
+    is told from outputs and residuals (`trak.score_computers.residuals`), if they are
+    known. For other losses it is a constant: 0.4, 0.8 where loss weights are different
+    numbers from 0 to 1 (as are their exponent and share of the way, `loss_power.OTHER`), or
+    0.03 for means over words. The answers are those that would have led to these weights.
 
     Args:
         kernel: `Phi Phi^T` of a sample, in units of the mean squared row norm, `[n, n]`,
@@ -156,23 +158,21 @@ def training_of(
         words: Q is a mean over the words of a text.
         noisy: `pull` comes from narrower rows than the kernel. Least squares, weighted by
             the noise of each eigenvector's part, then take the place of the median.
+        outputs: of the model, in units of Q, `[n]`, where the loss is a squared one.
 
     Returns:
         The training.
     """
-    outputs = _outputs(kernel, loss, logistic)
-    if outputs is None:
-        bounded = bool(((loss >= 0) & (loss <= 1)).all() and loss.min() < loss.max())
-        ridge = _BOUNDED if bounded else _UNKNOWN
-        ridge = _OF_WORDS if words else ridge
-        ridge *= 1.0 if counts is None else float(counts.mean())
-        power, path = OTHER if bounded and not words else (1.0, 0.0)
-        return Training(ridge, kernel, pull / ridge + loss, power=power, path=path)
-    examples = _Examples(kernel, pull, loss, outputs, _counts(loss, counts), share)
+    margins = _outputs(kernel, loss, logistic)
+    counts = torch.ones_like(loss) if counts is None else counts
+    if margins is None:
+        told = None if outputs is None else (outputs, share)
+        return _of_another_loss(kernel, pull, loss, counts, told, words=words)
+    examples = _Examples(kernel, pull, loss, margins, counts, share)
     ridge, stiffness, power, path = _at_rest(examples, noisy=noisy)
     if stiffness != 1:
-        along = kernel @ outputs
-        excess = (1 - 1 / stiffness) / float(outputs @ along)
+        along = kernel @ margins
+        excess = (1 - 1 / stiffness) / float(margins @ along)
         kernel = kernel - excess * torch.outer(along, along)
     return Training(ridge * examples.steep, kernel, None, stiffness, power, path)
 
@@ -203,12 +203,28 @@ def growth_stiffness(
     outputs = _outputs(kernel, loss, logistic)
     if outputs is None:
         return 1.0
-    examples = _Examples(kernel, pull, loss, outputs, _counts(loss, counts), share)
+    counts = torch.ones_like(loss) if counts is None else counts
+    examples = _Examples(kernel, pull, loss, outputs, counts, share)
     return _at_rest(examples, noisy=False).stiffness
 
 
-def _counts(loss: Tensor, counts: Tensor | None) -> Tensor:
-    return torch.ones_like(loss) if counts is None else counts
+def _of_another_loss(
+    kernel: Tensor,
+    pull: Tensor,
+    loss: Tensor,
+    counts: Tensor,
+    told: tuple[Tensor, float] | None,
+    *,
+    words: bool,
+) -> Training:
+    bounded = bool(((loss >= 0) & (loss <= 1)).all() and loss.min() < loss.max())
+    usual = _OF_WORDS if words else _BOUNDED if bounded else _UNKNOWN
+    ridge = usual * float(counts.mean())
+    if told is not None:
+        outputs, share = told
+        ridge = ridge_left(kernel, outputs, loss, counts, share, usual)
+    power, path = OTHER if bounded and not words else (1.0, 0.0)
+    return Training(ridge, kernel, pull / ridge + loss, power=power, path=path)
 
 
 def _at_rest(examples: _Examples, *, noisy: bool) -> _Rest:

@@ -1,0 +1,69 @@
+"""How strongly a regression was regularized, told from outputs and residuals.
+
+With the squared loss and linearized outputs `f = b + Phi w` a ridge `lambda` leaves of the
+answers `y = f + q` the residuals `q = lambda (K + lambda I)^-1 (y - b)`, `K = Phi Phi^T`
+(ridge regression; Hastie, Tibshirani and Friedman 2009, Sec. 3.4.1): little along leading
+eigenvectors, all of it along the others. A training that was stopped early leaves about as
+much as one with a larger ridge (Ali, Kolter and Tibshirani 2019, Sec. 3).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from trak.score_computers.decay import Spectrum, between
+
+LEAST, MOST = 0.04, 8.0
+"""Ridges of a training, in units of the mean squared row norm."""
+_RIDGES = torch.logspace(-3, 3, 121, dtype=torch.float64)
+_ABOUT_RIGHT, _WRONG = math.log(1.8), math.log(3)
+"""How far, on a logarithmic scale, the usual ridge may be from what residuals tell: it is
+kept up to the first, and from the second on it does not count."""
+
+
+def ridge_left(
+    kernel: Tensor,
+    outputs: Tensor,
+    loss: Tensor,
+    counts: Tensor,
+    share: float,
+    usual: float,
+) -> float:
+    """The ridge whose filter fits the residuals best, by least squares, and a usual one.
+
+    Args:
+        kernel: `Phi Phi^T` of a sample, in units of the mean squared row norm, `[s, s]`,
+            float64.
+        outputs: of the model, in units of Q, `[s]`.
+        loss: Q, not counting how much examples count, `[s]`.
+        counts: how much they count, `[s]`.
+        share: of the training set that the sample is.
+        usual: the ridge of trainings that nothing is known of, where examples count once,
+            in units of the mean squared row norm.
+
+    Returns:
+        In these units times the mean count: the usual one where it is about right, or there
+        is nothing to tell from; else one from 0.04 to 8.
+    """
+    mean = float(counts.mean())
+    if not mean > 0 or not bool(torch.isfinite(outputs).all()):
+        return usual * mean
+    roots = (counts / mean).sqrt()
+    values, vectors = Spectrum.of(kernel * torch.outer(roots, roots))
+    answers, left = (
+        vectors.T @ (roots * (part - _mean(part, counts)))
+        for part in (outputs + loss, loss)
+    )
+    if not bool(left.any() and answers.any()):
+        return usual * mean
+    ridges = _RIDGES.to(values)[:, None]
+    filtered = ridges / (values.clamp(min=0) / share + ridges) * answers
+    best = ridges[int((filtered - left).square().sum(dim=1).argmin()), 0]
+    apart = math.log(float(best.clamp(LEAST, MOST)) / usual)
+    weight = between(abs(apart), _ABOUT_RIGHT, _WRONG)
+    return usual * mean * math.exp(weight * apart)
+
+
+def _mean(part: Tensor, counts: Tensor) -> Tensor:
+    return (part * counts).sum() / counts.sum()
