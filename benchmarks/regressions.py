@@ -11,6 +11,7 @@ training's ridge is a constant.
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import tempfile
 from pathlib import Path
@@ -59,7 +60,7 @@ def run(
     size, aims = len(trained.train[0]), len(trained.targets[0])
     plain = {"projector": NoOpProjector(), "row_dtype": "float32"}
     traker = TRAKer(
-        trained.models[0],
+        copy.deepcopy(trained.models[0]),  # which gets other weights
         Task,
         size,
         folder,
@@ -69,7 +70,6 @@ def run(
         **options,
     )
     states = [model.state_dict() for model in trained.models[:count]]
-    states = [{name: part.clone() for name, part in each.items()} for each in states]
     for number, state in enumerate(states):
         traker.load_checkpoint(state, model_id=number)
         traker.featurize(batch=trained.train, num_samples=size)
