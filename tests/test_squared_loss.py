@@ -21,6 +21,7 @@ from trak.pipeline import kept_outputs
 from trak.pipeline.squared import slope_of
 from trak.projectors import NoOpProjector
 from trak.savers import AbstractSaver, MmapSaver
+from trak.savers.arrays import npy_header
 from trak.score_computers.auto_ridge import relative_ridge
 from trak.score_computers.residuals import LEAST, MOST, ridge_left
 from trak.score_computers.ridge_sample import Outputs, Situation, drawn
@@ -129,7 +130,7 @@ class Named(nn.Module):
         self.inner = inner
 
     def forward(self, x):
-        return {"logits": self.inner(x), "count": torch.tensor(3)}
+        return {"logits": self.inner(x), "column": torch.tensor(0)}
 
 
 class OfNames(Batched):
@@ -139,7 +140,8 @@ class OfNames(Batched):
         return found["logits"][0, 0] + 0 * y
 
     def get_batch_output(self, model, batch):
-        return model(batch[0])["logits"][:, 0]
+        found = model(batch[0])
+        return found["logits"].index_select(1, found["column"])[:, 0]
 
     def get_out_to_loss_grad(self, model, weights, buffers, batch):
         found = functional_call(model, (weights, buffers), (batch[0],))
@@ -247,7 +249,9 @@ def test_outputs_are_kept(task, size, tmp_path):
     assert record["slope"] == pytest.approx(-1, rel=1e-3)
 
 
-@pytest.mark.parametrize("options", [{"projector": None, "proj_dim": "exact"}, {}])
+@pytest.mark.parametrize(
+    "options", [{"projector": None, "proj_dim": "exact"}, {}, {"task": Regression}]
+)
 def test_of_a_sample_where_there_are_many(options, tmp_path, monkeypatch):
     monkeypatch.setattr(kept_outputs, "drawn", lambda count: drawn(count, 20))
     traker, model, train = run(tmp_path, **options)
@@ -255,6 +259,29 @@ def test_of_a_sample_where_there_are_many(options, tmp_path, monkeypatch):
     assert numbers.tolist() == drawn(N, 20).tolist()
     expected = outputs_of(model, train)[numbers]
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+    header = len(npy_header((20, 2), np.dtype("<f8")))
+    assert (tmp_path / "0" / "outputs.mmap").stat().st_size == header + 20 * 2 * 8
+
+
+def test_no_further_forward_pass_is_run_for_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_outputs, "drawn", lambda count: drawn(count, 20))
+    passes = []
+
+    class Counted(nn.Sequential):
+        def forward(self, x):
+            passes.append(len(x))
+            return super().forward(x)
+
+    model, (x, y) = Counted(*net()), examples()
+    traker = runs.make_traker(
+        model, N, tmp_path, task=Batched, lambda_reg="auto", projector=NoOpProjector()
+    )
+    traker.load_checkpoint(model.state_dict(), model_id=0)
+    traker.featurize((x[:24], y[:24]), inds=np.arange(24))
+    passes.clear()
+    traker.featurize((x[24:], y[24:]), inds=np.arange(24, N))
+    assert passes == [24]
+    assert len(traker.saver.sample_outputs(0).read()[0]) == 20
 
 
 @pytest.mark.parametrize("size", [5, 30])

@@ -87,6 +87,11 @@ class AbstractGradientComputer(ABC):
         return None
 
     @property
+    def remembers_outputs(self) -> bool:
+        """Whether `compute_outputs` is for nothing, right after the batch's gradients."""
+        return False
+
+    @property
     def samples_at_once(self) -> int | None:
         """How many samples are best handed over together; None if it does not matter."""
         return None

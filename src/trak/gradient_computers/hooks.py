@@ -170,6 +170,11 @@ class HookGradientComputer(SelectingGradientComputer):
             return without_graph(self.model, lambda: function(self.model, normal))
 
     @property
+    def remembers_outputs(self) -> bool:
+        """The gradients' forward pass answers, if the task calls the model alike."""
+        return True
+
+    @property
     def disproved(self) -> frozenset[str]:
         """Parameters whose gradients turned out not to come from their layers' rows."""
         return frozenset(self._ways.disproved)

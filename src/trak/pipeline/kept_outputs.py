@@ -49,12 +49,13 @@ class OutputKeeper:
         chosen = np.isin(numbers, self.sample)
         if not chosen.any() or self._file_of(model_id) is None:
             return
-        # the whole batch is the one whose forward pass the gradients' may answer for
-        places = torch.from_numpy(np.flatnonzero(chosen))
-        some = batch if chosen.all() else select(batch, places)
-        outputs = self.computer.compute_outputs(some, batch_size(some))
+        rows = np.asarray(numbers)
+        if not (chosen.all() or self.computer.remembers_outputs):
+            batch = select(batch, torch.from_numpy(np.flatnonzero(chosen)))
+            rows = rows[chosen]
+        outputs = self.computer.compute_outputs(batch, batch_size(batch))
         if outputs is not None:
-            self.put(np.asarray(numbers)[chosen], outputs, model_id)
+            self.put(rows, outputs, model_id)
 
     def put(self, numbers: NDArray[np.int64], outputs: Tensor, model_id: int) -> None:
         """Keeps outputs that are known.
