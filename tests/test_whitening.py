@@ -9,6 +9,7 @@ import torch
 from tests import cases, reference, runs
 from torch import nn
 
+from trak import blocks
 from trak.blocks import ConvolvedBlock, DenseBlock, FactoredBlock, IndexedBlock
 from trak.errors import InputError, NumericalError, PhaseError, StoreCorruptedError
 from trak.gradient_computers import FunctionalGradientComputer
@@ -435,7 +436,7 @@ def test_rows_of_a_users_own_computer_and_projector(tmp_path):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dilation", [1, 3])
 @pytest.mark.parametrize("axes", [1, 2, 3])
-def test_the_patches_of_a_convolution(axes, stride, dilation):
+def test_the_patches_of_a_convolution(axes, stride, dilation, monkeypatch):
     torch.manual_seed(0)
     size = 2 * dilation + 1 + 3  # room for a position that a stride of 2 leaves out
     images = torch.randn(2, 3, *[size] * axes).double().transpose(0, 1).contiguous()
@@ -446,14 +447,42 @@ def test_the_patches_of_a_convolution(axes, stride, dilation):
     block = ConvolvedBlock("c", images, backprops, kernel, *rest)
     left, right = block.factors()
     assert right.shape == (2, math.prod(positions), 3 * 3**axes)
-    whole = torch.einsum("bso,bsi->boi", left, right).flatten(1)
-    torch.testing.assert_close(whole, block.dense().gradient)
+    whole = torch.einsum("bso,bsi->boi", left, right)
+    torch.testing.assert_close(whole.flatten(1), block.dense().gradient)
+    monkeypatch.setattr(blocks, "_PATCHES", 1)  # one sample at a time
+    torch.testing.assert_close(whole.flatten(1), block.dense().gradient)
+    assert len(block.taps()) == 2
+    taps = block.taps().reshape(2, right.shape[2], -1)
+    torch.testing.assert_close(taps.transpose(1, 2), right)
+
+
+@pytest.mark.parametrize("columns", [1, 27])
+@pytest.mark.parametrize("rows", [None, 1, 4])
+@pytest.mark.parametrize("size", [3, 12])
+def test_a_convolutions_gradient_between_matrices(columns, rows, size, monkeypatch):
+    torch.manual_seed(0)
+    images = torch.randn(5, 3, size + 2, size + 2).double()
+    backprops = torch.randn(5, 4, size, size).double()
+    block = ConvolvedBlock("c", images, backprops, (3, 3), (1, 1), (1, 1))
+    right = torch.randn(27, columns).double()
+    left = None if rows is None else torch.randn(4, rows).double()
+    whole = block.dense().gradient.view(5, 4, 27) @ right
+    expected = whole if left is None else left.T @ whole
+    for formed in (True, False):
+        monkeypatch.setattr(ConvolvedBlock, "_is_short", lambda *_, way=formed: way)
+        torch.testing.assert_close(block.sketch(left, right), expected)
+    monkeypatch.undo()
+    torch.testing.assert_close(block.sketch(left, right), expected)
+    # many columns and positions: the gradient is smaller than the patches' products
+    assert block._is_short(left, right) == (columns == 27)
 
 
 @pytest.mark.parametrize("shape", [(7,), (6, 5), (5, 4, 6)], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize("kind", ["everywhere", "zeros in images", "zeros in backprops"])
+@pytest.mark.parametrize(
+    "kind", ["everywhere", "zeros in images", "zeros in backprops", "zeros in many"]
+)
 def test_moments_of_patches(shape, stride, dilation, kind):
     # as if all patches had been cut out, also where taps are added up along rows
     torch.manual_seed(0)
@@ -472,6 +501,8 @@ def test_moments_of_patches(shape, stride, dilation, kind):
         images[2, :, :4] = 0
     if kind == "zeros in backprops":
         backprops[1, ..., 0] = 0
+    if kind == "zeros in many":
+        backprops[1:] = 0
     steps = (tuple(taps), (stride,) * axes, (dilation,) * axes)
     block = ConvolvedBlock("c", images, backprops, *steps)
     left, right = (part.flatten(0, 1) for part in block.factors())

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+_PATCHES = 1 << 23  # numbers that are cut out at a time
 _SLOWER = 0.75  # of the multiplications, where they are no longer one large product
 
 
@@ -229,11 +230,23 @@ class ConvolvedBlock:
             (each, *axes[:first], *steps, channel, *taps),
         )
 
+    def taps(self) -> Tensor:
+        """What each tap of the kernel sees at every position, as a view.
+
+        Copied in this order, row after row of the input, patches take a tenth of the time
+        that those of `factors` do.
+
+        Returns:
+            `[b, c, *kernel, *positions]`.
+        """
+        seen, axes = self.windows(), 1 + len(self.kernel)
+        return seen.permute(0, *range(axes, seen.ndim), *range(1, axes))
+
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        """`left^T G right` of every sample's gradient `G`, without forming `G`.
+        """`left^T G right` of every sample's gradient `G`.
 
         The patches times `right` are a convolution of the input with `right`'s columns
-        as kernels.
+        as kernels. Where these are many, `G` is formed first.
 
         Args:
             left: `[o, r]`; None stands for the identity.
@@ -242,13 +255,37 @@ class ConvolvedBlock:
         Returns:
             `[b, r, q]`.
         """
+        if right is None:
+            formed = self._formed()
+            return formed if left is None else left.t() @ formed
+        if self._is_short(left, right):
+            found = self._formed() @ right
+            return found if left is None else left.t() @ found
         backprops = self.backprops.flatten(start_dim=2)  # [b, o, s]
         if left is not None:
             backprops = left.t() @ backprops
-        if right is None:
-            width = self.inputs.shape[1] * torch.Size(self.kernel).numel()
-            right = torch.eye(width, dtype=self.inputs.dtype, device=self.inputs.device)
         return backprops @ self._seen(right).transpose(1, 2)
+
+    def _is_short(self, left: Tensor | None, right: Tensor) -> bool:
+        # whether forming the gradient takes fewer multiplications
+        outputs, positions = self.backprops.shape[1], self.backprops.shape[2:].numel()
+        width, columns = right.shape
+        rows = outputs if left is None else left.shape[1]
+        inside = 0 if left is None else outputs * rows
+        formed = positions * outputs * width + outputs * width * columns + inside * columns
+        straight = positions * (width * columns + rows * columns + inside)
+        return formed < straight
+
+    def _formed(self) -> Tensor:
+        # G, [b, o, c * kernel], of so many samples at a time that patches stay small
+        backprops, seen = self.backprops.flatten(start_dim=2), self.taps()
+        width = self.inputs.shape[1] * torch.Size(self.kernel).numel()
+        some = max(1, _PATCHES // max(1, width * backprops.shape[2]))
+        parts = [
+            part @ taps.reshape(len(taps), width, -1).transpose(1, 2)
+            for part, taps in zip(backprops.split(some), seen.split(some), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _seen(self, right: Tensor) -> Tensor:
         # the patches times the columns of a matrix, [b, q, s]

@@ -137,7 +137,7 @@ class Chosen:
         self._lots = torch.linspace(2, 1, most, dtype=torch.float64, device="cpu")
         self._loss = torch.zeros(most, columns, dtype=torch.float64, device="cpu")
         self._arrivals = torch.zeros(most, dtype=torch.int64, device="cpu")
-        self._rows = rows.new_zeros(most, rows.shape[1])
+        self._rows = rows.new_empty(most, rows.shape[1])
         self._total = rows.new_zeros(rows.shape[1], dtype=torch.float64)
 
     def found(self) -> Unwhitened | None:
@@ -156,7 +156,9 @@ class Chosen:
         if not len(taken):
             return None
         taken = taken[self._arrivals[taken].argsort()]
-        if not torch.equal(taken, torch.arange(len(rows), device="cpu")):
+        if torch.equal(taken, torch.arange(len(taken), device="cpu")):
+            rows = rows[: len(taken)]
+        else:
             rows = rows[taken.to(rows.device)]
         kernel = _products(rows).float().cpu()
         pull = (rows @ (self._total / self._seen).to(rows)).cpu().double()

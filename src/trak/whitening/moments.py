@@ -20,9 +20,15 @@ from torch import Tensor
 
 from trak.blocks import Block, ConvolvedBlock, DenseBlock, IndexedBlock, MatrixBlock, Sink
 from trak.errors import InputError, NumericalError, StoreCorruptedError
-from trak.whitening.patches import occupied, second_moment, slides
+from trak.whitening.patches import (
+    moment_of_patches,
+    occupied,
+    slides,
+    sliding_moment,
+)
 
 FORMAT = 1
+_FEW = 1 / 8  # of the positions, whose patches are taken out again
 LARGEST_SIDE = 4096
 """A side of more rows or columns is described by its diagonal alone."""
 
@@ -229,15 +235,22 @@ def _sums(block: MatrixBlock) -> Sums:
 def _of_patches(block: ConvolvedBlock) -> Sums | None:
     # None if patches have to be told apart
     channels, width = block.inputs.shape[1], math.prod(block.kernel)
-    if channels * width > LARGEST_SIDE or not slides(block):
+    if channels * width > LARGEST_SIDE:
         return None
     used = occupied(block)
-    if (used & (block.backprops == 0).all(dim=1)).any():
+    still = used & (block.backprops == 0).all(dim=1)
+    count = int(still.sum())
+    if count > _FEW * still.numel():
         return None
+    used = used & ~still
     left = _wide(block.backprops.movedim(1, -1).flatten(end_dim=-2))
     if not used.all():
         left = left[used.flatten()]
-    return Sums(_second(left), second_moment(block, left.dtype), used.sum())
+    moment = sliding_moment if slides(block) else moment_of_patches
+    right = moment(block, left.dtype)
+    if count:
+        right = right - _second(block.windows()[still].flatten(1).to(left.dtype))
+    return Sums(_second(left), right, used.sum())
 
 
 def _second(rows: Tensor) -> Tensor:

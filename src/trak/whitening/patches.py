@@ -24,7 +24,7 @@ def slides(block: ConvolvedBlock) -> bool:
         block: gradients of a convolution.
 
     Returns:
-        False if `second_moment` does not apply: there is one tap along the first axis of
+        False if `sliding_moment` does not apply: there is one tap along the first axis of
         space, rows are skipped, or there are too few of them.
     """
     reach = (block.kernel[0] - 1) * block.dilation[0]
@@ -48,8 +48,23 @@ def occupied(block: ConvolvedBlock) -> Tensor:
     return pool(inputs)[(slice(None), 0, *space)] > 0
 
 
-def second_moment(block: ConvolvedBlock, dtype: torch.dtype) -> Tensor:
+def moment_of_patches(block: ConvolvedBlock, dtype: torch.dtype) -> Tensor:
     """The sum of `r r^T` over all positions of all samples, `r` the patches.
+
+    Args:
+        block: gradients of a convolution.
+        dtype: of the sum.
+
+    Returns:
+        `[c * kernel, c * kernel]`, like `R^T R` with the patches of `block.factors()`.
+    """
+    width = block.inputs.shape[1] * math.prod(block.kernel)
+    seen = block.taps().movedim(0, 1 + len(block.kernel)).reshape(width, -1).to(dtype)
+    return seen @ seen.T
+
+
+def sliding_moment(block: ConvolvedBlock, dtype: torch.dtype) -> Tensor:
+    """The same as `moment_of_patches`, most of which are never cut out.
 
     Args:
         block: gradients of a convolution that `slides`.
