@@ -456,6 +456,21 @@ def test_the_patches_of_a_convolution(axes, stride, dilation, monkeypatch):
     torch.testing.assert_close(taps.transpose(1, 2), right)
 
 
+def test_moments_keep_their_digits_beside_large_inputs_without_gradient():
+    torch.manual_seed(0)
+    images, backprops = torch.randn(4, 2, 9, 9), torch.randn(4, 3, 7, 7)
+    images[0, :, :3, :3] *= 1e5
+    backprops[0, :, :3, :3] = 0
+    block = ConvolvedBlock("c", images, backprops, (3, 3), (1, 1), (1, 1))
+    left, right = (part.flatten(0, 1).double() for part in block.factors())
+    moments = Moments()
+    with moments.adding(4) as sink:
+        sink(block)
+    found = moments.matrices["c", "layer"].right.double()
+    right = right[left.any(dim=1)]
+    torch.testing.assert_close(found, right.T @ right, rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.parametrize("columns", [1, 27])
 @pytest.mark.parametrize("rows", [None, 1, 4])
 @pytest.mark.parametrize("size", [3, 12])
