@@ -216,3 +216,18 @@ def test_runs_go_on_with_encoded_rows(name, tmp_path):
     second = runs.make_traker(model, 30, tmp_path / "b", row_dtype=name)
     found = runs.whole_run(second, train, targets, [state])
     assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-42, 1e-39, 1e-33, 1e-20, 1.0, 1e20, 3.4e38])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_rows_are_refused_where_rounding_loses_them(size, dtype):
+    rows = torch.ones(2, 5) * torch.tensor([1.0, -size])[:, None]
+    rows[1, 1:] *= torch.tensor([0.3, 0.7, 0.9, 0.2])
+    rounded = rows.to(dtype).double()
+    lost = (rounded - rows.double()).norm(dim=1) / rows.double().norm(dim=1)
+    if bool(rounded.isfinite().all()) and float(lost.max()) <= 0.05:
+        found = torch.from_numpy(to_store(rows, dtype, np.arange(2)))
+        torch.testing.assert_close(found.double(), rounded, rtol=0, atol=0)
+    else:
+        with pytest.raises(NumericalError, match="sample 1 "):
+            to_store(rows, dtype, np.arange(2))

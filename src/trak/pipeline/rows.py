@@ -20,6 +20,7 @@ RowNumbers = NDArray[np.int64]
 _WIDER = 'Use use_half_precision=False or row_dtype="float32" with a new save_dir.'
 
 _UNDERFLOW = 0.05  # of a row's norm lost to rounding; float16's normal range loses 0.0005
+_RANGE = 0.99  # of the largest number, as bfloat16 has it
 
 
 def row_numbers(
@@ -141,13 +142,26 @@ def to_store(rows: Tensor, dtype: torch.dtype, numbers: RowNumbers) -> NDArray[A
     """
     encoding = encoding_of(dtype)
     rounded = encoding.decode(*encoding.encode(rows))
-    size = torch.linalg.vector_norm(rows, dim=1)
-    lost = torch.linalg.vector_norm(rounded.to(rows.dtype) - rows, dim=1)
-    fine = (size > 0) & (lost <= _UNDERFLOW * size) & torch.isfinite(lost)
-    problem = None if fine.all() else _problem(rows, rounded, dtype, numbers)
+    fine = _are_fine(rows, rounded, dtype)
+    problem = None if fine else _problem(rows, rounded, dtype, numbers)
     if problem is not None:
         raise NumericalError(f"{problem} Nothing of this batch was stored. {_WIDER}")
     return rounded.to(dtype if encoding.plain else torch.float32).cpu().numpy()
+
+
+def _are_fine(rows: Tensor, rounded: Tensor, dtype: torch.dtype) -> bool:
+    # False where a closer look is needed
+    if dtype.is_floating_point and rows.shape[1]:
+        wide, own = torch.finfo(rows.dtype), torch.finfo(dtype)
+        if own.tiny <= wide.tiny and own.max >= _RANGE * wide.max:
+            # rounds every entry of its range alike
+            low, high = torch.aminmax(rounded, dim=1)
+            largest = torch.maximum(high, -low)
+            least = wide.tiny / wide.eps
+            return bool((torch.isfinite(largest) & (largest > least)).all())
+    size = torch.linalg.vector_norm(rows, dim=1)
+    lost = torch.linalg.vector_norm(rounded.to(rows.dtype) - rows, dim=1)
+    return bool(((size > 0) & (lost <= _UNDERFLOW * size) & torch.isfinite(lost)).all())
 
 
 def _problem(
