@@ -218,7 +218,9 @@ def test_runs_go_on_with_encoded_rows(name, tmp_path):
     assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("size", [1e-44, 1e-42, 1e-39, 1e-33, 1e-20, 1.0, 1e20, 3.4e38])
+@pytest.mark.parametrize(
+    "size", [1e-44, 1e-42, 3e-40, 1e-39, 1e-33, 1e-20, 1.0, 1e20, 3.4e38]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_rows_are_refused_where_rounding_loses_them(size, dtype):
     rows = torch.ones(2, 5) * torch.tensor([1.0, -size])[:, None]
