@@ -109,10 +109,11 @@ class ByHand(Batched):
 class Positive(Batched):
     """A scale, which may not be negative."""
 
-    @staticmethod
-    def checked(found):
+    error = ValueError
+
+    def checked(self, found):
         if bool((found < 0).any()):
-            raise ValueError("scale must be positive")
+            raise self.error("scale must be positive")
         return found
 
     def get_batch_output(self, model, batch):
@@ -203,14 +204,17 @@ def test_what_the_model_does_not_make_cannot_be_told():
     assert slope_of(computer, examples()) is None
 
 
-def test_a_task_that_refuses_such_outputs_is_no_error():
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, LookupError, TypeError])
+def test_a_task_that_refuses_such_outputs_is_no_error(error):
     model = net()
     with torch.no_grad():
         model[2].weight.zero_()
         model[2].bias.fill_(1.0)
         model[2].weight[0, 0] = 0.2
     x, y = examples()
-    computer = HookGradientComputer(model, Positive())
+    task = Positive()
+    task.error = error
+    computer = HookGradientComputer(model, task)
     assert slope_of(computer, (x, y)) == pytest.approx(-1, rel=1e-3)  # steps are small
     with torch.no_grad():
         model[2].bias.fill_(0.21)
