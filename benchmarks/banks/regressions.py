@@ -2,7 +2,7 @@
 
 `CHOSEN` were looked at while the automatic ridge of squared losses was made; sixteen with
 settings of no particular kind, and 24 with settings drawn by lot. `JUDGED` were drawn
-after it, to judge it.
+afterwards, to judge it; how the usual ridge is kept was settled in their sight, too.
 """
 
 from __future__ import annotations

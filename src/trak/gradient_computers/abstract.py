@@ -88,7 +88,7 @@ class AbstractGradientComputer(ABC):
 
     @property
     def remembers_outputs(self) -> bool:
-        """Whether `compute_outputs` is for nothing, right after the batch's gradients."""
+        """Whether `compute_outputs` costs nothing, right after the batch's gradients."""
         return False
 
     @property

@@ -166,8 +166,8 @@ def training_of(
     margins = _outputs(kernel, loss, logistic)
     counts = torch.ones_like(loss) if counts is None else counts
     if margins is None:
-        told = None if outputs is None else (outputs, share)
-        return _of_another_loss(kernel, pull, loss, counts, told, words=words)
+        known = kernel, pull, loss, counts, share
+        return _of_another_loss(*known, outputs, words=words)
     examples = _Examples(kernel, pull, loss, margins, counts, share)
     ridge, stiffness, power, path = _at_rest(examples, noisy=noisy)
     if stiffness != 1:
@@ -213,15 +213,15 @@ def _of_another_loss(
     pull: Tensor,
     loss: Tensor,
     counts: Tensor,
-    told: tuple[Tensor, float] | None,
+    share: float,
+    outputs: Tensor | None,
     *,
     words: bool,
 ) -> Training:
     bounded = bool(((loss >= 0) & (loss <= 1)).all() and loss.min() < loss.max())
     usual = _OF_WORDS if words else _BOUNDED if bounded else _UNKNOWN
     ridge = usual * float(counts.mean())
-    if told is not None:
-        outputs, share = told
+    if outputs is not None:
         ridge = ridge_left(kernel, outputs, loss, counts, share, usual)
     power, path = OTHER if bounded and not words else (1.0, 0.0)
     return Training(ridge, kernel, pull / ridge + loss, power=power, path=path)
