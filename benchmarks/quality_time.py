@@ -1,13 +1,13 @@
 """Does the one call take at most half of the time of EK-FAC influence functions?
 
 Bar: at most 0.5. `trak.attribute` with its defaults against `kronfluence`'s EK-FAC, with
-one damping and with the sweep that its best LDS comes from, of one checkpoint of a bank,
-all targets against all training examples. Each run is a process of its own that times the
-work without imports and loading, with nothing else on the machine and torch's own way of
-waiting for threads; the sides take turns, and the median of the ratios of neighbours
-counts.
+one damping and with the sweep that its best LDS comes from, of one checkpoint of a bank or
+of several, all targets against all training examples. Each run is a process of its own
+that times the work without imports and loading, with nothing else on the machine and
+torch's own way of waiting for threads; the sides take turns, and the median of the ratios
+of neighbours counts.
 
-    python -m benchmarks.quality_time [--bank digits] [--rounds 5]
+    python -m benchmarks.quality_time [--bank digits] [--rounds 5] [--checkpoints 3]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,34 +31,40 @@ SIDES = {
 RIVALS = {"kronfluence": "EK-FAC", "kronfluence tuned": "EK-FAC, tuned"}
 BAR = 0.5
 LIMIT = 600  # seconds
+COUNTS = (1, 3)
 RESULT = RESULTS / "quality_time.json"
 
 
-def measure(bank: str, rounds: int, threads: int) -> dict[str, Any]:
+def measure(
+    bank: str, count: int, rounds: int, threads: int, sides: Sequence[str] = tuple(SIDES)
+) -> dict[str, Any]:
     """Times both sides in turns.
 
     Args:
         bank: the bank.
+        count: checkpoints.
         rounds: how often each is timed.
         threads: of each.
+        sides: which of `SIDES`.
 
     Returns:
         `seconds` and `megabytes` of each run by side, or `error`.
     """
     prepare(bank)
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
-    megabytes: dict[str, list[float]] = {name: [] for name in SIDES}
+    entry = {"bank": bank, "checkpoints": count}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    megabytes: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):
         # each but the middle one comes first equally often
-        for name in list(SIDES)[:: 1 if turn % 2 else -1]:
+        for name in list(sides)[:: 1 if turn % 2 else -1]:
             library, side = SIDES[name]
-            found = launch(library, side, bank, 1, threads, LIMIT, alone=True)
+            found = launch(library, side, bank, count, threads, LIMIT, alone=True)
             if "error" in found:
-                return {"bank": bank, "error": f"{name}: {found['error']}"}
+                return {**entry, "error": f"{name}: {found['error']}"}
             seconds[name].append(round(found["seconds"], 3))
             megabytes[name].append(round(found["megabytes"]))
-            print(bank, turn, name, seconds[name][-1], "s", flush=True)
-    return {"bank": bank, "threads": threads, "seconds": seconds, "megabytes": megabytes}
+            print(bank, count, turn, name, seconds[name][-1], "s", flush=True)
+    return {**entry, "threads": threads, "seconds": seconds, "megabytes": megabytes}
 
 
 def row_of(found: dict[str, Any], rival: str) -> Row:
@@ -70,7 +77,9 @@ def row_of(found: dict[str, Any], rival: str) -> Row:
     Returns:
         The median of the paired ratios against the bar.
     """
-    what = f"trak.attribute / kronfluence's {RIVALS[rival]}, {found['bank']}"
+    count = found["checkpoints"]
+    several = "one checkpoint" if count == 1 else f"{count} checkpoints"
+    what = f"trak.attribute / kronfluence's {RIVALS[rival]}, {found['bank']}, {several}"
     if "error" in found:
         return Row(what, f"at most {BAR}", "did not run", None, found["error"])
     seconds = found["seconds"]
@@ -82,7 +91,7 @@ def row_of(found: dict[str, Any], rival: str) -> Row:
         if name in ("trak.attribute", rival)
     )
     rounds = len(seconds[rival])
-    how = f"one checkpoint, median of {rounds} pairs, {found['threads']} threads; {medians}"
+    how = f"median of {rounds} pairs, {found['threads']} threads; {medians}"
     return Row(what, f"at most {BAR}", f"{measured:.2f}", measured <= BAR, how)
 
 
@@ -94,28 +103,40 @@ def with_others(details: list[dict[str, Any]], path: Path) -> list[dict[str, Any
         path: the result file.
 
     Returns:
-        Details of all banks.
+        Details of all banks and numbers of checkpoints.
     """
     known = json.loads(path.read_text("utf-8"))["details"] if path.exists() else []
-    mine = {found["bank"] for found in details}
-    kept = [found for found in known if found["bank"] not in mine]
-    return sorted([*kept, *details], key=lambda found: NAMES.index(found["bank"]))
+    mine = {(found["bank"], found["checkpoints"]) for found in details}
+    kept = [found for found in known if (found["bank"], found["checkpoints"]) not in mine]
+    place = {name: number for number, name in enumerate(NAMES)}
+    return sorted(
+        [*kept, *details], key=lambda found: (found["checkpoints"], place[found["bank"]])
+    )
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--bank", action="append", choices=NAMES)
+    parser.add_argument("--checkpoints", action="append", type=int)
+    parser.add_argument("--untuned", action="store_true", help="without EK-FAC's sweep")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    sides = [name for name in SIDES if not (options.untuned and "tuned" in name)]
     details = [
-        measure(bank, options.rounds, options.threads)
+        measure(bank, count, options.rounds, options.threads, sides)
+        for count in options.checkpoints or COUNTS
         for bank in with_data(options.bank or NAMES)
     ]
     every = with_others(details, options.out or RESULT)
-    rows = [row_of(found, rival) for rival in RIVALS for found in every]
+    rows = [
+        row_of(found, rival)
+        for rival in RIVALS
+        for found in every
+        if "error" in found or rival in found["seconds"]
+    ]
     write("quality_time", rows, every, options.out)
 
 

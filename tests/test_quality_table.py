@@ -197,13 +197,37 @@ def test_the_time_of_the_one_call_is_a_median_of_pairs():
         "kronfluence tuned": [8.0, 8.0, 8.0],
     }
     megabytes = {"trak.attribute": [10] * 3, **dict.fromkeys(quality_time.RIVALS, [20] * 3)}
-    found = {"bank": "digits", "threads": 2, "seconds": seconds, "megabytes": megabytes}
+    found = {
+        "bank": "digits",
+        "checkpoints": 1,
+        "threads": 2,
+        "seconds": seconds,
+        "megabytes": megabytes,
+    }
     row = quality_time.row_of(found, "kronfluence")
     assert (row.measured, row.passed) == ("0.50", True)
+    assert row.what.endswith("digits, one checkpoint")
+    several = quality_time.row_of({**found, "checkpoints": 3}, "kronfluence")
+    assert several.what.endswith("digits, 3 checkpoints")
     assert "trak.attribute 2.0 s, 10 MB" in row.how
     assert "tuned" not in row.how
     row = quality_time.row_of(found, "kronfluence tuned")
     assert row.measured == "0.25"
-    missing = {"bank": "digits", "error": "no environment"}
+    missing = {"bank": "digits", "checkpoints": 1, "error": "no environment"}
     failed = quality_time.row_of(missing, "kronfluence")
     assert (failed.passed, failed.how) == (None, "no environment")
+
+
+def test_times_of_other_banks_and_numbers_of_checkpoints_are_kept(tmp_path):
+    known = [
+        {"bank": b, "checkpoints": c, "n": 0} for b in ("mnist", "digits") for c in (1, 3)
+    ]
+    path = tmp_path / "times.json"
+    path.write_text(json.dumps({"details": known}))
+    found = quality_time.with_others([{"bank": "digits", "checkpoints": 3, "n": 1}], path)
+    assert [(e["bank"], e["checkpoints"], e["n"]) for e in found] == [
+        ("digits", 1, 0),
+        ("mnist", 1, 0),
+        ("digits", 3, 1),
+        ("mnist", 3, 0),
+    ]

@@ -9,21 +9,19 @@ import torch
 from tests import reference, runs
 
 from trak import TRAKer
-from trak.batches import normalize
 from trak.pipeline import model_state
 from trak.pipeline.whiten import Whitener
-from trak.projectors import NoOpProjector
 from trak.score_computers import stationarity
 from trak.score_computers.decay import Decay
 from trak.score_computers.stationarity import growth_stiffness
-from trak.strength import Trial, choose_strength
+from trak.strength import choose_strength
 
 N = 60
 TASK = "image_classification"
 
 
 def chosen(traker, states, batches):
-    return choose_strength(traker.pipeline, states, batches, batches, N)
+    return choose_strength(traker.pipeline, states, batches, lambda _: batches, N)
 
 
 @pytest.fixture
@@ -174,10 +172,10 @@ def test_strength_follows_agreement(learned, tmp_path, caplog, monkeypatch, stif
         ([0.5, 0.4, 0.9], 0.25),
     ):
         answers = iter(agreements)
-        monkeypatch.setattr("trak.strength._agreement", lambda _, a=answers: next(a))
+        monkeypatch.setattr("trak.agreement._agreement", lambda _, a=answers: next(a))
         with caplog.at_level(logging.INFO):
             assert chosen(traker, states, batches) == expected
-    assert "scores of 3 checkpoints agree by 0.500 (0.25)" in caplog.text
+    assert "scores of 2 checkpoints agree by 0.500 (0.25)" in caplog.text
 
 
 def test_whitening_is_of_no_use_before_anything_is_learned(
@@ -208,22 +206,8 @@ def test_agreement_is_one_for_equal_checkpoints_and_less_for_others(
     traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, proj_dim="exact")
     with caplog.at_level(logging.INFO):
         chosen(traker, [states[0]] * 2, runs.split(train, 9))
-    assert "agree by 1.000 (0.25), 1.000 (0.5)" in caplog.text
+    assert "agree by 1.000 (0.25), 1.000 (0.5), 1.000 (0.75)" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
         chosen(traker, states, runs.split(train, 9))
     assert "1.000" not in caplog.text
-
-
-def test_whole_gradients_are_whitened_as_rows_would_be(world, tmp_path):
-    model, train, _, states = world
-    traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5, projector=NoOpProjector())
-    batches = [normalize(batch) for batch in runs.split(train, 9)]
-    found = []
-    for whole in (True, False):
-        trial = Trial(traker.pipeline, batches, states, curvature=True)
-        assert trial.whole
-        trial.whole = whole
-        found.append(trial.agreements([0.0, 0.75]) + trial.agreements([0.25]))
-    assert len(set(found[0])) == 3
-    np.testing.assert_allclose(*found, atol=1e-3)

@@ -10,6 +10,7 @@ from tests.runs import one_call as call
 import trak
 from trak import preparation, strength, width
 from trak.gradient_computers import FunctionalGradientComputer
+from trak.pipeline import Whitener
 from trak.projectors import NoOpProjector
 from trak.projectors.leading import coordinates_holding
 from trak.whitening import Moments
@@ -104,6 +105,24 @@ def test_rows_are_as_wide_as_the_share_asks_for(world, tmp_path, narrow, monkeyp
     assert projection(folder)["kind"] == "na"  # nearly all are all
 
 
+@pytest.mark.parametrize(
+    ("many", "expected"),
+    [(0.1, "95 %"), (0.6, "many"), (8, "98 %")],
+)
+def test_of_many_columns_fewer_are_kept(world, tmp_path, narrow, monkeypatch, many, expected):
+    whitener = fitted(world, tmp_path / "fit")
+    made = whitener.made(whitener.sums[0], 0.5, in_bases=True)
+    most, enough = (
+        coordinates_holding(made, whitener.shapes, s) for s in (width.HELD, width.ENOUGH)
+    )
+    assert 0.1 * N < enough < 0.6 * N < most < 8 * N
+    monkeypatch.setattr(width, "_MANY", many)
+    monkeypatch.setattr(width, "_WORTH", 1.0)
+    call(world, tmp_path / "a", whitening=0.5)
+    widths = {"95 %": enough, "many": 0.6 * N, "98 %": most}
+    assert projection(tmp_path / "a")["proj_dim"] == widths[expected]
+
+
 def test_the_width_is_that_of_the_first_call(world, tmp_path, narrow, monkeypatch):
     first = call(world, tmp_path, whitening=0.5)
     made = projection(tmp_path)
@@ -167,16 +186,16 @@ def test_the_first_checkpoint_is_fitted_once(world, tmp_path, narrow, monkeypatc
 def test_what_told_the_strength_is_not_fitted_again(world, tmp_path, narrow, monkeypatch):
     monkeypatch.setattr(strength, "_is_useful", lambda *_: True)
     counts = []
-    fit = strength._fit
+    fit = Whitener.fit
 
-    def counted(pipeline, batches):
-        counts.append(1)
-        fit(pipeline, batches)
+    def counted(self, batch, model_id):
+        counts.append(len(batch[0]))
+        fit(self, batch, model_id)
 
-    monkeypatch.setattr(strength, "_fit", counted)
+    monkeypatch.setattr(Whitener, "fit", counted)
     call((*world[:3], world[3][:1]), tmp_path)
     assert projection(tmp_path)["kind"] == "leading"
-    assert len(counts) == 1
+    assert sum(counts) == N
 
 
 def test_gradients_without_factors_are_kept(world, tmp_path, narrow, monkeypatch):

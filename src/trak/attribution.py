@@ -19,12 +19,11 @@ from tqdm import tqdm
 from trak.arguments import as_flag, is_listed, meant
 from trak.digests import is_plain
 from trak.errors import InputError, InputTypeError, PhaseError, StoreNotWritableError
-from trak.loaders import count_of, ordered, size_of, some_of
+from trak.loaders import count_of, ordered, size_of, some_of, state_of
 from trak.pipeline import Whitener, as_names, check_model, try_first_batches
 from trak.preparation import FITTED, Preparation, whole_rows
 from trak.savers.filesystem import made_folder
 from trak.savers.layout import check_experiment_name
-from trak.strength import state_of
 from trak.traker import TRAKer
 
 logger = logging.getLogger(__name__)

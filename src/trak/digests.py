@@ -64,11 +64,20 @@ def example_digests(batch: Batch) -> NDArray[np.int64]:
         strip = part.ndim == 2 and not part.is_floating_point()
         header = f"{part.dtype}:{'*' if strip else tuple(part.shape[1:])};".encode()
         rows = _as_numpy(part)
-        for hasher, row in zip(hashers, rows, strict=True):
+        lengths = _without_trailing_zeros(rows) if strip else None
+        for j, (hasher, row) in enumerate(zip(hashers, rows, strict=True)):
             hasher.update(header)
-            hasher.update((np.trim_zeros(row, "b") if strip else row).tobytes())
+            hasher.update((row if lengths is None else row[: lengths[j]]).tobytes())
     digests = [int.from_bytes(h.digest(), "little", signed=True) for h in hashers]
     return np.asarray([digest or 1 for digest in digests], dtype=np.int64)
+
+
+def _without_trailing_zeros(rows: NDArray[Any]) -> list[int]:
+    if not rows.shape[1]:
+        return [0] * len(rows)
+    used = rows != 0
+    lengths = rows.shape[1] - used[:, ::-1].argmax(axis=1)
+    return np.where(used.any(axis=1), lengths, 0).tolist()
 
 
 def checksum(tensors: Sequence[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -163,3 +163,27 @@ def spread(batches: Any, count: int, wanted: int) -> set[int]:
         return places
     middles = (np.arange(number) + 0.5) * count / number
     return set(np.searchsorted(ends, middles, side="right").tolist())
+
+
+def state_of(checkpoint: Any) -> Mapping[str, Any]:
+    """The weights that a checkpoint stands for.
+
+    Args:
+        checkpoint: a state dict, a model, or a function that returns a state dict.
+
+    Returns:
+        The state dict.
+
+    Raises:
+        InputTypeError: if it is something else.
+    """
+    if isinstance(checkpoint, nn.Module):
+        return checkpoint.state_dict()
+    found = checkpoint() if callable(checkpoint) else checkpoint
+    if not isinstance(found, Mapping):
+        raise InputTypeError(
+            "checkpoints must hold state dicts, models, or functions that return a state "
+            f"dict; got {found!r:.80}. Load files first, without unpickling code: "
+            "safetensors.torch.load_file(path), or torch.load(path, weights_only=True)."
+        )
+    return found

@@ -68,7 +68,7 @@ class Preparation:
         settings: of the run; those that are found out are added.
         shown: goes over batches of a checkpoint and shows how far it is.
         given: further options of the call, as they were given.
-        fitted: who has fitted the first checkpoint, if anybody has.
+        fitted: who has fitted the first checkpoints, if anybody has.
     """
 
     model: nn.Module
@@ -118,7 +118,7 @@ class Preparation:
                 traker.pipeline,
                 self.states,
                 list(some_of(self.train, count, SAMPLE)),
-                self._sample(),
+                self._sample,
                 count,
                 curvature=bool(settings["curvature"]),
             )
@@ -131,7 +131,7 @@ class Preparation:
             return known_width(known)
         if self.fitted is None or 0 not in self.fitted.sums:
             self.fitted = self._fit(strength)
-        return width_of(self.fitted, strength)
+        return width_of(self.fitted, strength, self.settings["train_set_size"])
 
     def _dtype(self, width: int) -> Settings:
         known = begun_with(self.folder)
@@ -147,12 +147,12 @@ class Preparation:
         with tempfile.TemporaryDirectory() as trial:
             own: Settings = {**self.settings, "whitening": strength}
             traker = TRAKer(self.model, save_dir=trial, **own)
-            fit_first(traker.pipeline, self.states[0], self._sample())
+            fit_first(traker.pipeline, self.states[0], self._sample(0))
         return traker.pipeline.whitener
 
-    def _sample(self) -> Iterator[Any]:
+    def _sample(self, number: int) -> Iterator[Any]:
         count = self.settings["train_set_size"]
-        return self.shown(some_of(self.train, count, FITTED), 0, "whitening")
+        return self.shown(some_of(self.train, count, FITTED), number, "whitening")
 
 
 def _numbers(model: nn.Module, settings: Mapping[str, Any]) -> int:

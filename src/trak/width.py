@@ -14,36 +14,45 @@ from trak.projectors.leading import coordinates_holding
 
 logger = logging.getLogger(__name__)
 
-HELD = 0.98
-"""Share of the whitened gradients' variance that is kept."""
+HELD, ENOUGH = 0.98, 0.95
+"""Shares of the whitened gradients' variance that are kept, by few columns and by many."""
+_MANY = 8  # columns for each training example
 WHOLE = 1 << 23
 """Numbers in all rows up to which nothing is left out."""
 _WORTH = 0.8  # of all coordinates: more are not left out for the rest
 _STEP = 256
 
 
-def width_of(whitener: Whitener, strength: float) -> int | None:
+def width_of(whitener: Whitener, strength: float, count: int) -> int | None:
     """How many leading coordinates of the first checkpoint's gradients to keep.
+
+    Those that hold 98 % of the variance; where that is more than 8 for each training
+    example, so many, or those that hold 95 % if that is more still.
 
     Args:
         whitener: has fitted it.
         strength: of whitening.
+        count: training examples, `n`.
 
     Returns:
         `k`, a multiple of 256; None where all coordinates had better be kept.
     """
     if usual_projector(None, whitener.maker.computer, whitened=True) is None:
         return None  # gradients that do not come in factors
-    whitening = whitener.made(whitener.sums[0], strength, in_bases=True)
+    whitening = whitener.foresee(0, strength)
     every = sum(math.prod(shape) for shape in whitener.shapes.values())
-    needed = coordinates_holding(whitening, whitener.shapes, HELD)
+    held, many = HELD, _MANY * count
+    needed = coordinates_holding(whitening, whitener.shapes, held)
+    if needed > many:
+        held = min(HELD, ENOUGH)
+        needed = max(many, coordinates_holding(whitening, whitener.shapes, held))
     width = math.ceil(needed / _STEP) * _STEP
     kept = width if 0 < width <= _WORTH * every else None
     logger.info(
-        "%d of %d coordinates hold %.3g %% of the whitened gradients' variance: %s.",
+        "%d of %d coordinates hold at least %.3g %% of the whitened variance: %s.",
         needed,
         every,
-        100 * HELD,
+        100 * held,
         "all are kept" if kept is None else f"{kept} are kept",
     )
     return kept

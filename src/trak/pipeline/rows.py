@@ -141,12 +141,14 @@ def to_store(rows: Tensor, dtype: torch.dtype, numbers: RowNumbers) -> NDArray[A
         NumericalError: names the first row beyond the dtype's range or below it.
     """
     encoding = encoding_of(dtype)
-    rounded = encoding.decode(*encoding.encode(rows))
+    rounded = encoding.decode(
+        *encoding.encode(rows), dtype if encoding.plain else torch.float32
+    )
     fine = _are_fine(rows, rounded, dtype)
     problem = None if fine else _problem(rows, rounded, dtype, numbers)
     if problem is not None:
         raise NumericalError(f"{problem} Nothing of this batch was stored. {_WIDER}")
-    return rounded.to(dtype if encoding.plain else torch.float32).cpu().numpy()
+    return rounded.cpu().numpy()
 
 
 def _are_fine(rows: Tensor, rounded: Tensor, dtype: torch.dtype) -> bool:
@@ -155,8 +157,8 @@ def _are_fine(rows: Tensor, rounded: Tensor, dtype: torch.dtype) -> bool:
         wide, own = torch.finfo(rows.dtype), torch.finfo(dtype)
         if own.tiny <= wide.tiny and own.max >= _RANGE * wide.max:
             # rounds every entry of its range alike
-            low, high = torch.aminmax(rounded, dim=1)
-            largest = torch.maximum(high, -low)
+            # two passes in float32 take a tenth of the time of `aminmax` along an axis
+            largest = torch.maximum(rounded.amax(dim=1), -rounded.amin(dim=1))
             least = wide.tiny / wide.eps
             return bool((torch.isfinite(largest) & (largest > least)).all())
     size = torch.linalg.vector_norm(rows, dim=1)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -48,6 +49,33 @@ def as_strength(whitening: float | str | None) -> float:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """A whitening that was made before it was settled what to whiten by, and how much.
+
+    Attributes:
+        sums: that it is of, as arrays.
+        whitening: of any strength, with eigenvectors.
+    """
+
+    sums: dict[str, NDArray[Any]]
+    whitening: Whitening
+
+    def is_of(self, sums: Moments) -> bool:
+        """Whether the same eigenvectors would be found in these.
+
+        Args:
+            sums: over examples.
+
+        Returns:
+            True for equal numbers.
+        """
+        others = sums.arrays()
+        return self.sums.keys() == others.keys() and all(
+            np.array_equal(array, others[name]) for name, array in self.sums.items()
+        )
+
+
 @dataclass(kw_only=True)
 class Whitener:
     """Whitening of one run's checkpoints.
@@ -61,6 +89,7 @@ class Whitener:
         sketch: makes rows that are not whitened, for the ridge.
         sums: checkpoint to what was added up here and not saved yet.
         chosen: checkpoint to examples seen here whose rows are kept.
+        foreseen: checkpoint to a whitening that was made ahead, and the sums it is of.
     """
 
     maker: RowMaker
@@ -71,6 +100,7 @@ class Whitener:
     sketch: AbstractProjector
     sums: dict[int, Moments] = field(default_factory=dict[int, Moments])
     chosen: dict[int, Chosen] = field(default_factory=dict[int, Chosen])
+    foreseen: dict[int, "Foreseen"] = field(default_factory=dict[int, "Foreseen"])
 
     def fit(self, batch: Batch, model_id: int) -> None:
         """Adds a batch to a checkpoint's sums.
@@ -141,6 +171,33 @@ class Whitener:
             self.sums[model_id] = other.sums.pop(model_id)
         if model_id in other.chosen:
             self.chosen[model_id] = other.chosen.pop(model_id)
+        if model_id in other.foreseen and self.dtype is other.dtype:
+            self.foreseen[model_id] = other.foreseen.pop(model_id)
+
+    def foresee(self, model_id: int, strength: float) -> Whitening:
+        """The whitening by what was added up here, which may become the checkpoint's.
+
+        Args:
+            model_id: the checkpoint.
+            strength: alpha.
+
+        Returns:
+            The whitening, with eigenvectors.
+        """
+        sums, known = self.sums[model_id], self.foreseen.get(model_id)
+        if known is None or not known.is_of(sums):
+            made = self.made(sums, strength, in_bases=True)
+            known = self.foreseen[model_id] = Foreseen(sums.arrays(), made)
+        return known.whitening.at(strength)
+
+    def conclude(self, model_id: int) -> None:
+        """Lets go of what only further batches would need.
+
+        Args:
+            model_id: the checkpoint, to which nothing is added from now on.
+        """
+        if model_id in self.chosen:
+            self.chosen[model_id].conclude()
 
     def seen(self, model_id: int) -> Unwhitened | None:
         """Unwhitened examples of what was added up here and not saved yet.
@@ -215,8 +272,16 @@ class Whitener:
             self.strength,
             total.count,
         )
-        whitening = self.made(total, self.strength)
         projector, basis = self.maker.projector, None
+        known = self.foreseen.pop(model_id, None)
+        if (
+            known is not None
+            and isinstance(projector, LeadingProjector)
+            and known.is_of(total)
+        ):
+            whitening = known.whitening.at(self.strength)
+        else:
+            whitening = self.made(total, self.strength)
         if isinstance(projector, LeadingProjector):
             basis = self.saver.settled_basis(model_id, lambda: projector.basis(whitening))
         self.maker.whiten(model_id, whitening, basis)

@@ -119,6 +119,26 @@ class LeadingProjector(BlockProjector):
             found[f"inside/{name}"] = (u * len(vs) + v).numpy()
         return found
 
+    def powers(self, whitening: Whitening) -> Tensor:
+        """What whitening multiplied each chosen coordinate by.
+
+        Args:
+            whitening: with its bases, as it was given to `basis`.
+
+        Returns:
+            `[c]`, float32, on the CPU; `c` is `k`, or less if there are fewer coordinates.
+        """
+        found: list[Tensor] = []
+        for name, coordinates in self._chosen(whitening).items():
+            sides = whitening.bases.get(name)
+            if sides is None:
+                found.append(whitening.scales[name].cpu()[coordinates])
+                continue
+            left, right = (side.powers.cpu() for side in sides)
+            u, v = coordinates // len(right), coordinates % len(right)
+            found.append(left[u] * right[v])
+        return torch.cat([part.float() for part in found])
+
     def use(self, arrays: Mapping[str, NDArray[Any]], model_id: int) -> None:
         """Takes the coordinates of a checkpoint.
 

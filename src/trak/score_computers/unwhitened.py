@@ -99,6 +99,7 @@ class Chosen:
         self._lots = torch.empty(0, device="cpu")
         self._loss = torch.empty(0, 0, dtype=torch.float64, device="cpu")
         self._found: Unwhitened | None = None
+        self._concluded = False
         self._rows = torch.empty(0, 0, device="cpu")
         self._total = torch.empty(0, dtype=torch.float64, device="cpu")
         self._arrivals = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -129,7 +130,10 @@ class Chosen:
         self._arrivals[places] = self._seen + winners
         self._seen += len(rows)
         self._loss[places] = loss.to("cpu", torch.float64)[winners]
-        self._rows[places.to(rows.device)] = rows[winners.to(rows.device)]
+        if len(winners) == len(rows) and _is_stretch(places):  # as long as there is room
+            self._rows[int(places[0]) : int(places[-1]) + 1] = rows
+        else:
+            self._rows[places.to(rows.device)] = rows[winners.to(rows.device)]
 
     def _start(self, rows: Tensor, columns: int) -> None:
         # empty places lose against any example, the first ones first
@@ -147,9 +151,15 @@ class Chosen:
             The examples in the order in which they came, however they were cut into
             batches; None if there is none, or a row is not finite.
         """
-        if self._found is None:
+        if self._found is None and not self._concluded:
             self._found = self._made()
         return self._found
+
+    def conclude(self) -> None:
+        """Lets go of the rows, which fill memory. Nothing can be added afterwards."""
+        self.found()
+        self._concluded = True
+        self._rows = self._rows.new_empty(0, 0)
 
     def _made(self) -> Unwhitened | None:
         taken, rows = (self._lots < 1).nonzero().flatten(), self._rows
@@ -166,6 +176,10 @@ class Chosen:
             return None
         loss, *counts = self._loss[taken].T.contiguous()
         return Unwhitened(kernel, pull, loss, counts[0] if counts else None)
+
+
+def _is_stretch(places: Tensor) -> bool:
+    return bool(len(places)) and int(places[-1]) - int(places[0]) + 1 == len(places)
 
 
 def _products(rows: Tensor) -> Tensor:

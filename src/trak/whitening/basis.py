@@ -1,6 +1,6 @@
 """Eigenvectors of a second moment, and what whitening leaves along them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,11 +14,44 @@ class Basis:
         vectors: eigenvectors as columns, `[o, o]`; None for the standard basis.
         values: eigenvalues, without damping, `[o]`.
         powers: what whitening multiplies by, `(values + damping)^(-alpha / 2)`, `[o]`.
+        damping: what is added to the eigenvalues; None where nothing is whitened.
     """
 
     vectors: Tensor | None
     values: Tensor
     powers: Tensor
+    damping: float | None
+
+    @classmethod
+    def of(
+        cls, vectors: Tensor | None, values: Tensor, damping: float, strength: float
+    ) -> "Basis":
+        """That of an eigendecomposition.
+
+        Args:
+            vectors: as columns, `[o, o]`; None for the standard basis.
+            values: eigenvalues, `[o]`.
+            damping: is added to them.
+            strength: alpha.
+
+        Returns:
+            With its powers.
+        """
+        powers = (values.clamp(min=0) + damping) ** (-strength / 2)
+        return cls(vectors, values, powers, damping)
+
+    def at(self, strength: float) -> "Basis":
+        """The same with powers of another strength.
+
+        Args:
+            strength: alpha.
+
+        Returns:
+            Itself where nothing is whitened.
+        """
+        if self.damping is None:
+            return self
+        return Basis.of(self.vectors, self.values, self.damping, strength)
 
     @property
     def size(self) -> int:
@@ -36,7 +69,7 @@ class Basis:
         """
         if self.vectors is None:
             return self
-        return Basis(self.vectors.to(dtype), self.values, self.powers)
+        return replace(self, vectors=self.vectors.to(dtype))
 
     def power(self) -> Tensor:
         """`(factor + damping)^(-alpha / 2)`.

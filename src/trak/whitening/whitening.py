@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,7 @@ class Whitening:
     Attributes:
         sides: name to what its gradient is multiplied by; empty if `in_bases`.
         scales: name to what its entries are multiplied by, where there are no factors.
+        entries: name to the mean squares and damping that `scales` are made of.
         bases: name to the eigendecompositions of both factors; empty unless `in_bases`.
         mean_squares: name to the mean square of each entry, for those in `scales`.
 
@@ -83,6 +85,7 @@ class Whitening:
         self.scales: dict[str, Tensor] = {}
         self.bases: dict[str, tuple[Basis, Basis]] = {}
         self.mean_squares: dict[str, Tensor] = {}
+        self.entries: dict[str, Basis] = {}
         factors = {
             name: found
             for name, shape in self._shapes.items()
@@ -96,11 +99,33 @@ class Whitening:
             bases = [_basis(side, each, power) for side in sides]
             if len(bases) == 1:
                 self.mean_squares[name] = sides[0]
+                self.entries[name] = bases[0]
                 self.scales[name] = bases[0].powers.to(dtype)
             elif in_bases:
                 self.bases[name] = (bases[0].to(dtype), bases[1].to(dtype))
             else:
                 self.sides[name] = Sides(*(basis.power().to(dtype) for basis in bases))
+
+    def at(self, strength: float) -> "Whitening":
+        """The same with another strength, without decomposing anything again.
+
+        Args:
+            strength: `alpha`, 0 to 1.
+
+        Returns:
+            As if made with it. Only of one that has `bases`.
+        """
+        made = copy(self)
+        made.entries = {name: basis.at(strength) for name, basis in self.entries.items()}
+        made.scales = {
+            name: basis.powers.to(self.scales[name].dtype)
+            for name, basis in made.entries.items()
+        }
+        made.bases = {
+            name: (left.at(strength), right.at(strength))
+            for name, (left, right) in self.bases.items()
+        }
+        return made
 
     def apply(self, block: Block) -> Block:
         """Whitens a block.
@@ -282,9 +307,8 @@ def _basis(side: Tensor, damping: float, strength: float | None) -> Basis:
     if mean <= 0 or strength is None:
         values = side.new_zeros(len(side))
         vectors = None if side.ndim == 1 else torch.eye(len(side), device="cpu").to(side)
-        return Basis(vectors, values, torch.ones_like(values))
+        return Basis(vectors, values, torch.ones_like(values), None)
     vectors, values = None, side
     if side.ndim > 1:
         values, vectors = torch.linalg.eigh(side)
-    powers = (values.clamp(min=0) + damping * mean) ** (-strength / 2)
-    return Basis(vectors, values, powers)
+    return Basis.of(vectors, values, damping * mean, strength)

@@ -1,0 +1,191 @@
+"""How well scores from different checkpoints agree, at several strengths of whitening."""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trak.batches import Batch, batch_size, normalize
+from trak.evaluation.ranks import correlations
+from trak.loaders import state_of
+from trak.modes import evaluation_mode
+from trak.pipeline import Pipeline, check_state, prepare_task
+from trak.precision import full_precision
+from trak.projectors import LeadingProjector
+from trak.score_computers.auto_ridge import BY_STRENGTH, relative_ridge
+from trak.score_computers.curvature import roots, weighted
+from trak.score_computers.losses import losses_beside
+from trak.score_computers.ridge_sample import Situation
+
+COORDINATES = 16_384
+"""Of whitened gradients that are compared, those of largest variance."""
+_BASE = 0.5  # strength by which these are chosen
+_CHECKPOINTS = 2
+_TOGETHER = 10  # checkpoints beyond which averaging more of them hardly matters
+_GROUPS = 100
+_TARGETS = 0.25  # of the sample
+Fitting = Callable[[int], Iterable[Any]]
+
+
+class Trial:
+    """Scores of some examples by some checkpoints, at any strength.
+
+    The coordinates of a checkpoint's gradients in the eigenbases of their second moments
+    are made once; whitening by another strength only scales them.
+
+    Args:
+        pipeline: of a run that whitens.
+        sample: the examples.
+        states: the checkpoints, as `state_of` takes them; the first two are used.
+        fitting: number of a checkpoint to batches that its whitening is fitted to, unless
+            the pipeline's whitener has its sums already. They stay there.
+        curvature: weigh rows by the curvature of the loss.
+        logistic: whether the loss is logistic; None if unknown.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        sample: list[Batch],
+        states: Sequence[Any],
+        fitting: Fitting,
+        *,
+        curvature: bool,
+        logistic: bool | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.sample = sample
+        self.states = states[:_CHECKPOINTS]
+        self.fitting = fitting
+        self.together = min(len(states), _TOGETHER)
+        self.curvature = curvature
+        self.logistic = logistic
+
+    def agreements(self, strengths: Sequence[float]) -> list[float]:
+        """Of the checkpoints' scores, averaged over targets and pairs.
+
+        Args:
+            strengths: of whitening.
+
+        Returns:
+            A Spearman correlation for each.
+        """
+        found: list[list[NDArray[np.float64]]] = [[] for _ in strengths]
+        usual = None
+        for number, state in enumerate(self.states):
+            load(self.pipeline, state)
+            fit(self.pipeline, self.fitting(number), number)
+            rows, powers, weights = self._coordinates(number)
+            usual = usual or self._ridge(rows / powers, weights)
+            losses = losses_beside(weights).sized(self.logistic)
+            factors = roots(losses, curved=self.curvature)
+            for kept, strength in zip(found, strengths, strict=True):
+                whitened = rows * powers ** (strength / _BASE - 1)
+                # played for each strength, the largest ridge would win: it is most
+                # reproducible
+                ridge = usual * (1 + BY_STRENGTH * strength)
+                kept.append(_solved(whitened, weights[:, :1], ridge, factors))
+        return [_agreement(scores) for scores in found]
+
+    @full_precision()
+    def _coordinates(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        # whitened by the base strength, what each was multiplied by for that, and weights
+        maker, whitener = self.pipeline.maker, self.pipeline.whitener
+        whitening = whitener.foresee(number, _BASE)
+        width = min(COORDINATES, sum(maker.layout.values()))
+        projector = LeadingProjector(whitener.shapes, width, maker.device)
+        projector.use(projector.basis(whitening), number)
+
+        def project(piece: Batch, own: list[int]) -> Tensor:
+            del own
+            return maker.with_copies(
+                lambda: maker.projected(projector, piece, number, None)
+            )
+
+        parts = [
+            maker.worked(
+                batch, number, list(range(batch_size(batch))), project, with_weights=True
+            )
+            for batch in self.sample
+        ]
+        rows = torch.cat([part for part, _ in parts])
+        weights = torch.cat([each for _, each in parts if each is not None])
+        powers = projector.powers(whitening).to(rows)
+        return rows[:, : len(powers)], powers, weights
+
+    @full_precision()
+    def _ridge(self, rows: Tensor, weights: Tensor) -> float:
+        loss, *counts = weights.double().cpu().T
+        situation = Situation(
+            checkpoints=self.together,
+            loss=loss,
+            counts=counts[0] if counts else None,
+            logistic=self.logistic,
+            words=self.pipeline.losses.words,
+            curvature=self.curvature,
+        )
+        factors = roots(situation.losses, curved=self.curvature)
+        return relative_ridge(weighted(rows, factors), situation)
+
+
+def load(pipeline: Pipeline, checkpoint: Any) -> None:
+    """Loads a checkpoint's weights, without registering it in a store.
+
+    Args:
+        pipeline: of a run.
+        checkpoint: as `state_of` takes it.
+    """
+    state = state_of(checkpoint)
+    check_state(pipeline.model, state)
+    pipeline.load_weights(state)
+    prepare_task(pipeline.task, pipeline.model)
+
+
+def fit(pipeline: Pipeline, batches: Iterable[Any], number: int) -> None:
+    """Adds up what whitening needs; the sums stay in the pipeline's whitener.
+
+    Nothing is done if they are there already.
+
+    Args:
+        pipeline: of a run that whitens, with the checkpoint's weights loaded.
+        batches: of training examples, all that there will be.
+        number: of the checkpoint.
+    """
+    if number in pipeline.whitener.sums:
+        return
+    device = next(pipeline.model.parameters()).device
+    with evaluation_mode(pipeline.model):
+        for batch in batches:
+            pipeline.whitener.fit(normalize(batch, device), number)
+    pipeline.whitener.conclude(number)
+
+
+@full_precision()
+def _solved(
+    rows: Tensor, loss: Tensor, ridge: float, factors: Tensor | None
+) -> NDArray[np.float64]:
+    every = torch.arange(len(rows), device=rows.device)
+    held = every % round(1 / _TARGETS) == 0
+    q = loss[~held].double()
+    kernel = (rows[~held] @ rows.T).double()
+    scales = torch.ones_like(q) if factors is None else factors.to(q)[~held]
+    gram = scales * kernel[:, ~held] * scales.T
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    solved = torch.cholesky_solve(scales * kernel[:, held], torch.linalg.cholesky(gram))
+    return (solved / scales * q).cpu().numpy()
+
+
+def _agreement(scores: list[NDArray[np.float64]]) -> float:
+    size = len(scores[0])
+    rng = np.random.default_rng(0)
+    groups = np.zeros((_GROUPS, size))
+    for group in groups:
+        group[rng.permutation(size)[: size // 2]] = 1
+    sums = [groups @ one for one in scores]
+    pairs = itertools.combinations(sums, 2)
+    each = [np.nanmean(correlations("spearman", one, other)) for one, other in pairs]
+    return float(np.mean(each))

@@ -1,0 +1,212 @@
+"""Scores of several checkpoints at several strengths, without a run for each."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tests import reference, runs
+
+from trak import TRAKer, agreement
+from trak.agreement import Trial, load
+from trak.batches import normalize
+from trak.gradient_computers import FunctionalGradientComputer
+from trak.pipeline.whiten import Foreseen, Whitener
+from trak.projectors import NoOpProjector
+from trak.score_computers.auto_ridge import BY_STRENGTH
+from trak.whitening import Whitening
+from trak.whitening.whitening import DAMPING
+
+N = 60
+TASK = "image_classification"
+STRENGTHS = (0.0, 0.25, 0.75)
+
+
+@pytest.fixture
+def trial(learned, tmp_path):
+    """Of three checkpoints; with batches."""
+    model, train, _, states = learned
+    traker = runs.make_traker(model, N, tmp_path, whitening=0.5, projector=NoOpProjector())
+    sample = [normalize(batch) for batch in runs.split(train, 9)]
+    return Trial(traker.pipeline, sample, states, lambda _: sample, curvature=True)
+
+
+def expected_scores(trial, model, train, state, strength, usual):
+    """By explicit matrices: whitened gradients, weighted rows, and a solve in float64."""
+    model.load_state_dict(state)
+    grads = reference.gradient_rows(model, train)
+    q = reference.loss_weights(model, train).double().flatten()
+    whitener = trial.pipeline.whitener
+    sums = whitener.sums[next(i for i, s in enumerate(trial.states) if s is state)]
+    whitening = Whitening(sums, whitener.shapes, strength, DAMPING, torch.float64)
+    rows = reference.flat_rows(whitening.whole(dict(grads), {}))
+    held = np.arange(N) % 4 == 0
+    factors = (q * (1 - q / 2)).clamp(min=1e-4).sqrt()[~held, None]
+    kernel = rows[~held] @ rows.T
+    gram = factors * kernel[:, ~held] * factors.T
+    ridge = usual * (1 + BY_STRENGTH * strength)
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    solved = torch.linalg.solve(gram, factors * kernel[:, held])
+    return (solved / factors * q[~held, None]).numpy()
+
+
+def test_scores_are_those_of_whitened_gradients(trial, learned, monkeypatch):
+    model, train, _, _ = learned
+    seen = []
+    monkeypatch.setattr(agreement, "_agreement", lambda scores: seen.append(scores) or 0.5)
+    monkeypatch.setattr(Trial, "_ridge", lambda *_: 1.5)
+    trial.agreements(STRENGTHS)
+    assert [len(scores) for scores in seen] == [2, 2, 2]
+    for strength, scores in zip(STRENGTHS, seen, strict=True):
+        for found, state in zip(scores, trial.states, strict=True):
+            expected = expected_scores(trial, model, train, state, strength, 1.5)
+            np.testing.assert_allclose(
+                found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()
+            )
+
+
+def test_the_ridge_is_that_of_gradients_without_whitening(trial, learned, monkeypatch):
+    model, train, _, states = learned
+    given = []
+    real = agreement.relative_ridge
+
+    def ridge(rows, situation):
+        given.append((rows, situation))
+        return real(rows, situation)
+
+    monkeypatch.setattr(agreement, "relative_ridge", ridge)
+    trial.agreements(STRENGTHS)
+    [(rows, situation)] = given
+    assert situation.checkpoints == len(states)
+    model.load_state_dict(states[0])
+    whole = reference.flat_rows(reference.gradient_rows(model, train)).double()
+    q = reference.loss_weights(model, train).double().flatten()
+    whole *= (q * (1 - q / 2)).clamp(min=1e-4).sqrt()[:, None]
+    expected = whole @ whole.T
+    found = rows.double() @ rows.double().T
+    found *= expected.trace() / found.trace()  # relative ridges do not see the scale
+    torch.testing.assert_close(
+        found, expected, rtol=1e-3, atol=1e-3 * expected.max().item()
+    )
+
+
+def test_checkpoints_that_are_alike_agree(trial):
+    other, third = trial.states[1], trial.states[0]
+    trial.states = [third, third]
+    assert trial.agreements([0.25]) == pytest.approx([1.0])
+    trial.pipeline.whitener.sums.clear()
+    trial.pipeline.whitener.chosen.clear()
+    trial.states = [third, other]
+    [less] = trial.agreements([0.25])
+    assert 0 < less < 0.999
+
+
+def test_few_coordinates_are_enough(trial, monkeypatch):
+    expected = trial.agreements(STRENGTHS)
+    every = sum(trial.pipeline.maker.layout.values())
+    monkeypatch.setattr(agreement, "COORDINATES", every * 3 // 4)
+    found = trial.agreements(STRENGTHS)
+    np.testing.assert_allclose(found, expected, atol=0.02)
+    assert found != expected
+
+
+def test_a_checkpoint_is_fitted_once_for_the_trial_and_the_run(
+    learned, tmp_path, monkeypatch
+):
+    fitted, real = [], Whitener.fit
+
+    def fit(self, batch, model_id):
+        fitted.append(model_id)
+        return real(self, batch, model_id)
+
+    monkeypatch.setattr(Whitener, "fit", fit)
+    runs.one_call(learned, tmp_path)
+    assert [i for i, _ in itertools.groupby(fitted)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("computer", [FunctionalGradientComputer, None])
+def test_gradients_that_come_whole_are_tried_too(computer, learned, tmp_path):
+    model, train, _, states = learned
+    traker = TRAKer(
+        model,
+        TASK,
+        N,
+        tmp_path,
+        whitening=0.5,
+        **({"gradient_computer": computer} if computer else {}),
+    )
+    sample = [normalize(batch) for batch in runs.split(train, 9)]
+    found = Trial(
+        traker.pipeline, sample, states, lambda _: sample, curvature=True
+    ).agreements(STRENGTHS)
+    assert all(0 < each < 1 for each in found)
+
+
+def test_rows_of_the_fit_do_not_stay_in_memory(trial):
+    trial.agreements([0.5])
+    whitener = trial.pipeline.whitener
+    assert set(whitener.sums) == set(whitener.chosen) == {0, 1}
+    for chosen in whitener.chosen.values():
+        assert chosen._rows.numel() == 0
+        assert len(chosen.found().kernel) == N
+
+
+class TestForeseen:
+    def whitener(self, learned, folder):
+        model, train, _, states = learned
+        traker = runs.make_traker(
+            model, N, folder, whitening=0.4, projector="leading", proj_dim=20
+        )
+        traker.load_checkpoint(states[0], model_id=0)
+        for batch in runs.split(train, 9):
+            traker.fit_whitening(batch=batch)
+        return traker
+
+    def test_another_strength_is_as_if_made_with_it(self, learned, tmp_path):
+        whitener = self.whitener(learned, tmp_path).pipeline.whitener
+        whitener.foresee(0, 0.75)
+        found = whitener.foresee(0, 0.4)
+        expected = whitener.made(whitener.sums[0], 0.4, in_bases=True)
+        assert found.bases.keys() == expected.bases.keys() != set()
+        for name, sides in expected.bases.items():
+            for one, other in zip(found.bases[name], sides, strict=True):
+                torch.testing.assert_close(one.powers, other.powers, rtol=0, atol=0)
+                torch.testing.assert_close(one.vectors, other.vectors, rtol=0, atol=0)
+        assert found.scales.keys() == expected.scales.keys() != set()
+        for name, scale in expected.scales.items():
+            torch.testing.assert_close(found.scales[name], scale, rtol=0, atol=0)
+
+    def test_the_run_takes_it(self, learned, tmp_path, monkeypatch):
+        rows = []
+        for number in range(2):
+            traker = self.whitener(learned, tmp_path / str(number))
+            if number:
+                traker.pipeline.whitener.foresee(0, 0.75)
+                monkeypatch.setattr(Whitener, "made", None)  # must not be asked
+            for batch in runs.split(learned[1], 9):
+                traker.featurize(batch=batch, num_samples=len(batch[0]))
+            rows.append(np.array(traker.saver.current_store["grads"]))
+        np.testing.assert_array_equal(*rows)
+
+    def test_not_where_something_was_added_since(self, learned, tmp_path):
+        traker = self.whitener(learned, tmp_path)
+        whitener = traker.pipeline.whitener
+        before = whitener.foresee(0, 0.4)
+        assert whitener.foreseen[0].is_of(whitener.sums[0])
+        traker.fit_whitening(batch=[part[:3] for part in learned[1]])
+        assert not whitener.foreseen[0].is_of(whitener.sums[0])
+        after = whitener.foresee(0, 0.4)
+        name = next(iter(before.bases))
+        assert not torch.equal(before.bases[name][0].values, after.bases[name][0].values)
+
+    def test_not_of_other_parameters(self, learned, tmp_path):
+        whitener = self.whitener(learned, tmp_path).pipeline.whitener
+        whitener.foresee(0, 0.4)
+        known = whitener.foreseen[0]
+        fewer = dict(itertools.islice(known.sums.items(), len(known.sums) - 1))
+        assert not Foreseen(fewer, known.whitening).is_of(whitener.sums[0])
+
+
+def test_a_state_is_loaded_without_a_store_knowing(trial):
+    load(trial.pipeline, trial.states[1])
+    assert trial.pipeline.saver.model_ids == {}
