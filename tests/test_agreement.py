@@ -199,6 +199,12 @@ class TestForeseen:
         name = next(iter(before.bases))
         assert not torch.equal(before.bases[name][0].values, after.bases[name][0].values)
 
+    def test_large_ones_are_not_kept(self, learned, tmp_path, monkeypatch):
+        whitener = self.whitener(learned, tmp_path).pipeline.whitener
+        monkeypatch.setattr("trak.pipeline.whiten._REMEMBERED", 100)
+        assert whitener.foresee(0, 0.4).bases
+        assert not whitener.foreseen
+
     def test_not_of_other_parameters(self, learned, tmp_path):
         whitener = self.whitener(learned, tmp_path).pipeline.whitener
         whitener.foresee(0, 0.4)

@@ -109,7 +109,9 @@ def test_rows_are_as_wide_as_the_share_asks_for(world, tmp_path, narrow, monkeyp
     ("many", "expected"),
     [(0.1, "95 %"), (0.6, "many"), (8, "98 %")],
 )
-def test_of_many_columns_fewer_are_kept(world, tmp_path, narrow, monkeypatch, many, expected):
+def test_of_many_columns_fewer_are_kept(
+    world, tmp_path, narrow, monkeypatch, many, expected
+):
     whitener = fitted(world, tmp_path / "fit")
     made = whitener.made(whitener.sums[0], 0.5, in_bases=True)
     most, enough = (

@@ -22,6 +22,8 @@ from trak.whitening.whitening import DAMPING, STRENGTH
 
 logger = logging.getLogger(__name__)
 
+_REMEMBERED = 1 << 28  # bytes of sums, whose eigenvectors fill memory, too
+
 
 def as_strength(whitening: float | str | None) -> float:
     """Accepts a strength of whitening.
@@ -185,10 +187,12 @@ class Whitener:
             The whitening, with eigenvectors.
         """
         sums, known = self.sums[model_id], self.foreseen.get(model_id)
-        if known is None or not known.is_of(sums):
-            made = self.made(sums, strength, in_bases=True)
-            known = self.foreseen[model_id] = Foreseen(sums.arrays(), made)
-        return known.whitening.at(strength)
+        if known is not None and known.is_of(sums):
+            return known.whitening.at(strength)
+        made = self.made(sums, strength, in_bases=True)
+        if sum(array.nbytes for array in sums.arrays().values()) <= _REMEMBERED:
+            self.foreseen[model_id] = Foreseen(sums.arrays(), made)
+        return made.at(strength)
 
     def conclude(self, model_id: int) -> None:
         """Lets go of what only further batches would need.
