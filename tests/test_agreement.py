@@ -56,7 +56,7 @@ def test_scores_are_those_of_whitened_gradients(trial, learned, monkeypatch):
     monkeypatch.setattr(agreement, "_agreement", lambda scores: seen.append(scores) or 0.5)
     monkeypatch.setattr(Trial, "_ridge", lambda *_: 1.5)
     trial.agreements(STRENGTHS)
-    assert [len(scores) for scores in seen] == [2, 2, 2]
+    assert [len(scores) for scores in seen] == [3, 3, 3]
     for strength, scores in zip(STRENGTHS, seen, strict=True):
         for found, state in zip(scores, trial.states, strict=True):
             expected = expected_scores(trial, model, train, state, strength, 1.5)
@@ -145,7 +145,7 @@ def test_gradients_that_come_whole_are_tried_too(computer, learned, tmp_path):
 def test_rows_of_the_fit_do_not_stay_in_memory(trial):
     trial.agreements([0.5])
     whitener = trial.pipeline.whitener
-    assert set(whitener.sums) == set(whitener.chosen) == {0, 1}
+    assert set(whitener.sums) == set(whitener.chosen) == {0, 1, 2}
     for chosen in whitener.chosen.values():
         assert chosen._rows.numel() == 0
         assert len(chosen.found().kernel) == N

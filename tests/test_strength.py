@@ -175,7 +175,7 @@ def test_strength_follows_agreement(learned, tmp_path, caplog, monkeypatch, stif
         monkeypatch.setattr("trak.agreement._agreement", lambda _, a=answers: next(a))
         with caplog.at_level(logging.INFO):
             assert chosen(traker, states, batches) == expected
-    assert "scores of 2 checkpoints agree by 0.500 (0.25)" in caplog.text
+    assert "scores of 3 checkpoints agree by 0.500 (0.25)" in caplog.text
 
 
 def test_whitening_is_of_no_use_before_anything_is_learned(

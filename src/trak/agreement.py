@@ -24,7 +24,7 @@ from trak.score_computers.ridge_sample import Situation
 COORDINATES = 16_384
 """Of whitened gradients that are compared, those of largest variance."""
 _BASE = 0.5  # strength by which these are chosen
-_CHECKPOINTS = 2
+_CHECKPOINTS = 3
 _TOGETHER = 10  # checkpoints beyond which averaging more of them hardly matters
 _GROUPS = 100
 _TARGETS = 0.25  # of the sample
@@ -40,7 +40,7 @@ class Trial:
     Args:
         pipeline: of a run that whitens.
         sample: the examples.
-        states: the checkpoints, as `state_of` takes them; the first two are used.
+        states: the checkpoints, as `state_of` takes them; up to three are used.
         fitting: number of a checkpoint to batches that its whitening is fitted to, unless
             the pipeline's whitener has its sums already. They stay there.
         curvature: weigh rows by the curvature of the loss.

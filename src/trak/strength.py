@@ -45,9 +45,10 @@ def choose_strength(
 ) -> float:
     """The smallest strength beyond which checkpoints hardly agree better.
 
-    Up to 600 examples are taken, a quarter of them as targets. The first two checkpoints
-    score them at several strengths; the agreement is the Spearman correlation of the
-    scores' sums over random halves of the rest, averaged over targets.
+    Up to 600 examples are taken, a quarter of them as targets. Each of up to three
+    checkpoints scores them at several strengths; the agreement is the Spearman
+    correlation of the scores' sums over random halves of the rest, averaged over targets
+    and pairs of checkpoints.
 
     These are fitted before that, and their sums stay in the pipeline's whitener, unless
     whitening is of no use, or there is one whose loss is not logistic. Where growth of all
