@@ -1,6 +1,7 @@
 """Scores of several checkpoints at several strengths, without a run for each."""
 
 import itertools
+import logging
 
 import numpy as np
 import pytest
@@ -20,6 +21,12 @@ from trak.whitening.whitening import DAMPING
 N = 60
 TASK = "image_classification"
 STRENGTHS = (0.0, 0.25, 0.75)
+
+
+@pytest.fixture
+def stiff(monkeypatch):
+    """Growth of outputs is like other changes, so that checkpoints are asked."""
+    monkeypatch.setattr("trak.strength.stiffness", lambda *_: 1.0)
 
 
 @pytest.fixture
@@ -111,7 +118,7 @@ def test_few_coordinates_are_enough(trial, monkeypatch):
 
 
 def test_a_checkpoint_is_fitted_once_for_the_trial_and_the_run(
-    learned, tmp_path, monkeypatch
+    learned, stiff, tmp_path, monkeypatch
 ):
     fitted, real = [], Whitener.fit
 
@@ -125,7 +132,7 @@ def test_a_checkpoint_is_fitted_once_for_the_trial_and_the_run(
 
 
 @pytest.mark.parametrize("computer", [FunctionalGradientComputer, None])
-def test_gradients_that_come_whole_are_tried_too(computer, learned, tmp_path):
+def test_gradients_that_come_whole_are_tried_too(computer, learned, tmp_path, caplog):
     model, train, _, states = learned
     traker = TRAKer(
         model,
@@ -140,6 +147,24 @@ def test_gradients_that_come_whole_are_tried_too(computer, learned, tmp_path):
         traker.pipeline, sample, states, lambda _: sample, curvature=True
     ).agreements(STRENGTHS)
     assert all(0 < each < 1 for each in found)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_large_sums_of_further_checkpoints_are_fitted_again(
+    learned, stiff, tmp_path, monkeypatch
+):
+    expected = np.array(runs.one_call(learned, tmp_path / "a"))
+    fitted, real = [], Whitener.fit
+
+    def fit(self, batch, model_id):
+        fitted.append(model_id)
+        return real(self, batch, model_id)
+
+    monkeypatch.setattr(Whitener, "fit", fit)
+    monkeypatch.setattr("trak.pipeline.whiten._REMEMBERED", 100)
+    found = runs.one_call(learned, tmp_path / "b")
+    assert [i for i, _ in itertools.groupby(fitted)] == [0, 1, 2, 1, 2]
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_rows_of_the_fit_do_not_stay_in_memory(trial):
@@ -198,6 +223,18 @@ class TestForeseen:
         after = whitener.foresee(0, 0.4)
         name = next(iter(before.bases))
         assert not torch.equal(before.bases[name][0].values, after.bases[name][0].values)
+
+    def test_the_run_leaves_it_where_others_added_theirs(self, learned, tmp_path):
+        rows = []
+        for number in range(2):
+            traker = self.whitener(learned, tmp_path / str(number))
+            if number:
+                traker.pipeline.whitener.foresee(0, 0.4)
+            traker.fit_whitening(batch=[part[:5] for part in learned[1]])
+            for batch in runs.split(learned[1], 9):
+                traker.featurize(batch=batch, num_samples=len(batch[0]))
+            rows.append(np.array(traker.saver.current_store["grads"]))
+        np.testing.assert_array_equal(*rows)
 
     def test_large_ones_are_not_kept(self, learned, tmp_path, monkeypatch):
         whitener = self.whitener(learned, tmp_path).pipeline.whitener

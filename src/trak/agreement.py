@@ -42,7 +42,8 @@ class Trial:
         sample: the examples.
         states: the checkpoints, as `state_of` takes them; up to three are used.
         fitting: number of a checkpoint to batches that its whitening is fitted to, unless
-            the pipeline's whitener has its sums already. They stay there.
+            the pipeline's whitener has its sums already. They stay there; of other
+            checkpoints than the first up to 256 MiB of each.
         curvature: weigh rows by the curvature of the loss.
         logistic: whether the loss is logistic; None if unknown.
     """
@@ -89,6 +90,8 @@ class Trial:
                 # reproducible
                 ridge = usual * (1 + BY_STRENGTH * strength)
                 kept.append(_solved(whitened, weights[:, :1], ridge, factors))
+            if number:
+                self.pipeline.whitener.forget_large(number)
         return [_agreement(scores) for scores in found]
 
     @full_precision()
@@ -98,7 +101,7 @@ class Trial:
         whitening = whitener.foresee(number, _BASE)
         width = min(COORDINATES, sum(maker.layout.values()))
         projector = LeadingProjector(whitener.shapes, width, maker.device)
-        projector.use(projector.basis(whitening), number)
+        projector.use(projector.basis(whitening, quietly=True), number)
 
         def project(piece: Batch, own: list[int]) -> Tensor:
             del own

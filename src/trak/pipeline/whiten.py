@@ -190,9 +190,19 @@ class Whitener:
         if known is not None and known.is_of(sums):
             return known.whitening.at(strength)
         made = self.made(sums, strength, in_bases=True)
-        if sum(array.nbytes for array in sums.arrays().values()) <= _REMEMBERED:
+        if _size(sums) <= _REMEMBERED:
             self.foreseen[model_id] = Foreseen(sums.arrays(), made)
         return made.at(strength)
+
+    def forget_large(self, model_id: int) -> None:
+        """Forgets a checkpoint whose sums fill memory; it can be fitted again.
+
+        Args:
+            model_id: the checkpoint.
+        """
+        if model_id in self.sums and _size(self.sums[model_id]) > _REMEMBERED:
+            del self.sums[model_id]
+            self.chosen.pop(model_id, None)
 
     def conclude(self, model_id: int) -> None:
         """Lets go of what only further batches would need.
@@ -304,6 +314,10 @@ class Whitener:
         """
         bases = in_bases or isinstance(self.maker.projector, LeadingProjector)
         return Whitening(sums, self.shapes, strength, DAMPING, self.dtype, in_bases=bases)
+
+
+def _size(sums: Moments) -> int:
+    return sum(array.nbytes for array in sums.arrays().values())
 
 
 def _arrays(sums: Moments, chosen: Chosen | None) -> dict[str, NDArray[Any]]:

@@ -94,17 +94,18 @@ class LeadingProjector(BlockProjector):
         """
         return {"kind": self.kind, "proj_dim": self.proj_dim, "version": VERSION}
 
-    def basis(self, whitening: Whitening) -> Arrays:
+    def basis(self, whitening: Whitening, *, quietly: bool = False) -> Arrays:
         """Chooses the coordinates.
 
         Args:
             whitening: of one checkpoint.
+            quietly: say nothing of what is left out.
 
         Returns:
             Name to array, for `use`.
         """
         found: Arrays = {}
-        for name, coordinates in self._chosen(whitening).items():
+        for name, coordinates in self._chosen(whitening, quietly=quietly).items():
             sides = whitening.bases.get(name)
             if sides is None:
                 found[f"inside/{name}"] = coordinates.numpy()
@@ -129,7 +130,7 @@ class LeadingProjector(BlockProjector):
             `[c]`, float32, on the CPU; `c` is `k`, or less if there are fewer coordinates.
         """
         found: list[Tensor] = []
-        for name, coordinates in self._chosen(whitening).items():
+        for name, coordinates in self._chosen(whitening, quietly=True).items():
             sides = whitening.bases.get(name)
             if sides is None:
                 found.append(whitening.scales[name].cpu()[coordinates])
@@ -238,7 +239,7 @@ class LeadingProjector(BlockProjector):
         del whitening
         yield self.sink(out, model_id)
 
-    def _chosen(self, whitening: Whitening) -> dict[str, Tensor]:
+    def _chosen(self, whitening: Whitening, *, quietly: bool) -> dict[str, Tensor]:
         # numbers of coordinates by parameter, ascending
         names, scores, numbers = [], [], []
         sizes = dict.fromkeys((True, False), 0.0)  # with factors, and without
@@ -263,7 +264,8 @@ class LeadingProjector(BlockProjector):
             )
         every = torch.cat(scores)
         order = every.argsort(descending=True, stable=True)[: self.proj_dim]
-        _tell(len(order), float(every[order].sum(dtype=torch.float64)), sizes)
+        if not quietly:
+            _tell(len(order), float(every[order].sum(dtype=torch.float64)), sizes)
         owners, own = torch.cat(names)[order], torch.cat(numbers)[order]
         return {
             name: own[owners == place].sort().values
