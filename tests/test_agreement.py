@@ -14,6 +14,7 @@ from trak.batches import normalize
 from trak.gradient_computers import FunctionalGradientComputer
 from trak.pipeline.whiten import Foreseen, Whitener
 from trak.projectors import NoOpProjector
+from trak.projectors.leading import coordinates_holding
 from trak.score_computers.auto_ridge import BY_STRENGTH
 from trak.whitening import Whitening
 from trak.whitening.whitening import DAMPING
@@ -27,6 +28,12 @@ STRENGTHS = (0.0, 0.25, 0.75)
 def stiff(monkeypatch):
     """Growth of outputs is like other changes, so that checkpoints are asked."""
     monkeypatch.setattr("trak.strength.stiffness", lambda *_: 1.0)
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """All coordinates are compared, of which the last one holds next to nothing."""
+    monkeypatch.setattr(agreement, "HELD", 1 - 1e-12)
 
 
 @pytest.fixture
@@ -57,7 +64,7 @@ def expected_scores(trial, model, train, state, strength, usual):
     return (solved / factors * q[~held, None]).numpy()
 
 
-def test_scores_are_those_of_whitened_gradients(trial, learned, monkeypatch):
+def test_scores_are_those_of_whitened_gradients(trial, learned, whole, monkeypatch):
     model, train, _, _ = learned
     seen = []
     monkeypatch.setattr(agreement, "_agreement", lambda scores: seen.append(scores) or 0.5)
@@ -72,7 +79,9 @@ def test_scores_are_those_of_whitened_gradients(trial, learned, monkeypatch):
             )
 
 
-def test_the_ridge_is_that_of_gradients_without_whitening(trial, learned, monkeypatch):
+def test_the_ridge_is_that_of_gradients_without_whitening(
+    trial, learned, whole, monkeypatch
+):
     model, train, _, states = learned
     given = []
     real = agreement.relative_ridge
@@ -108,13 +117,35 @@ def test_checkpoints_that_are_alike_agree(trial):
     assert 0 < less < 0.999
 
 
-def test_few_coordinates_are_enough(trial, monkeypatch):
+@pytest.mark.parametrize("limit", ["COORDINATES", "HELD"])
+def test_few_coordinates_are_enough(trial, whole, monkeypatch, limit):
     expected = trial.agreements(STRENGTHS)
     every = sum(trial.pipeline.maker.layout.values())
-    monkeypatch.setattr(agreement, "COORDINATES", every * 3 // 4)
+    few = {"COORDINATES": every * 3 // 4, "HELD": 0.98}[limit]
+    monkeypatch.setattr(agreement, limit, few)
     found = trial.agreements(STRENGTHS)
     np.testing.assert_allclose(found, expected, atol=0.02)
     assert found != expected
+
+
+def test_as_many_are_compared_as_the_largest_strength_needs(trial, monkeypatch):
+    widths, real = [], agreement._solved
+
+    def solved(rows, *rest):
+        widths.append(rows.shape[1])
+        return real(rows, *rest)
+
+    monkeypatch.setattr(agreement, "_solved", solved)
+    trial.states = trial.states[:1]
+    monkeypatch.setattr(agreement, "_agreement", lambda _: 0.5)
+    trial.agreements(STRENGTHS)
+    whitener = trial.pipeline.whitener
+    needed = [
+        coordinates_holding(whitener.foresee(0, strength), whitener.shapes, agreement.HELD)
+        for strength in (0.5, max(STRENGTHS))
+    ]
+    assert needed[0] < needed[1] < sum(trial.pipeline.maker.layout.values())
+    assert set(widths) == {needed[1]}
 
 
 def test_a_checkpoint_is_fitted_once_for_the_trial_and_the_run(

@@ -1,4 +1,4 @@
-"""Products of float32 rows: in float32 where the ridge hides what that rounds."""
+"""Products of rows: as cheap as they can be where the ridge hides what they round."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,10 @@ from tests import reference
 
 from trak.encodings import encoding_of
 from trak.savers.rows import RowGroup
-from trak.score_computers import RidgeScoreComputer
-from trak.score_computers.ridge import _AMPLE, _ROUNDED
+from trak.score_computers import RidgeScoreComputer, products
+from trak.score_computers.gram import dual_gram
+from trak.score_computers.products import _AMPLE, _ROUNDED, multiplies_bfloat16
+from trak.score_computers.ridge_sample import Situation
 
 SHAPES = [(40, 300), (300, 40)]  # dual and primal
 
@@ -64,7 +66,98 @@ def test_how_small_depends_on_how_many_rows_there_are():
             assert kept[1].get("products") == found
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.fixture
+def fast(monkeypatch):
+    """The processor multiplies bfloat16 numbers, whether this one does so fast or not."""
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda _: True)
+
+
+def stored(folder, rows):
+    encoding, shape = encoding_of("bfloat16"), rows.shape
+    path = folder / "rows"
+    arrays = {"grads": (path, shape[1], encoding.file)}
+    group = RowGroup(folder / "j", shape[0], arrays, encoding)
+    group.commit(np.arange(len(rows)), {"grads": rows.float().numpy()})
+    return group.encoded()
+
+
+@pytest.mark.parametrize(
+    ("shape", "ridge", "found"),
+    [
+        ((300, 2500), "1x", "bfloat16"),
+        ((300, 2500), "8x", "bfloat16"),
+        ((300, 2500), "0.9x", None),
+        ((300, 2500), 1e6, None),
+        ((2000, 2500), "1.3x", None),
+        ((2000, 2500), "1.4x", "bfloat16"),
+        ((300, 200), "1x", None),
+        ((300, 2500), "1e-6x", "float64"),
+    ],
+)
+def test_ridges_that_hide_bfloat16_products(fast, shape, ridge, found):
+    rows, targets = made(shape, dtype=torch.bfloat16)
+    computer = RidgeScoreComputer(lambda_reg=ridge)
+    kept = computer.finalize(rows)
+    assert kept[1].get("products") == found
+    wanted = expected(rows, targets, kept[1]["ridge"])
+    assert error(scores_of(computer, kept, rows, targets), wanted) < 5e-3
+
+
+def test_a_processor_without_them_takes_float32(monkeypatch):
+    known = {}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert not multiplies_bfloat16(torch.device("cpu"))
+    known |= {"avx512_bf16": False, "avx2": True}
+    assert not multiplies_bfloat16(torch.device("cpu"))
+    known |= {"avx512_bf16": True}
+    assert multiplies_bfloat16(torch.device("cpu"))
+    assert not multiplies_bfloat16(torch.device("cuda"))
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not multiplies_bfloat16(torch.device("cpu"))
+
+
+def test_sums_are_rounded_in_short_stretches():
+    rows, _ = made((300, 5000), dtype=torch.bfloat16)
+    rows[:, 1:] = rows[:, :1]  # one sum over all columns would round alike everywhere
+    rows *= torch.linspace(1, 2, 5000).to(torch.bfloat16)
+    wanted = rows.double() @ rows.double().T
+    found = dual_gram(rows, dtype=torch.bfloat16)
+    assert torch.equal(found, found.T)
+    errors = (found - wanted) / wanted.diagonal().sqrt().outer(wanted.diagonal().sqrt())
+    assert errors.square().mean().sqrt() < 0.7 * torch.finfo(torch.bfloat16).eps / 12**0.5
+
+
+def test_rows_with_scales_are_rounded_once(fast, tmp_path):
+    rows, targets = made((300, 2500), dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(1)
+    q = torch.rand(300, 1, generator=generator, dtype=torch.float64)
+    computer = RidgeScoreComputer(lambda_reg="1x", curvature=True)
+    found = stored(tmp_path, rows)
+    kept = computer.finalize(found, Situation(loss=q[:, 0]))
+    assert kept[1]["products"] == "bfloat16"
+    factors = (q * (1 - q / 2)).clamp(min=1e-4).sqrt()
+    weighted = factors * rows.double()
+    gram = weighted @ weighted.T
+    assert kept[1]["ridge"] == pytest.approx(float(gram.diagonal().mean()), rel=1e-3)
+    gram.diagonal().add_(kept[1]["ridge"])
+    wanted = torch.linalg.solve(gram, weighted @ targets.double().T) / factors
+    scores = computer.scorer(kept, found, targets, q)(0, 300)
+    assert error(scores, wanted) < 5e-3
+
+
+def test_a_ridge_that_needs_more_is_not_made_of_rounded_products(fast):
+    rows, targets = made((300, 2500), dtype=torch.bfloat16)
+    computer = RidgeScoreComputer(lambda_reg="1x")
+    kept = computer.finalize(rows)
+    for ridges, found in ((["3x"], "bfloat16"), (["3x", "0.1x"], None), ([0.5], None)):
+        for each in computer.at_ridges(kept, rows, ridges):
+            assert each[1].get("products") == found
+            wanted = expected(rows, targets, each[1]["ridge"])
+            scores = scores_of(computer, each, rows, targets)
+            assert error(scores, wanted) < (2e-3 if found else 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_rows_are_multiplied_as_ever(dtype):
     rows, _ = made(SHAPES[0], dtype=dtype)
     assert "products" not in RidgeScoreComputer(lambda_reg="1x").finalize(rows)[1]

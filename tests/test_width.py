@@ -25,6 +25,11 @@ def world():
     return model, train, targets, cases.checkpoints("mlp", 2)
 
 
+def keep(monkeypatch, **parts):
+    for name in ("ONE", "SEVERAL"):
+        monkeypatch.setattr(width, name, getattr(width, name)._replace(**parts))
+
+
 @pytest.fixture
 def narrow(monkeypatch):
     """Any rows are many, and columns are counted one by one."""
@@ -92,7 +97,7 @@ def test_scores_are_nearly_those_of_all_coordinates(world, tmp_path, narrow):
 def test_rows_are_as_wide_as_the_share_asks_for(world, tmp_path, narrow, monkeypatch):
     widths = []
     for number, share in enumerate((0.5, 0.8, 0.95, 1 - 1e-12)):
-        monkeypatch.setattr(width, "HELD", share)
+        keep(monkeypatch, usual=share, many=1e9)
         folder = tmp_path / str(number)
         call(world, folder, whitening=0.5)
         whitener = fitted(world, tmp_path / f"{number}-again")
@@ -105,30 +110,39 @@ def test_rows_are_as_wide_as_the_share_asks_for(world, tmp_path, narrow, monkeyp
     assert projection(folder)["kind"] == "na"  # nearly all are all
 
 
-@pytest.mark.parametrize(
-    ("many", "expected"),
-    [(0.1, "95 %"), (0.6, "many"), (8, "98 %")],
-)
+@pytest.mark.parametrize(("checkpoints", "share"), [(1, width.ONE), (2, width.SEVERAL)])
+@pytest.mark.parametrize("kept", ["least", "many", "usual"])
 def test_of_many_columns_fewer_are_kept(
-    world, tmp_path, narrow, monkeypatch, many, expected
+    world, tmp_path, narrow, monkeypatch, checkpoints, share, kept
 ):
     whitener = fitted(world, tmp_path / "fit")
     made = whitener.made(whitener.sums[0], 0.5, in_bases=True)
-    most, enough = (
-        coordinates_holding(made, whitener.shapes, s) for s in (width.HELD, width.ENOUGH)
+    usual, least = (
+        coordinates_holding(made, whitener.shapes, s) for s in (share.usual, share.least)
     )
-    assert 0.1 * N < enough < 0.6 * N < most < 8 * N
-    monkeypatch.setattr(width, "_MANY", many)
+    middle = (usual + least) // 2
+    assert least < middle < usual < share.many * N
+    many = {"least": least - 1, "many": middle - 0.5, "usual": usual + 0.5}[kept] / N
+    keep(monkeypatch, many=many)
     monkeypatch.setattr(width, "_WORTH", 1.0)
-    call(world, tmp_path / "a", whitening=0.5)
-    widths = {"95 %": enough, "many": 0.6 * N, "98 %": most}
-    assert projection(tmp_path / "a")["proj_dim"] == widths[expected]
+    call((*world[:3], world[3][:checkpoints]), tmp_path / "a", whitening=0.5)
+    widths = {"least": least, "many": middle, "usual": usual}
+    assert projection(tmp_path / "a")["proj_dim"] == widths[kept]
+
+
+def test_several_checkpoints_need_fewer_columns(world, tmp_path, narrow):
+    widths = []
+    for checkpoints in (1, 2):
+        folder = tmp_path / str(checkpoints)
+        call((*world[:3], world[3][:checkpoints]), folder, whitening=0.5)
+        widths.append(projection(folder)["proj_dim"])
+    assert widths[1] < widths[0]
 
 
 def test_the_width_is_that_of_the_first_call(world, tmp_path, narrow, monkeypatch):
     first = call(world, tmp_path, whitening=0.5)
     made = projection(tmp_path)
-    monkeypatch.setattr(width, "HELD", 0.5)
+    keep(monkeypatch, usual=0.5)
     again = call(world, tmp_path, whitening=0.5, exp_name="again")
     np.testing.assert_array_equal(first, again)
     assert projection(tmp_path) == made
@@ -201,7 +215,7 @@ def test_what_told_the_strength_is_not_fitted_again(world, tmp_path, narrow, mon
 
 
 def test_gradients_without_factors_are_kept(world, tmp_path, narrow, monkeypatch):
-    monkeypatch.setattr(width, "HELD", 0.3)  # of which few hold so much
+    keep(monkeypatch, usual=0.3)  # of which few hold so much
     call(world, tmp_path, whitening=0.5, gradient_computer=FunctionalGradientComputer)
     assert projection(tmp_path)["kind"] == "na"
 

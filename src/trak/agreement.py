@@ -16,13 +16,15 @@ from trak.modes import evaluation_mode
 from trak.pipeline import Pipeline, check_state, prepare_task
 from trak.precision import full_precision
 from trak.projectors import LeadingProjector
+from trak.projectors.leading import coordinates_holding
 from trak.score_computers.auto_ridge import BY_STRENGTH, relative_ridge
 from trak.score_computers.curvature import roots, weighted
 from trak.score_computers.losses import losses_beside
 from trak.score_computers.ridge_sample import Situation
 
-COORDINATES = 16_384
-"""Of whitened gradients that are compared, those of largest variance."""
+COORDINATES, HELD = 16_384, 0.98
+"""Of whitened gradients that are compared, those of largest variance: so many at most, and
+no more than hold this share of it at the largest strength."""
 _BASE = 0.5  # strength by which these are chosen
 _CHECKPOINTS = 3
 _TOGETHER = 10  # checkpoints beyond which averaging more of them hardly matters
@@ -80,7 +82,7 @@ class Trial:
         for number, state in enumerate(self.states):
             load(self.pipeline, state)
             fit(self.pipeline, self.fitting(number), number)
-            rows, powers, weights = self._coordinates(number)
+            rows, powers, weights = self._coordinates(number, max(strengths))
             usual = usual or self._ridge(rows / powers, weights)
             losses = losses_beside(weights).sized(self.logistic)
             factors = roots(losses, curved=self.curvature)
@@ -95,11 +97,13 @@ class Trial:
         return [_agreement(scores) for scores in found]
 
     @full_precision()
-    def _coordinates(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _coordinates(self, number: int, most: float) -> tuple[Tensor, Tensor, Tensor]:
         # whitened by the base strength, what each was multiplied by for that, and weights
         maker, whitener = self.pipeline.maker, self.pipeline.whitener
         whitening = whitener.foresee(number, _BASE)
-        width = min(COORDINATES, sum(maker.layout.values()))
+        strongest = whitener.foresee(number, most)
+        enough = coordinates_holding(strongest, whitener.shapes, HELD)
+        width = max(1, min(COORDINATES, enough))
         projector = LeadingProjector(whitener.shapes, width, maker.device)
         projector.use(projector.basis(whitening, quietly=True), number)
 

@@ -131,7 +131,8 @@ class Preparation:
             return known_width(known)
         if self.fitted is None or 0 not in self.fitted.sums:
             self.fitted = self._fit(strength)
-        return width_of(self.fitted, strength, self.settings["train_set_size"])
+        count, checkpoints = self.settings["train_set_size"], len(self.states)
+        return width_of(self.fitted, strength, count, checkpoints)
 
     def _dtype(self, width: int) -> Settings:
         known = begun_with(self.folder)

@@ -19,8 +19,15 @@ def average_ranks(columns: Floats) -> Floats:
     Returns:
         `[rows, m]`.
     """
+    order = np.argsort(columns, axis=0, kind="stable")
+    ordered = np.take_along_axis(columns, order, axis=0)
+    ranks = np.empty(columns.shape)
+    each = np.arange(1.0, len(columns) + 1)[:, None]
+    np.put_along_axis(ranks, order, np.broadcast_to(each, columns.shape), axis=0)
     once = np.ones((1, len(columns)))
-    return np.stack([weighted_ranks(column, once)[0] for column in columns.T], axis=1)
+    for tied in np.flatnonzero((ordered[1:] == ordered[:-1]).any(axis=0)):
+        ranks[:, tied] = weighted_ranks(columns[:, tied], once)[0]
+    return ranks
 
 
 def weighted_ranks(column: Floats, weights: Floats) -> Floats:
@@ -57,7 +64,9 @@ def correlations(kind: Correlation, a: Floats, b: Floats) -> Floats:
     Returns:
         `[m]`; 0 where a column is constant.
     """
-    return weighted_correlations(kind, a, b, np.ones((1, len(a))))[0]
+    x, y = (_centred(kind, columns) for columns in (a, b))
+    below = np.sqrt((x * x).sum(axis=0) * (y * y).sum(axis=0))
+    return np.clip((x * y).sum(axis=0) / np.where(below > 0, below, 1.0), -1.0, 1.0)
 
 
 def weighted_correlations(
@@ -82,12 +91,23 @@ def weighted_correlations(
     return found
 
 
+def _centred(kind: Correlation, columns: Floats) -> Floats:
+    if kind == "spearman":
+        return average_ranks(columns) - (len(columns) + 1) / 2
+    columns = _near_one(columns)
+    return columns - columns.mean(axis=0)
+
+
+def _near_one(columns: Floats) -> Floats:
+    # by powers of two, which round nothing: squares must neither vanish nor overflow
+    return np.ldexp(columns, -np.frexp(np.abs(columns).max(axis=0))[1])
+
+
 def _deviations(kind: Correlation, column: Floats, weights: Floats) -> Floats:
     if kind == "spearman":
         # the mean of average ranks follows from their number alone
         return weighted_ranks(column, weights) - (weights[0].sum() + 1) / 2
-    # by a power of two, which rounds nothing: squares must neither vanish nor overflow
-    column = np.ldexp(column, -int(np.frexp(np.abs(column).max())[1]))
+    column = _near_one(column)
     means = weights @ column / weights.sum(axis=1)
     return column - means[:, None]
 

@@ -2,16 +2,18 @@
 
 A matrix of sums over examples is accumulated in float64. Rows of at most 11 significant
 bits (float16, bfloat16, int8) are multiplied in float32, which holds the products of two
-float16 or bfloat16 numbers exactly, and summed in float32 over 32,768 rows at most.
+float16 or bfloat16 numbers exactly, and summed in float32 over 32,768 rows at most. Where
+bfloat16 products are asked for, sums over 1,024 columns are rounded to bfloat16.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from trak.encodings import RowSource
+from trak.encodings import EncodedRows, RowSource
 from trak.score_computers.stream import (
     BLOCK_BYTES,
     decoded,
@@ -26,6 +28,7 @@ from trak.shapes import Square
 _STRIP = 256
 _PART_ROWS = 32_768  # are summed in the dtype of the products, parts in float64
 _DUAL_COLUMNS = 16_384
+_SHORT_COLUMNS = 1024
 _Lower = Callable[[RowSource, torch.dtype, torch.device], Tensor]
 _TINY = 1e-24  # mean squares below it may have lost products to float32's lower end
 
@@ -73,7 +76,7 @@ def _symmetric(
     dtype = dtype or products_dtype(rows)
     gram = lower(rows, dtype, device)
     mean_square = float(gram.trace()) / max(1, num_rows * width)
-    if dtype is torch.float32 and not _TINY < mean_square < math.inf:
+    if dtype is not torch.float64 and not _TINY < mean_square < math.inf:
         gram = lower(rows, torch.float64, device)
     if not torch.isfinite(gram.diagonal()).all():  # any NaN or inf is squared into it
         refuse_nonfinite(rows, rows_per_block(width, torch.float64))
@@ -105,6 +108,8 @@ def _lower_primal(rows: RowSource, dtype: torch.dtype, device: torch.device) -> 
 
 def _lower_dual(rows: RowSource, dtype: torch.dtype, device: torch.device) -> Tensor:
     # by columns: without projection there may be millions of them
+    if dtype is torch.bfloat16:
+        return _lower_rounded(rows, device)
     num_rows, width = rows.shape
     gram = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
     step = min(_PART_ROWS, max(_DUAL_COLUMNS, BLOCK_BYTES // (8 * num_rows)))
@@ -114,4 +119,26 @@ def _lower_dual(rows: RowSource, dtype: torch.dtype, device: torch.device) -> Te
         for first in range(0, num_rows, strip):
             stop = min(first + strip, num_rows)
             gram[first:stop, :stop] += phi[first:stop] @ phi[:stop].T
+    return gram
+
+
+def _lower_rounded(rows: RowSource, device: torch.device) -> Tensor:
+    # sums over few columns, so that what they round averages out; the rows' scales come
+    # last, since rows times scales would be rounded once more
+    scales = rows.scales if isinstance(rows, EncodedRows) else None
+    plain = replace(rows, scales=None) if isinstance(rows, EncodedRows) else rows
+    num_rows, width = rows.shape
+    gram = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=device)
+    for start in range(0, width, _DUAL_COLUMNS):
+        columns = slice(start, start + _DUAL_COLUMNS)
+        phi = decoded(plain, torch.bfloat16, columns).to(device).contiguous()
+        for first in range(0, num_rows, _STRIP):
+            stop = min(first + _STRIP, num_rows)
+            part = torch.zeros(stop - first, stop, device=device)
+            for few in phi.split(_SHORT_COLUMNS, dim=1):
+                part += few[first:stop] @ few[:stop].T
+            gram[first:stop, :stop] += part
+    if scales is not None:
+        factors = torch.from_numpy(scales).to(gram)
+        gram.mul_(factors).mul_(factors.T)
     return gram

@@ -24,13 +24,11 @@ from trak.score_computers.linear import (
 )
 from trak.score_computers.loss_power import WAY, as_power
 from trak.score_computers.path import way_of
+from trak.score_computers.products import made_with, products_for
 from trak.score_computers.ridge_sample import Situation
 from trak.score_computers.stream import decoded, products_dtype
 
 _LARGE = 100.0  # times the trace: a ridge beside which the Gram matrix loses digits
-_ROUNDED = torch.finfo(torch.float32).eps
-"""Times the trace: what float32 sums may round."""
-_AMPLE = 100 * _ROUNDED  # a ridge that hides it
 
 
 class RidgeScoreComputer(LinearScoreComputer):
@@ -87,13 +85,14 @@ class RidgeScoreComputer(LinearScoreComputer):
             auto, power, path = self.choose(rows, situation)
         phi, rows = rows, self.weighted(rows, situation.losses)
         form = smaller_form(*rows.shape)
-        products = _products(rows, [self.lambda_reg], auto)
+        where = self.where(phi)
+        products = products_for(rows, [self.lambda_reg], auto, form, where)
         gram = self._gram(rows, form, products)
         used = {"power": power if self.loss_power is None else self.loss_power}
         if path and self.loss_power is None:
             kernel = gram if form == "dual" else None
-            roots, device = self._roots(situation.losses), self.where(phi)
-            way = way_of(phi, kernel, roots, situation, device)
+            roots = self._roots(situation.losses)
+            way = way_of(phi, kernel, roots, situation, where)
             used |= {"path": path, WAY: way}
         matrix, info = self._factored(gram, form, rows, self.lambda_reg, auto, products)
         return matrix, info if used == {"power": 1} else {**info, **used}
@@ -140,12 +139,12 @@ class RidgeScoreComputer(LinearScoreComputer):
         auto = kept[1].get("auto")
         if auto is None:  # of a store from before there was an automatic ridge
             auto = relative_ridge(rows, Situation())
-        regs, made_with = [as_ridge(reg) for reg in lambda_regs], _made_with(kept, rows)
-        products = _products(rows, regs, auto)
-        anew = large or products.itemsize > made_with.itemsize
-        products = products if anew else made_with
-        gram = self._gram(rows, factor.form, products) if anew else factor.gram()
-        form = factor.form
+        regs, form = [as_ridge(reg) for reg in lambda_regs], factor.form
+        products = products_for(rows, regs, auto, form, self.where(rows))
+        before = made_with(kept[1], rows)
+        anew = large or products.itemsize > before.itemsize
+        products = products if anew else before
+        gram = self._gram(rows, form, products) if anew else factor.gram()
         return [self._factored(gram, form, rows, reg, auto, products) for reg in regs]
 
     def weights(self, kept: Kept, rows: RowSource, targets: Tensor) -> Tensor | None:
@@ -182,9 +181,11 @@ class RidgeScoreComputer(LinearScoreComputer):
         if factor.form == "primal":
             return super().scorer(kept, rows, targets)
         rows = self.weighted(rows, loss)
-        products, aims = _made_with(kept, rows), targets.to(factor.lower.device).T
-        if products is not products_dtype(rows) and not are_safe(aims):
-            products = products_dtype(rows)
+        aims, usual = targets.to(factor.lower.device).T, products_dtype(rows)
+        # bfloat16 is for the Gram matrix alone: scores are sums that nearly cancel
+        products = torch.promote_types(made_with(kept[1], rows), torch.float32)
+        if products is not usual and not are_safe(aims):
+            products = usual
         scores = factor.solve(product(rows, aims.to(products)).double())
         scores = self.unweighted(scores, loss)
         return lambda start, stop: scores[start:stop]
@@ -370,20 +371,3 @@ class RidgeScoreComputer(LinearScoreComputer):
         lower = torch.as_tensor(matrix, device="cpu").to(device)
         form, ridge = info["form"], info["ridge"]
         return RidgeFactor(lower, form, ridge, info["mean_squared_norm"])
-
-
-def _products(rows: RowSource, ridges: Sequence[Ridge], auto: float) -> torch.dtype:
-    # float32 for float32 rows, too, where no ridge is so small that it would show
-    usual, count = products_dtype(rows), rows.shape[0]
-    found = [auto if reg is None else multiple_of(reg) for reg in ridges]
-    multiples = [float("nan") if multiple is None else multiple for multiple in found]
-    if any(multiple < _ROUNDED * count for multiple in multiples):
-        return torch.float64
-    ample = all(multiple > _AMPLE * count for multiple in multiples)
-    single = row_encoding(rows).raw is torch.float32
-    return torch.float32 if single and ample else usual
-
-
-def _made_with(kept: Kept, rows: RowSource) -> torch.dtype:
-    found = kept[1].get("products")
-    return products_dtype(rows) if found is None else encoding_of(found).raw
