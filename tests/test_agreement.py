@@ -64,8 +64,12 @@ def expected_scores(trial, model, train, state, strength, usual):
     return (solved / factors * q[~held, None]).numpy()
 
 
-def test_scores_are_those_of_whitened_gradients(trial, learned, whole, monkeypatch):
+@pytest.mark.parametrize(("rounded", "tolerance"), [(False, 1e-3), (True, 0.02)])
+def test_scores_are_those_of_whitened_gradients(
+    trial, learned, whole, monkeypatch, rounded, tolerance
+):
     model, train, _, _ = learned
+    monkeypatch.setattr(agreement, "multiplies_bfloat16", lambda _: rounded)
     seen = []
     monkeypatch.setattr(agreement, "_agreement", lambda scores: seen.append(scores) or 0.5)
     monkeypatch.setattr(Trial, "_ridge", lambda *_: 1.5)
@@ -75,7 +79,7 @@ def test_scores_are_those_of_whitened_gradients(trial, learned, whole, monkeypat
         for found, state in zip(scores, trial.states, strict=True):
             expected = expected_scores(trial, model, train, state, strength, 1.5)
             np.testing.assert_allclose(
-                found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max()
+                found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max()
             )
 
 
@@ -115,6 +119,21 @@ def test_checkpoints_that_are_alike_agree(trial):
     trial.states = [third, other]
     [less] = trial.agreements([0.25])
     assert 0 < less < 0.999
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.9, 1.1])
+def test_products_are_as_rough_as_the_ridge_allows(trial, monkeypatch, ridge):
+    dtypes, real = [], agreement._solved
+
+    def solved(rows, *rest):
+        dtypes.append(rows.dtype)
+        return real(rows, *rest)
+
+    monkeypatch.setattr(agreement, "_solved", solved)
+    monkeypatch.setattr(agreement, "multiplies_bfloat16", lambda _: True)
+    monkeypatch.setattr(Trial, "_ridge", lambda *_: ridge)
+    trial.agreements([0.0])
+    assert set(dtypes) == {torch.bfloat16 if ridge > 1 else torch.float32}
 
 
 @pytest.mark.parametrize("limit", ["COORDINATES", "HELD"])

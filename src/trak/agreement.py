@@ -19,7 +19,9 @@ from trak.projectors import LeadingProjector
 from trak.projectors.leading import coordinates_holding
 from trak.score_computers.auto_ridge import BY_STRENGTH, relative_ridge
 from trak.score_computers.curvature import roots, weighted
+from trak.score_computers.gram import dual_gram
 from trak.score_computers.losses import losses_beside
+from trak.score_computers.products import hides_bfloat16, multiplies_bfloat16
 from trak.score_computers.ridge_sample import Situation
 
 COORDINATES, HELD = 16_384, 0.98
@@ -87,10 +89,11 @@ class Trial:
             losses = losses_beside(weights).sized(self.logistic)
             factors = roots(losses, curved=self.curvature)
             for kept, strength in zip(found, strengths, strict=True):
-                whitened = rows * powers ** (strength / _BASE - 1)
                 # played for each strength, the largest ridge would win: it is most
                 # reproducible
                 ridge = usual * (1 + BY_STRENGTH * strength)
+                whitened = torch.empty_like(rows, dtype=_products(rows, ridge))
+                torch.mul(rows, powers ** (strength / _BASE - 1), out=whitened)
                 kept.append(_solved(whitened, weights[:, :1], ridge, factors))
             if number:
                 self.pipeline.whitener.forget_large(number)
@@ -178,12 +181,17 @@ def _solved(
     every = torch.arange(len(rows), device=rows.device)
     held = every % round(1 / _TARGETS) == 0
     q = loss[~held].double()
-    kernel = (rows[~held] @ rows.T).double()
+    kernel = dual_gram(rows, dtype=rows.dtype)[~held]
     scales = torch.ones_like(q) if factors is None else factors.to(q)[~held]
     gram = scales * kernel[:, ~held] * scales.T
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     solved = torch.cholesky_solve(scales * kernel[:, held], torch.linalg.cholesky(gram))
     return (solved / scales * q).cpu().numpy()
+
+
+def _products(rows: Tensor, ridge: float) -> torch.dtype:
+    cheap = hides_bfloat16(ridge, len(rows)) and multiplies_bfloat16(rows.device)
+    return torch.bfloat16 if cheap else torch.float32
 
 
 def _agreement(scores: list[NDArray[np.float64]]) -> float:

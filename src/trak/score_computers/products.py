@@ -38,8 +38,8 @@ def products_for(
     Returns:
         float64 where a ridge is so small that it needs that; float32 for float32 rows
         beside one that hides what it rounds; bfloat16 for the dual form of bfloat16 rows,
-        where the processor multiplies such numbers itself, beside one of the mean squared
-        row norm and of `0.03 sqrt(n)` times it or more; else `products_dtype`.
+        where the processor multiplies such numbers itself, beside one that hides what that
+        rounds; else `products_dtype`.
     """
     usual, count = products_dtype(rows), rows.shape[0]
     found = [auto if reg is None else multiple_of(reg) for reg in ridges]
@@ -49,10 +49,22 @@ def products_for(
     ample = all(multiple > _AMPLE * count for multiple in multiples)
     if row_encoding(rows).raw is torch.float32 and ample:
         return torch.float32
-    least = max(_HIDES_BFLOAT16, _BY_ROOT * count**0.5)
-    hidden = ample and all(multiple >= least for multiple in multiples)
+    hidden = all(hides_bfloat16(multiple, count) for multiple in multiples)
     rounded = form == "dual" and row_encoding(rows).raw is torch.bfloat16
     return torch.bfloat16 if hidden and rounded and multiplies_bfloat16(device) else usual
+
+
+def hides_bfloat16(multiple: float, count: int) -> bool:
+    """Whether a ridge hides what bfloat16 products round of a Gram matrix.
+
+    Args:
+        multiple: the ridge, in mean squared row norms.
+        count: rows, `n`.
+
+    Returns:
+        Whether it is 1 and `0.03 sqrt(n)` or more.
+    """
+    return multiple >= max(_HIDES_BFLOAT16, _BY_ROOT * count**0.5)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
