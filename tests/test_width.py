@@ -199,6 +199,20 @@ def test_the_first_checkpoint_is_fitted_once(world, tmp_path, narrow, monkeypatc
     assert once == sum(counts)
 
 
+def test_a_checkpoint_is_decomposed_once(world, tmp_path, narrow, monkeypatch):
+    made, real = [], Whitener.made
+
+    def counted(self, *args, **options):
+        made.append(args)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Whitener, "made", counted)
+    call(world, tmp_path, whitening=0.5)
+    assert len(made) == len(world[3])
+    call(world, tmp_path, whitening=0.5, exp_name="again", targets=[world[1]])
+    assert len(made) == len(world[3])
+
+
 def test_what_told_the_strength_is_not_fitted_again(world, tmp_path, narrow, monkeypatch):
     monkeypatch.setattr(strength, "_is_useful", lambda *_: True)
     counts = []

@@ -54,7 +54,8 @@ class RowMaker:
         losses: is shown the first training examples.
         trimmer: leaves padding out.
         micro: splits batches that do not fit into memory.
-        whitenings: checkpoint to what is done to its gradients before they are projected.
+        whitenings: checkpoint to what is done to its gradients before they are projected;
+            None where the projector does it.
     """
 
     model: nn.Module
@@ -66,7 +67,9 @@ class RowMaker:
     losses: LossWatch
     trimmer: Trimmer
     micro: MicroBatches = field(default_factory=MicroBatches)
-    whitenings: dict[int, Whitening] = field(default_factory=dict[int, Whitening])
+    whitenings: dict[int, Whitening | None] = field(
+        default_factory=dict[int, Whitening | None]
+    )
 
     def rows(
         self, batch: Batch, model_id: int, numbers: list[int], *, with_weights: bool = False
@@ -97,25 +100,27 @@ class RowMaker:
 
         return self.worked(batch, model_id, numbers, project, with_weights=with_weights)
 
-    def whiten(
-        self,
-        model_id: int,
-        whitening: Whitening,
-        basis: Mapping[str, NDArray[Any]] | None = None,
-    ) -> None:
+    def whiten(self, model_id: int, whitening: Whitening) -> None:
         """Whitens the rows of one checkpoint, and of no other, from now on.
 
         Args:
             model_id: the checkpoint.
             whitening: of its gradients.
-            basis: the coordinates that a `LeadingProjector` keeps; chosen here if None.
         """
         self.whitenings.clear()
         self.whitenings[model_id] = whitening
+
+    def keep(self, model_id: int, basis: Mapping[str, NDArray[Any]]) -> None:
+        """The same by the coordinates that a `LeadingProjector` keeps.
+
+        Args:
+            model_id: the checkpoint.
+            basis: these coordinates, whitening included.
+        """
         if isinstance(self.projector, LeadingProjector):
-            kept = self.projector.basis(whitening) if basis is None else basis
-            self.projector.use(kept, model_id)
-            whitening.bases.clear()  # which fill memory
+            self.projector.use(basis, model_id)
+        self.whitenings.clear()
+        self.whitenings[model_id] = None
 
     @contextmanager
     def making(

@@ -269,16 +269,25 @@ class Whitener:
         if not self.strength or model_id in self.maker.whitenings:
             return
         self.save(model_id)
-        parts = self.saver.settled_moments(model_id, settle=True)
-        if parts is None:
+        if self.saver.settled_moments(model_id, settle=True, prefix="format") is None:
             raise PhaseError(
                 f"This run whitens with strength {self.strength}, but nothing was fitted "
                 f"for model_id={model_id}. Between load_checkpoint and featurize call "
                 "fit_whitening(batch=batch) for every batch of the training set, or of a "
                 "sample of it."
             )
+        projector, known = self.maker.projector, self.foreseen.pop(model_id, None)
+        if not isinstance(projector, LeadingProjector):
+            self.maker.whiten(model_id, self._settled(model_id, None))
+            return
+        basis = self.saver.settled_basis(
+            model_id, lambda: projector.basis(self._settled(model_id, known))
+        )
+        self.maker.keep(model_id, basis)
+
+    def _settled(self, model_id: int, known: Foreseen | None) -> Whitening:
         total = Moments()
-        for path, arrays in parts:
+        for path, arrays in self.saver.settled_moments(model_id, settle=False) or ():
             total.merge(Moments.of_arrays(arrays, path))
         logger.info(
             "Features of model_id=%d are whitened with strength %g by %d examples.",
@@ -286,19 +295,9 @@ class Whitener:
             self.strength,
             total.count,
         )
-        projector, basis = self.maker.projector, None
-        known = self.foreseen.pop(model_id, None)
-        if (
-            known is not None
-            and isinstance(projector, LeadingProjector)
-            and known.is_of(total)
-        ):
-            whitening = known.whitening.at(self.strength)
-        else:
-            whitening = self.made(total, self.strength)
-        if isinstance(projector, LeadingProjector):
-            basis = self.saver.settled_basis(model_id, lambda: projector.basis(whitening))
-        self.maker.whiten(model_id, whitening, basis)
+        if known is not None and known.is_of(total):
+            return known.whitening.at(self.strength)
+        return self.made(total, self.strength)
 
     @full_precision()
     def made(self, sums: Moments, strength: float, *, in_bases: bool = False) -> Whitening:
