@@ -11,6 +11,7 @@ from tests import reference, runs
 from trak import TRAKer, agreement
 from trak.agreement import Trial, load
 from trak.batches import normalize
+from trak.errors import InputError
 from trak.gradient_computers import FunctionalGradientComputer
 from trak.pipeline.whiten import Foreseen, Whitener
 from trak.projectors import NoOpProjector
@@ -250,6 +251,13 @@ class TestForeseen:
         assert found.scales.keys() == expected.scales.keys() != set()
         for name, scale in expected.scales.items():
             torch.testing.assert_close(found.scales[name], scale, rtol=0, atol=0)
+
+    def test_without_eigenvectors_there_is_no_other_strength(self, learned, tmp_path):
+        whitener = self.whitener(learned, tmp_path).pipeline.whitener
+        sums = whitener.sums[0]
+        made = Whitening(sums, whitener.shapes, 0.5, DAMPING, torch.float32)
+        with pytest.raises(InputError, match="in_bases"):
+            made.at(0.75)
 
     def test_the_run_takes_it(self, learned, tmp_path, monkeypatch):
         rows = []

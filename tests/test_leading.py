@@ -74,7 +74,8 @@ def explicit(traker, plain):
             variances.append(variance)
         else:
             parts.append(part * whitening.scales[name])
-            variances.append(whitening.mean_squares[name] * whitening.scales[name] ** 2)
+            values = whitening.entries[name].values
+            variances.append(values * whitening.scales[name] ** 2)
     return torch.cat(parts, dim=1), torch.cat(variances)
 
 

@@ -68,8 +68,8 @@ def test_the_smallest_number_that_holds_the_share(world, tmp_path, share):
             left, right = (side.variances().double().numpy() for side in made.bases[name])
             every += [a * b for a in left for b in right]
         else:
-            scale = made.scales[name].double()
-            every += (made.mean_squares[name].double() * scale**2).tolist()
+            entries = made.entries[name]
+            every += (entries.values.double() * entries.powers.double() ** 2).tolist()
         assert len(every) >= np.prod(shape)
     every = np.sort(every)[::-1]
     found = coordinates_holding(made, whitener.shapes, share)

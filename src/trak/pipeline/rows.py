@@ -156,8 +156,8 @@ def _are_fine(rows: Tensor, rounded: Tensor, dtype: torch.dtype) -> bool:
     if dtype.is_floating_point and rows.shape[1]:
         wide, own = torch.finfo(rows.dtype), torch.finfo(dtype)
         if own.tiny <= wide.tiny and own.max >= _RANGE * wide.max:
-            # rounds every entry of its range alike
-            # two passes in float32 take a tenth of the time of `aminmax` along an axis
+            # Rounds every entry of its range alike. Two passes in float32 take a tenth of
+            # the time of `aminmax` along an axis.
             largest = torch.maximum(rounded.amax(dim=1), -rounded.amin(dim=1))
             least = wide.tiny / wide.eps
             return bool((torch.isfinite(largest) & (largest > least)).all())

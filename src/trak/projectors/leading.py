@@ -367,7 +367,4 @@ def _variance(whitening: Whitening, name: str) -> Tensor | None:
     if name in whitening.bases:
         left, right = whitening.bases[name]
         return torch.outer(left.variances(), right.variances()).flatten()
-    if name in whitening.mean_squares:
-        scale = whitening.scales[name].float()
-        return (whitening.mean_squares[name].float() * scale.square()).cpu()
-    return None
+    return whitening.entries[name].variances() if name in whitening.entries else None

@@ -61,7 +61,6 @@ class Whitening:
         scales: name to what its entries are multiplied by, where there are no factors.
         entries: name to the mean squares and damping that `scales` are made of.
         bases: name to the eigendecompositions of both factors; empty unless `in_bases`.
-        mean_squares: name to the mean square of each entry, for those in `scales`.
 
     Raises:
         InputError: if there is no example in the moments, or a shape does not fit.
@@ -84,7 +83,6 @@ class Whitening:
         self.sides: dict[str, Sides] = {}
         self.scales: dict[str, Tensor] = {}
         self.bases: dict[str, tuple[Basis, Basis]] = {}
-        self.mean_squares: dict[str, Tensor] = {}
         self.entries: dict[str, Basis] = {}
         factors = {
             name: found
@@ -98,7 +96,6 @@ class Whitening:
             each = damping ** (1 / len(sides))
             bases = [_basis(side, each, power) for side in sides]
             if len(bases) == 1:
-                self.mean_squares[name] = sides[0]
                 self.entries[name] = bases[0]
                 self.scales[name] = bases[0].powers.to(dtype)
             elif in_bases:
@@ -113,8 +110,16 @@ class Whitening:
             strength: `alpha`, 0 to 1.
 
         Returns:
-            As if made with it. Only of one that has `bases`.
+            As if made with it.
+
+        Raises:
+            InputError: if it was made without `in_bases`.
         """
+        if self.sides:
+            raise InputError(
+                "Eigenvectors are needed for another strength, and this whitening has kept "
+                "none. Make it with in_bases=True."
+            )
         made = copy(self)
         made.entries = {name: basis.at(strength) for name, basis in self.entries.items()}
         made.scales = {
