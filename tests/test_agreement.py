@@ -148,6 +148,19 @@ def test_few_coordinates_are_enough(trial, whole, monkeypatch, limit):
     assert found != expected
 
 
+def test_a_checkpoint_too_large_to_remember_is_decomposed_once(trial, monkeypatch):
+    made, real = [], Whitener.made
+
+    def counted(self, *args, **options):
+        made.append(args)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Whitener, "made", counted)
+    monkeypatch.setattr("trak.pipeline.whiten._REMEMBERED", 0)
+    trial.agreements(STRENGTHS)
+    assert len(made) == len(trial.states)
+
+
 def test_as_many_are_compared_as_the_largest_strength_needs(trial, monkeypatch):
     widths, real = [], agreement._solved
 

@@ -104,8 +104,7 @@ class Trial:
         # whitened by the base strength, what each was multiplied by for that, and weights
         maker, whitener = self.pipeline.maker, self.pipeline.whitener
         whitening = whitener.foresee(number, _BASE)
-        strongest = whitener.foresee(number, most)
-        enough = coordinates_holding(strongest, whitener.shapes, HELD)
+        enough = coordinates_holding(whitening.at(most), whitener.shapes, HELD)
         width = max(1, min(COORDINATES, enough))
         projector = LeadingProjector(whitener.shapes, width, maker.device)
         projector.use(projector.basis(whitening, quietly=True), number)
