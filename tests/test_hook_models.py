@@ -95,7 +95,7 @@ def test_adapters_that_begin_at_zero_are_proved_when_they_move():
         expected = reference.gradient_rows(model, batch, list(found))
         agree({n: rows.flatten(1) for n, rows in found.items()}, expected)
         assert computer.coverage().names_exactly == ()
-        assert computer._ways.plans[True]["0.down.weight"].kind == (
+        assert computer._ways.found.plans[True]["0.down.weight"].kind == (
             "layer" if moved else "unseen"
         )
 

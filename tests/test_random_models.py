@@ -124,6 +124,7 @@ def test_the_one_call_tells_too(tmp_path, caplog):
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_single_samples_of_random_models_are_not_blamed_on_picking(resumed, tmp_path):
+    torch.manual_seed(0)  # or dropout may show at once that no rule fits
     x = torch.randn(N, 6, generator=torch.Generator().manual_seed(0))
     model = Dropping(knows=False)
 

@@ -74,6 +74,20 @@ def test_samples_that_are_sorted_inside_get_their_own_gradients(size):
             torch.testing.assert_close(rows.flatten(1), expected[name][part])
 
 
+def test_exchanges_between_samples_are_seen_whichever_they_are():
+    model, (x, labels) = Sorted().double(), inputs(Sorted)
+    x, labels = x[:8], labels[:8]
+    for j in range(1, 7):
+        for other in range(j + 1, 8):  # the first two stay in order
+            x[:, 0] = torch.arange(8.0, dtype=torch.float64)
+            x[[j, other], 0] = x[[other, j], 0]
+            expected = reference.gradient_rows(model, (x, labels))
+            computer = HookGradientComputer(model, ImageClassificationModelOutput())
+            found = computer.compute_per_sample_grad((x, labels))
+            for name, rows in found.items():
+                torch.testing.assert_close(rows.flatten(1), expected[name])
+
+
 def late():
     """Values are in order until the fourth batch."""
     x, labels = inputs(Distinct)

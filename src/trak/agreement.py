@@ -13,7 +13,7 @@ from trak.batches import Batch, batch_size, normalize
 from trak.evaluation.ranks import correlations
 from trak.loaders import state_of
 from trak.modes import evaluation_mode
-from trak.pipeline import Pipeline, check_state, prepare_task
+from trak.pipeline import Pipeline, prepare_task, validate_state
 from trak.precision import full_precision
 from trak.projectors import LeadingProjector
 from trak.projectors.leading import coordinates_holding
@@ -149,8 +149,7 @@ def load(pipeline: Pipeline, checkpoint: Any) -> None:
         checkpoint: as `state_of` takes it.
     """
     state = state_of(checkpoint)
-    check_state(pipeline.model, state)
-    pipeline.load_weights(state)
+    pipeline.load_weights(state, validate_state(pipeline.model, state))
     prepare_task(pipeline.task, pipeline.model)
 
 

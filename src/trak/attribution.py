@@ -220,6 +220,8 @@ class _Run:
         self.states = states
         self.bar = bar
         self.first = first  # has fitted the first checkpoint, perhaps
+        if first is not None:
+            traker.pipeline.maker.computer.learn_from(first.maker.computer)
 
     def scores(self, train: Any, targets: Any, exp_name: str) -> NDArray[Any]:
         count = count_of("targets", targets)

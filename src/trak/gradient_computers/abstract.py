@@ -86,6 +86,22 @@ class AbstractGradientComputer(ABC):
         del batch, most
         return None
 
+    def recall(self, weights: str) -> None:
+        """Goes on with what was found out about the weights when they were loaded before.
+
+        Args:
+            weights: a digest of those that were loaded just now.
+        """
+        del weights
+
+    def learn_from(self, other: "AbstractGradientComputer") -> None:
+        """Takes over what another one found out, for `recall`.
+
+        Args:
+            other: of the same model and task.
+        """
+        del other
+
     @property
     def remembers_outputs(self) -> bool:
         """Whether `compute_outputs` costs nothing, right after the batch's gradients."""

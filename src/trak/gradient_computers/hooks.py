@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from trak.batches import Batch, batch_size, normalize, select
 from trak.blocks import Block, Sink
 from trak.errors import AttributionError, InputError, PhaseError, UnsupportedModuleError
-from trak.gradient_computers.abstract import SelectingGradientComputer
+from trak.gradient_computers.abstract import (
+    AbstractGradientComputer,
+    SelectingGradientComputer,
+)
 from trak.gradient_computers.capture import InputChangedError
 from trak.gradient_computers.coverage import Coverage, cover
 from trak.gradient_computers.echo import Echo
@@ -20,7 +23,7 @@ from trak.gradient_computers.plan import EXACT, Anatomy, Plan
 from trak.gradient_computers.surroundings import forget_kept, undisturbed, without_graph
 from trak.gradient_computers.sweep import Sweep
 from trak.gradient_computers.trial import Rows
-from trak.gradient_computers.ways import Ways, different_samples
+from trak.gradient_computers.ways import Findings, Ways, different_samples
 from trak.gradient_computers.whole import reached
 from trak.modelout_functions import batch_output_function
 from trak.modelout_functions.margin import OwnTensors
@@ -50,6 +53,9 @@ class HookGradientComputer(SelectingGradientComputer):
     Args:
         fallback: compute exactly what the rules do not cover; an error if False.
 
+    Attributes:
+        known: digest of weights to ways that were found with them.
+
     Raises:
         InputError: if the task has no batched output.
     """
@@ -65,6 +71,7 @@ class HookGradientComputer(SelectingGradientComputer):
         *,
         fallback: bool = True,
     ) -> None:
+        self.known: dict[str, Ways] = {}
         super().__init__(model, task, grad_dim, dtype, device, grad_wrt)
         self._fallback = fallback
         if batch_output_function(self.modelout_fn) is None:
@@ -83,11 +90,36 @@ class HookGradientComputer(SelectingGradientComputer):
         self.model = model
         forget_kept(model)
         self._anatomy = Anatomy(model, self.selected)
-        self._ways = Ways(self._anatomy, self._outputs, self._exact_rows)
+        self._ways = self._going_on(Findings())
         self._exact: dict[tuple[str, ...], FunctionalGradientComputer] = {}
         self._told: set[str] = set()
         self._echo = Echo()
         self._coverage: Coverage | None = None
+
+    def recall(self, weights: str) -> None:
+        """Goes on with the ways that were found when these weights were loaded before.
+
+        They are compared with an ordinary backward pass all the same, on the next batch.
+
+        Args:
+            weights: a digest of those that were loaded just now.
+        """
+        known = self.known.get(weights)
+        if known is not None and known.anatomy.is_like(self._anatomy):
+            self._ways = self._going_on(known.found)
+        self.known[weights] = self._ways
+
+    def _going_on(self, found: Findings) -> Ways:
+        return Ways(self._anatomy, self._outputs, self._exact_rows, found)
+
+    def learn_from(self, other: AbstractGradientComputer) -> None:
+        """Takes over the ways that another one found, for `recall`.
+
+        Args:
+            other: of the same model and task.
+        """
+        if isinstance(other, HookGradientComputer):
+            self.known.update(other.known)
 
     def compute_per_sample_grad(self, batch: Any) -> dict[str, Tensor]:
         """Computes df(z_i)/dtheta for every sample of a batch, multiplied out.
@@ -115,7 +147,7 @@ class HookGradientComputer(SelectingGradientComputer):
         Returns:
             False if they are copied already.
         """
-        before, self._ways.keep_copies = self._ways.keep_copies, True
+        before, self._ways.found.keep_copies = self._ways.found.keep_copies, True
         return not before
 
     def _collect(self, batch: Batch) -> Rows:
@@ -177,7 +209,7 @@ class HookGradientComputer(SelectingGradientComputer):
     @property
     def disproved(self) -> frozenset[str]:
         """Parameters whose gradients turned out not to come from their layers' rows."""
-        return frozenset(self._ways.disproved)
+        return frozenset(self._ways.found.disproved)
 
     def coverage(self) -> Coverage:
         """Tells how the selected parameters' gradients are computed.
@@ -224,7 +256,7 @@ class HookGradientComputer(SelectingGradientComputer):
 
     def _plan(self, batch: Batch) -> Plan:
         many = batch_size(batch) > 1
-        plans = self._ways.plans
+        plans = self._ways.found.plans
         if many not in plans:
             try:
                 self._ways.begin(batch)
@@ -237,7 +269,7 @@ class HookGradientComputer(SelectingGradientComputer):
                 plan = plans.pop(many)
                 return dict.fromkeys(plan, EXACT) if self._fallback else plan
             self._tell(plans[many])
-        elif self._ways.look_again(batch):
+        elif self._ways.look_again(batch) or self._coverage is None:
             self._tell(plans[many])
         return plans[many]
 
@@ -273,7 +305,7 @@ class HookGradientComputer(SelectingGradientComputer):
             lambda: self._outputs(batch),
             batch_size(batch),
         )
-        self._ways.to_prove |= used
+        self._ways.found.to_prove |= used
         if not sweep.refused <= self._told:
             self._told |= sweep.refused
             logger.info(
@@ -290,7 +322,7 @@ class HookGradientComputer(SelectingGradientComputer):
             plan,
             batch_size(batch),
             sink,
-            keep_copies=self._ways.keep_copies,
+            keep_copies=self._ways.found.keep_copies,
             alone=self._ways.alone(batch, plan),
         )
 

@@ -8,6 +8,7 @@ long as its samples together, the layer is left to the exact computer.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -71,17 +72,31 @@ class Ledger:
         return call < len(own) and 0 < length == self._num_samples * own[call][axis]
 
 
+@dataclass
+class Known:
+    """What samples alone gave.
+
+    Attributes:
+        alone: shape of a sample to lengths by place.
+        probed: shape to how many samples were tried.
+    """
+
+    alone: dict[tuple[object, ...], Shapes] = field(default_factory=dict)
+    probed: Counter[tuple[object, ...]] = field(default_factory=Counter)
+
+
 class Lengths:
     """What samples alone give, for every shape of them.
 
     Args:
         run: runs a batch of one sample and returns the lengths that were seen.
+        known: of the same weights, which is added to.
     """
 
-    def __init__(self, run: Callable[[Batch], Shapes]) -> None:
+    def __init__(self, run: Callable[[Batch], Shapes], known: Known) -> None:
         self._run = run
-        self._alone: dict[tuple[object, ...], Shapes] = {}
-        self._probed: Counter[tuple[object, ...]] = Counter()
+        self._alone = known.alone
+        self._probed = known.probed
 
     def alone(self, batch: Batch, places: Iterable[tuple[str, int]]) -> Shapes | None:
         """What a sample of this batch gives alone.

@@ -148,6 +148,22 @@ class Anatomy:
                 self.layers[path] = Layer(module, rule, own)
         self.ruled = {n for layer in self.layers.values() for n in layer.names.values()}
 
+    def is_like(self, other: "Anatomy") -> bool:
+        """Whether another one is of the same parameters in the same layers.
+
+        Args:
+            other: perhaps made earlier.
+
+        Returns:
+            False if the model, its parameters or its layers were replaced.
+        """
+        return (
+            self.model is other.model
+            and self.names == other.names
+            and self.layers == other.layers
+            and self.places == other.places
+        )
+
     def default_plan(self) -> Plan:
         """Every parameter of a layer with a rule by its rule, the others exactly.
 

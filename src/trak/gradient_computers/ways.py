@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from trak.batches import Batch, batch_size, leaves, select
 from trak.gradient_computers.capture import InputChangedError
-from trak.gradient_computers.lengths import Lengths, Shapes
+from trak.gradient_computers.lengths import Known, Lengths, Shapes
 from trak.gradient_computers.memory import is_out_of_memory
 from trak.gradient_computers.plan import EXACT, UNSEEN, Anatomy, Plan, Way
 from trak.gradient_computers.sketch import Sketcher
@@ -22,6 +23,29 @@ logger = logging.getLogger(__name__)
 _PROOFS = 8  # batches on which an unseen parameter's way is looked for
 
 
+@dataclass
+class Findings:
+    """What was found out about one set of weights.
+
+    Attributes:
+        plans: by whether the batch has more than one sample.
+        keep_copies: whether layer inputs must be copied.
+        to_prove: parameters that got their first gradient since.
+        disproved: parameters whose way was wrong for some samples.
+        unconfirmed: whether a plan waits for a batch of three samples.
+        proofs: batches on which an unseen parameter's way will be looked for.
+        lengths: what samples alone give.
+    """
+
+    plans: dict[bool, Plan] = field(default_factory=dict[bool, Plan])
+    keep_copies: bool = False
+    to_prove: set[str] = field(default_factory=set[str])
+    disproved: set[str] = field(default_factory=set[str])
+    unconfirmed: bool = False
+    proofs: int = _PROOFS
+    lengths: Known = field(default_factory=Known)
+
+
 class Ways:
     """One plan for batches of one sample, and one for larger ones.
 
@@ -29,13 +53,13 @@ class Ways:
         anatomy: the model's parameters.
         outputs: runs the model on a batch, `[b]`.
         exact: sketches of the exact gradients of named parameters, name to `[b, q]`.
+        found: what is known of the weights, which is added to. The first batch is compared
+            all the same.
 
     Attributes:
+        anatomy: as given.
+        found: as given.
         sketch: makes gradients small before they are compared.
-        plans: the plans, by whether the batch has more than one sample.
-        keep_copies: whether layer inputs must be copied.
-        to_prove: parameters that got their first gradient since.
-        disproved: parameters whose way was wrong for some samples.
     """
 
     def __init__(
@@ -43,21 +67,18 @@ class Ways:
         anatomy: Anatomy,
         outputs: Callable[[Batch], Tensor],
         exact: Callable[[tuple[str, ...], Batch], Rows],
+        found: Findings,
     ) -> None:
-        self._anatomy = anatomy
+        self.anatomy = anatomy
+        self.found = found
         self._outputs = outputs
         self._exact = exact
         shapes = {name: tuple(p.shape) for name, p in anatomy.parameters.items()}
         self.sketch = Sketcher(shapes)
-        self.plans: dict[bool, Plan] = {}
-        self.keep_copies = False
-        self.to_prove: set[str] = set()
-        self._lengths = Lengths(self._look)
-        self._unconfirmed = False
-        self._proofs = _PROOFS
+        self._lengths = Lengths(self._look, found.lengths)
         self._met = {True: 0, False: 0}
-        self._next = {True: 1, False: 2}  # a first single sample is proved by `find`
-        self.disproved: set[str] = set()
+        # a first single sample is proved by `find`, unless its plan is known
+        self._next = {True: 1, False: 1 if False in found.plans else 2}
 
     def begin(self, batch: Batch) -> None:
         """Starts with the rules, and looks whether the model changes inputs in place.
@@ -65,15 +86,15 @@ class Ways:
         Args:
             batch: a batch, of which one sample is tried.
         """
-        plan = self._anatomy.default_plan()
-        self.plans[batch_size(batch) > 1] = plan
+        plan = self.anatomy.default_plan()
+        self.found.plans[batch_size(batch) > 1] = plan
         one = select(batch, slice(0, 1))
-        sweep = Sweep(self._anatomy, plan, 1, lambda _: None, strict=False)
+        sweep = Sweep(self.anatomy, plan, 1, lambda _: None, strict=False)
         try:
             sweep.run(lambda: self._outputs(one))
         except InputChangedError as error:
             logger.info("%s Inputs are copied, which takes memory.", error)
-            self.keep_copies = True
+            self.found.keep_copies = True
         self.alone(batch, plan)
 
     def alone(self, batch: Batch, plan: Plan) -> Shapes | None:
@@ -91,7 +112,7 @@ class Ways:
     def _places(self, plan: Plan) -> list[tuple[str, int]]:
         axes = {"first": 0, "second": 1}
         places: set[tuple[str, int]] = set()
-        for path, layer in self._anatomy.layers.items():
+        for path, layer in self.anatomy.layers.items():
             ways = [plan[name] for name in layer.names.values()]
             places |= {
                 (path, axes[w.samples])
@@ -105,9 +126,9 @@ class Ways:
 
     def _look(self, one: Batch) -> Shapes:
         found: Shapes = {}
-        names = self._anatomy.parameters
-        for plan in (self._anatomy.default_plan(), dict.fromkeys(names, Way("function"))):
-            sweep = Sweep(self._anatomy, plan, 1, lambda _: None, strict=False)
+        names = self.anatomy.parameters
+        for plan in (self.anatomy.default_plan(), dict.fromkeys(names, Way("function"))):
+            sweep = Sweep(self.anatomy, plan, 1, lambda _: None, strict=False)
             found.update(sweep.look(lambda: self._outputs(one)).seen)
         return found
 
@@ -131,12 +152,12 @@ class Ways:
 
     def _find(self, samples: Batch) -> bool:
         many = batch_size(samples) > 1
-        exact = self._exact(tuple(self._anatomy.parameters), samples)
+        exact = self._exact(tuple(self.anatomy.parameters), samples)
         if not _finite(exact):
             return False
         found = self._trial(samples, exact).plan()
-        self.plans[many] = found | dict.fromkeys(self.disproved, EXACT)
-        self._unconfirmed |= many
+        self.found.plans[many] = found | dict.fromkeys(self.found.disproved, EXACT)
+        self.found.unconfirmed |= many
         return True
 
     @exact_float32()
@@ -150,18 +171,18 @@ class Ways:
             Whether a plan changed.
         """
         many = batch_size(batch) > 1
-        before = dict(self.plans[many])
-        if self._unconfirmed and batch_size(batch) > 2:
+        before = dict(self.found.plans[many])
+        if self.found.unconfirmed and batch_size(batch) > 2:
             self._confirm(select(batch, different_samples(batch)))
-        if self.to_prove and self._proofs:
-            self._proofs -= 1
-            self._prove(select(batch, different_samples(batch)[:2]), self.plans[many])
-        self._compare(batch, self.plans[many])
-        return before != self.plans[many]
+        if self.found.to_prove and self.found.proofs:
+            self.found.proofs -= 1
+            self._prove(select(batch, different_samples(batch)[:2]), self.found.plans[many])
+        self._compare(batch, self.found.plans[many])
+        return before != self.found.plans[many]
 
     def _confirm(self, samples: Batch) -> None:
         # with three samples, so that no axis of length two is taken for the sample axis
-        plan = self.plans[True]
+        plan = self.found.plans[True]
         risky = {
             n: way
             for n, way in plan.items()
@@ -173,7 +194,7 @@ class Ways:
             for name in set(risky) - agreed:
                 if bool(exact[name].any()):
                     plan[name] = EXACT
-        self._unconfirmed = False
+        self.found.unconfirmed = False
 
     def _compare(self, batch: Batch, plan: Plan) -> None:
         # on the first batch, the fourth, the sixteenth ...; of batches of one sample, which
@@ -186,15 +207,15 @@ class Ways:
         samples = spread(batch)
         lengths = self._lengths.known(samples)
         if lengths is None:  # what is learned here is for these samples
-            lengths = Lengths(self._look).alone(samples, self._places(plan))
+            lengths = Lengths(self._look, Known()).alone(samples, self._places(plan))
         try:
             wrong = disagreeing(
-                self._anatomy,
+                self.anatomy,
                 plan,
                 self._outputs,
                 samples,
                 self.sketch,
-                keep_copies=self.keep_copies,
+                keep_copies=self.found.keep_copies,
                 alone=lengths,
             )
         except (RuntimeError, MemoryError) as error:
@@ -213,29 +234,29 @@ class Ways:
             sorted(wrong)[:3],
             "" if first else " Those of earlier batches may be wrong.",
         )
-        self.disproved |= wrong
-        for known in self.plans.values():
+        self.found.disproved |= wrong
+        for known in self.found.plans.values():
             known.update(dict.fromkeys(wrong, EXACT))
 
     def _prove(self, samples: Batch, plan: Plan) -> None:
         # parameters whose gradient was zero in the samples seen so far
-        names = tuple(n for n in self._anatomy.parameters if n in self.to_prove)
+        names = tuple(n for n in self.anatomy.parameters if n in self.found.to_prove)
         exact = self._exact(names, samples)
         if not _finite(exact):
             return
         for name, way in self._trial(samples, exact).plan().items():
             if way is not UNSEEN:
                 plan[name] = way
-                self.to_prove.discard(name)
+                self.found.to_prove.discard(name)
 
     def _trial(self, samples: Batch, exact: Rows) -> Trial:
         return Trial(
-            self._anatomy,
+            self.anatomy,
             lambda: self._outputs(samples),
             exact,
             self.sketch,
-            keep_copies=self.keep_copies,
-            alone=self.alone(samples, self._anatomy.default_plan()),
+            keep_copies=self.found.keep_copies,
+            alone=self.alone(samples, self.anatomy.default_plan()),
         )
 
 

@@ -2,8 +2,9 @@
 
 Two samples cannot show everything: a model that sorts its samples leaves two that are in
 order where they are, and a layer that is called with some samples only may meet the first
-of these later. So sums of per-sample gradients, with random signs, are compared with the
-gradient of the same sum of outputs, which nobody has to take apart.
+of these later. So sums of per-sample gradients, with random weights, are compared with the
+gradient of the same sum of outputs, which nobody has to take apart. Weights that differ
+from sample to sample show any exchange; signs would hide those between equal ones.
 """
 
 import math
@@ -77,8 +78,8 @@ def disagreeing(
     rows, sweep = found
     by_rule = {n for n, way in plan.items() if way.kind not in {"exact", "unseen"}}
     names = [n for n in anatomy.parameters if n in by_rule - sweep.refused]
-    signs = _signs(batch_size(samples))
-    exact = summed(anatomy, names, lambda: outputs(samples), signs)
+    weights = random_weights(batch_size(samples))
+    exact = summed(anatomy, names, lambda: outputs(samples), weights)
     if exact is None:
         return set()
     sizes = {n: float(r.double().square().sum().sqrt()) for n, r in rows.items()}
@@ -92,7 +93,7 @@ def disagreeing(
         wanted = sketch(DenseBlock(name, gradient.reshape(1, -1)))[0].double()
         added = torch.zeros_like(wanted)
         if name in rows:
-            added = signs.to(wanted.device) @ rows[name].double()
+            added = weights.to(wanted.device) @ rows[name].double()
         half = coarse or gradient.dtype in HALVES
         relative, floor = _COARSE if half else _TOLERANCES.get(gradient.dtype, _COARSE)
         own = max(sizes.get(name, 0.0), float(wanted.norm()))
@@ -162,10 +163,6 @@ def random_weights(size: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     return torch.randn(size, generator=generator, device="cpu").double()
-
-
-def _signs(size: int) -> Tensor:
-    return random_weights(size).sign()
 
 
 def summed(

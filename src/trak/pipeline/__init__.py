@@ -13,7 +13,7 @@ from trak.pipeline.inventory import (
     list_experiments,
 )
 from trak.pipeline.methods import group_matrix, is_trak, method_named, method_pass
-from trak.pipeline.model_state import check_state, validate_state
+from trak.pipeline.model_state import validate_state
 from trak.pipeline.pipeline import Pipeline
 from trak.pipeline.project import RowMaker
 from trak.pipeline.ranks_of_scores import Ranked
@@ -33,7 +33,6 @@ __all__ = [
     "as_strength",
     "check_model",
     "check_parts",
-    "check_state",
     "describe_run",
     "error_pass",
     "group_matrix",

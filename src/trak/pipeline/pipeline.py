@@ -108,7 +108,7 @@ class Pipeline:
         digest = validate_state(self.model, checkpoint)
         self.saver.register_model_id(model_id, digest)
         warn_of_twins(self.saver, model_id, digest)
-        self.load_weights(checkpoint)
+        self.load_weights(checkpoint, digest)
         self.saver.load_current_store(model_id)
         self.phase = Phase("featurize", model_id, "", digest, WeightWatch(self.model))
 
@@ -137,7 +137,7 @@ class Pipeline:
             )
         self.saver.register_model_id(model_id, digest)
         self.saver.init_experiment(exp_name, num_targets, model_id)
-        self.load_weights(checkpoint)
+        self.load_weights(checkpoint, digest)
         watch = WeightWatch(self.model)
         self.phase = Phase("score", model_id, exp_name, digest, watch)
 
@@ -406,15 +406,17 @@ class Pipeline:
         others = sorted(set(self.saver.model_ids) - {model_id})
         return [model_id, *others]
 
-    def load_weights(self, checkpoint: Any) -> None:
+    def load_weights(self, checkpoint: Any, digest: str) -> None:
         """Loads weights into the model and the gradient computer.
 
         Args:
             checkpoint: a state dict that fits the model.
+            digest: of it, by `validate_state`.
         """
         self.model.load_state_dict(checkpoint)
         self.model.eval()
         self.maker.computer.load_model_params(self.model)
+        self.maker.computer.recall(digest)
         self._features = None
 
     def _expect(self, kind: str, method: str, own: str = "") -> Phase:
