@@ -88,6 +88,91 @@ def test_exchanges_between_samples_are_seen_whichever_they_are():
                 torch.testing.assert_close(rows.flatten(1), expected[name])
 
 
+@pytest.mark.parametrize("sizes", [(2, 5, 9), (3, 4, 2)])
+def test_more_samples_than_before_are_compared(sizes):
+    model, (x, labels) = Sorted().double(), inputs(Sorted)
+    start = sizes[0]
+    x[:start, 0] = torch.arange(start) - 9.0  # in order, so that nothing can be told
+    computer = HookGradientComputer(model, ImageClassificationModelOutput())
+    start = 0
+    for size in sizes:
+        part = slice(start, start + size)
+        found = computer.compute_per_sample_grad((x[part], labels[part]))
+        expected = reference.gradient_rows(model, (x[part], labels[part]))
+        for name, rows in found.items():
+            torch.testing.assert_close(rows.flatten(1), expected[name])
+        start += size
+
+
+class Gated(nn.Module):
+    """Reads its weight a second time, for samples of a large first feature."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        y = torch.tanh(self.layer(x))
+        again = nn.functional.linear(y, self.layer.weight.T)
+        return self.head(y + again * (x[:, :1] > 5))
+
+
+@pytest.mark.parametrize(("size", "place"), [(32, 9), (32, 31), (1, 2), (1, 6)])
+def test_what_few_samples_do_is_seen(size, place):
+    model, (x, labels) = Gated().double(), inputs(Sorted)
+    x[place, 0] = 6
+    computer = HookGradientComputer(model, ImageClassificationModelOutput())
+    expected = reference.gradient_rows(model, (x, labels))
+    for start in range(0, 32, size):
+        part = slice(start, start + size)
+        found = computer.compute_per_sample_grad((x[part], labels[part]))
+        for name, rows in found.items():
+            torch.testing.assert_close(rows.flatten(1), expected[name][part])
+
+
+class Routed(nn.Module):
+    """An expert for samples of a large first feature, of which there are few."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.expert = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        chosen = x[:, 0] > 5
+        y = torch.zeros_like(x)
+        if chosen.any():
+            found = torch.tanh(self.expert(x[chosen]))
+            y = y.masked_scatter(chosen[:, None], found)
+        return self.head(x + y)
+
+
+def test_an_expert_of_one_sample_is_not_taken_for_one_of_all():
+    model, (x, labels) = Routed().double(), inputs(Sorted)
+    x[[0, 25], 0] = 6
+    computer = HookGradientComputer(model, ImageClassificationModelOutput())
+    for part in (slice(0, 24), slice(24, 27)):
+        found = computer.compute_per_sample_grad((x[part], labels[part]))
+        expected = reference.gradient_rows(model, (x[part], labels[part]))
+        for name, rows in found.items():
+            torch.testing.assert_close(rows.flatten(1), expected[name])
+
+
+def test_a_layer_whose_rows_vary_is_left_to_the_exact_computer():
+    model, (x, labels) = Distinct().double(), inputs(Distinct)
+    x[:24], x[24:27] = x[:24] % 5, torch.tensor([7, 2, 4])  # as many values as samples
+    computer = HookGradientComputer(model, ImageClassificationModelOutput())
+    for part in (slice(0, 24), slice(24, 27)):
+        found = computer.compute_per_sample_grad((x[part], labels[part]))
+        expected = reference.gradient_rows(model, (x[part], labels[part]))
+        for name, rows in found.items():
+            torch.testing.assert_close(rows.flatten(1), expected[name])
+    assert "table.weight" in computer.coverage().names_exactly
+
+
 def late():
     """Values are in order until the fourth batch."""
     x, labels = inputs(Distinct)

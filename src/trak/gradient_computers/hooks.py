@@ -306,13 +306,16 @@ class HookGradientComputer(SelectingGradientComputer):
             batch_size(batch),
         )
         self._ways.found.to_prove |= used
-        if not sweep.refused <= self._told:
-            self._told |= sweep.refused
+        if sweep.refused:
+            self._ways.give_up(sweep.refused)
             logger.info(
                 "The samples of %s cannot be told apart in every batch, since it is called "
-                "with some of them only; such batches are computed exactly.",
+                "with some of them only; it is computed exactly from now on.",
                 sorted(sweep.refused)[:3],
             )
+            kept = self._ways.found.plans.get(batch_size(batch) > 1)
+            if kept is not None:
+                self._tell(kept)
         exact = {n for n, way in plan.items() if way.kind == "exact"}
         return exact | sweep.refused | used
 

@@ -37,39 +37,46 @@ class Ledger:
         self._alone = alone
         self._calls: Counter[tuple[str, int]] = Counter()
 
-    def fits(self, place: str, output: Tensor, axis: int = 0) -> bool:
+    def fits(
+        self, place: str, output: Tensor, axis: int = 0, *, shared: bool = False
+    ) -> bool:
         """Whether an output is as long as the samples together.
 
         Args:
             place: a layer or a parameter.
             output: what was computed there.
             axis: of the samples.
+            shared: whether it is for all samples, and as long as of one.
 
         Returns:
             False if rows cannot be told apart by sample.
         """
         first, second, *_ = (*output.shape, 0, 0)
-        return self.note(place, (first, second), axis)
+        return self.note(place, (first, second), axis, shared=shared)
 
-    def note(self, place: str, shape: tuple[int, int], axis: int = 0) -> bool:
+    def note(
+        self, place: str, shape: tuple[int, int], axis: int = 0, *, shared: bool = False
+    ) -> bool:
         """As `fits`, for the lengths of the first two axes.
 
         Args:
             place: a layer or a parameter.
             shape: the lengths.
             axis: of the samples.
+            shared: whether the output is for all samples, and as long as of one.
 
         Returns:
             False if rows cannot be told apart by sample.
         """
+        together = 1 if shared else self._num_samples
         call = self._calls[place, axis]
         self._calls[place, axis] += 1
         self.seen[place].append(shape)
         length = shape[axis]
         if self._alone is None:
-            return length > 0 and length % self._num_samples == 0
+            return length > 0 and length % together == 0
         own = self._alone.get(place, [])
-        return call < len(own) and 0 < length == self._num_samples * own[call][axis]
+        return call < len(own) and 0 < length == together * own[call][axis]
 
 
 @dataclass

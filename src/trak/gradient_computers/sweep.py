@@ -156,10 +156,11 @@ class Sweep:
             return None
         if samples == "added":
             return output.unsqueeze(0).expand(self._num_samples, *output.shape)
-        fits = self.ledger.fits(path, output, 1 if samples == "second" else 0)
-        if samples == "shared" and output.shape[:1] == (1,):
-            return output.expand(self._num_samples, *output.shape[1:])
-        return output if fits else None
+        shared = samples == "shared" and output.shape[:1] == (1,)
+        axis = 1 if samples == "second" else 0
+        if not self.ledger.fits(path, output, axis, shared=shared):
+            return None
+        return output.expand(self._num_samples, *output.shape[1:]) if shared else output
 
     def _by_rule(
         self,

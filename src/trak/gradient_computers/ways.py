@@ -1,7 +1,7 @@
 """The plans of a set of weights: found on a few samples, confirmed and proved on more."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,8 @@ from trak.precision import autocast_is_on, exact_float32, without_autocast
 logger = logging.getLogger(__name__)
 
 _PROOFS = 8  # batches on which an unseen parameter's way is looked for
+_COMPARED, _COMPARED_AGAIN = 32, 8  # samples, at first and of later batches
+_ALONE = 8  # batches of one sample
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Findings:
         keep_copies: whether layer inputs must be copied.
         to_prove: parameters that got their first gradient since.
         disproved: parameters whose way was wrong for some samples.
+        compared: samples that were held against an ordinary backward pass, with others.
         unconfirmed: whether a plan waits for a batch of three samples.
         proofs: batches on which an unseen parameter's way will be looked for.
         lengths: what samples alone give.
@@ -41,6 +44,7 @@ class Findings:
     keep_copies: bool = False
     to_prove: set[str] = field(default_factory=set[str])
     disproved: set[str] = field(default_factory=set[str])
+    compared: int = 0
     unconfirmed: bool = False
     proofs: int = _PROOFS
     lengths: Known = field(default_factory=Known)
@@ -96,6 +100,18 @@ class Ways:
             logger.info("%s Inputs are copied, which takes memory.", error)
             self.found.keep_copies = True
         self.alone(batch, plan)
+
+    def give_up(self, names: Iterable[str]) -> None:
+        """Leaves parameters to the exact computer, whatever the batch.
+
+        A layer that is called with as many rows as the data wants may be called with as
+        many as there are samples, in another order.
+
+        Args:
+            names: of these.
+        """
+        for plan in self.found.plans.values():
+            plan.update(dict.fromkeys(names, EXACT))
 
     def alone(self, batch: Batch, plan: Plan) -> Shapes | None:
         """What lengths a sample of a batch gives by itself.
@@ -198,13 +214,20 @@ class Ways:
 
     def _compare(self, batch: Batch, plan: Plan) -> None:
         # on the first batch, the fourth, the sixteenth ...; of batches of one sample, which
-        # show less each, on the second, the fourth, the eighth ...
+        # show less each, on the second to eighth, the sixteenth ...; and until there were as
+        # many samples as show what few of them do
         many = batch_size(batch) > 1
         self._met[many] += 1
-        if self._met[many] != self._next[many]:
+        due = self._met[many] == self._next[many]
+        if due and many:
+            self._next[many] *= 4
+        elif due:
+            self._next[many] += self._next[many] if self._next[many] >= _ALONE else 1
+        more = _COMPARED - self.found.compared if many else 0
+        if not due and more <= 0:
             return
-        self._next[many] *= 4 if many else 2
-        samples = spread(batch)
+        samples = spread(batch, max(more, _COMPARED_AGAIN))
+        self.found.compared += batch_size(samples) if many else 0
         lengths = self._lengths.known(samples)
         if lengths is None:  # what is learned here is for these samples
             lengths = Lengths(self._look, Known()).alone(samples, self._places(plan))
@@ -235,8 +258,7 @@ class Ways:
             "" if first else " Those of earlier batches may be wrong.",
         )
         self.found.disproved |= wrong
-        for known in self.found.plans.values():
-            known.update(dict.fromkeys(wrong, EXACT))
+        self.give_up(wrong)
 
     def _prove(self, samples: Batch, plan: Plan) -> None:
         # parameters whose gradient was zero in the samples seen so far

@@ -24,24 +24,24 @@ from trak.gradient_computers.plan import EXACT, Anatomy, Plan
 from trak.gradient_computers.sweep import Sweep
 from trak.precision import without_autocast
 
-_MOST = 8  # samples
 _TOLERANCES = {torch.float64: (1e-6, 1e-10), torch.float32: (1e-2, 1e-5)}
 _COARSE = (0.2, 1e-2)  # half precision, and autocast
 
 
-def spread(batch: Batch) -> Batch:
+def spread(batch: Batch, most: int) -> Batch:
     """Some samples from all over a batch.
 
     Args:
         batch: a batch.
+        most: how many at most.
 
     Returns:
-        Up to 8 of them, in order.
+        These, in order.
     """
     size = batch_size(batch)
-    if size <= _MOST:
+    if size <= most:
         return batch
-    return select(batch, [j * size // _MOST for j in range(_MOST)])
+    return select(batch, [j * size // most for j in range(most)])
 
 
 def disagreeing(
