@@ -32,5 +32,7 @@ def test_rows_are_those_of_one_sample_at_a_time(seed):
 
 @pytest.mark.slow
 def test_rows_of_many_more():
-    silent = [seed for seed in range(60, 1000) if (found := wrong(seed))[0] and not found[1]]
+    silent = [
+        seed for seed in range(60, 1000) if (found := wrong(seed))[0] and not found[1]
+    ]
     assert not silent
