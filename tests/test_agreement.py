@@ -46,6 +46,11 @@ def trial(learned, tmp_path):
     return Trial(traker.pipeline, sample, states, lambda _: sample, curvature=True)
 
 
+def agreements(trial, strengths=STRENGTHS):
+    """Of all checkpoints that a trial may look at."""
+    return [[], *trial.agreements(strengths)][-1]
+
+
 def expected_scores(trial, model, train, state, strength, usual):
     """By explicit matrices: whitened gradients, weighted rows, and a solve in float64."""
     model.load_state_dict(state)
@@ -74,9 +79,9 @@ def test_scores_are_those_of_whitened_gradients(
     seen = []
     monkeypatch.setattr(agreement, "_agreement", lambda scores: seen.append(scores) or 0.5)
     monkeypatch.setattr(Trial, "_ridge", lambda *_: 1.5)
-    trial.agreements(STRENGTHS)
-    assert [len(scores) for scores in seen] == [3, 3, 3]
-    for strength, scores in zip(STRENGTHS, seen, strict=True):
+    agreements(trial)
+    assert [len(scores) for scores in seen[-3:]] == [3, 3, 3]
+    for strength, scores in zip(STRENGTHS, seen[-3:], strict=True):
         for found, state in zip(scores, trial.states, strict=True):
             expected = expected_scores(trial, model, train, state, strength, 1.5)
             np.testing.assert_allclose(
@@ -96,7 +101,7 @@ def test_the_ridge_is_that_of_gradients_without_whitening(
         return real(rows, situation)
 
     monkeypatch.setattr(agreement, "relative_ridge", ridge)
-    trial.agreements(STRENGTHS)
+    agreements(trial)
     [(rows, situation)] = given
     assert situation.checkpoints == len(states)
     model.load_state_dict(states[0])
@@ -114,11 +119,11 @@ def test_the_ridge_is_that_of_gradients_without_whitening(
 def test_checkpoints_that_are_alike_agree(trial):
     other, third = trial.states[1], trial.states[0]
     trial.states = [third, third]
-    assert trial.agreements([0.25]) == pytest.approx([1.0])
+    assert agreements(trial, [0.25]) == pytest.approx([1.0])
     trial.pipeline.whitener.sums.clear()
     trial.pipeline.whitener.chosen.clear()
     trial.states = [third, other]
-    [less] = trial.agreements([0.25])
+    [less] = agreements(trial, [0.25])
     assert 0 < less < 0.999
 
 
@@ -133,17 +138,17 @@ def test_products_are_as_rough_as_the_ridge_allows(trial, monkeypatch, ridge):
     monkeypatch.setattr(agreement, "_solved", solved)
     monkeypatch.setattr(agreement, "multiplies_bfloat16", lambda _: True)
     monkeypatch.setattr(Trial, "_ridge", lambda *_: ridge)
-    trial.agreements([0.0])
+    agreements(trial, [0.0])
     assert set(dtypes) == {torch.bfloat16 if ridge > 1 else torch.float32}
 
 
 @pytest.mark.parametrize("limit", ["COORDINATES", "HELD"])
 def test_few_coordinates_are_enough(trial, whole, monkeypatch, limit):
-    expected = trial.agreements(STRENGTHS)
+    expected = agreements(trial)
     every = sum(trial.pipeline.maker.layout.values())
     few = {"COORDINATES": every * 3 // 4, "HELD": 0.98}[limit]
     monkeypatch.setattr(agreement, limit, few)
-    found = trial.agreements(STRENGTHS)
+    found = agreements(trial)
     np.testing.assert_allclose(found, expected, atol=0.02)
     assert found != expected
 
@@ -157,7 +162,7 @@ def test_a_checkpoint_too_large_to_remember_is_decomposed_once(trial, monkeypatc
 
     monkeypatch.setattr(Whitener, "made", counted)
     monkeypatch.setattr("trak.pipeline.whiten._REMEMBERED", 0)
-    trial.agreements(STRENGTHS)
+    agreements(trial)
     assert len(made) == len(trial.states)
 
 
@@ -171,7 +176,7 @@ def test_as_many_are_compared_as_the_largest_strength_needs(trial, monkeypatch):
     monkeypatch.setattr(agreement, "_solved", solved)
     trial.states = trial.states[:1]
     monkeypatch.setattr(agreement, "_agreement", lambda _: 0.5)
-    trial.agreements(STRENGTHS)
+    agreements(trial)
     whitener = trial.pipeline.whitener
     needed = [
         coordinates_holding(whitener.foresee(0, strength), whitener.shapes, agreement.HELD)
@@ -207,9 +212,9 @@ def test_gradients_that_come_whole_are_tried_too(computer, learned, tmp_path, ca
         **({"gradient_computer": computer} if computer else {}),
     )
     sample = [normalize(batch) for batch in runs.split(train, 9)]
-    found = Trial(
-        traker.pipeline, sample, states, lambda _: sample, curvature=True
-    ).agreements(STRENGTHS)
+    found = agreements(
+        Trial(traker.pipeline, sample, states, lambda _: sample, curvature=True)
+    )
     assert all(0 < each < 1 for each in found)
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
@@ -232,7 +237,7 @@ def test_large_sums_of_further_checkpoints_are_fitted_again(
 
 
 def test_rows_of_the_fit_do_not_stay_in_memory(trial):
-    trial.agreements([0.5])
+    agreements(trial, [0.5])
     whitener = trial.pipeline.whitener
     assert set(whitener.sums) == set(whitener.chosen) == {0, 1, 2}
     for chosen in whitener.chosen.values():

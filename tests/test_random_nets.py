@@ -1,4 +1,4 @@
-"""Rows of random models that do what no layer's rule expects, against one sample at a time."""
+"""Rows of random models that do what no rule expects, against one sample at a time."""
 
 import pytest
 import torch

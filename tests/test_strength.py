@@ -166,17 +166,21 @@ def test_strength_follows_agreement(learned, tmp_path, caplog, monkeypatch, stif
         )
         assert chosen(traker, states[:1], batches) == 0.0
         assert chosen(traker, states, batches) == 0.0
-    for agreements, expected in (
-        ([0.5, 0.503, 0.9], 0.25),
-        ([0.5, 0.52, 0.523], 0.5),
-        ([0.5, 0.52, 0.54], 0.75),
-        ([0.5, 0.4, 0.9], 0.25),
+    for two, three, expected in (
+        ([0.5, 0.503, 0.9], [0.5, 0.504, 0.9], 0.25),
+        ([0.5, 0.503, 0.9], [0.5, 0.506, 0.9], 0.75),
+        ([0.5, 0.52, 0.523], [0.5, 0.52, 0.523], 0.5),
+        ([0.5, 0.52, 0.54], None, 0.75),
+        ([0.5, 0.52, 0.4], None, 0.5),
+        ([0.5, 0.4, 0.402], None, 0.25),
     ):
-        answers = iter(agreements)
+        answers = iter([*two, *(three or [])])
         monkeypatch.setattr("trak.agreement._agreement", lambda _, a=answers: next(a))
+        caplog.clear()
         with caplog.at_level(logging.INFO):
             assert chosen(traker, states, batches) == expected
-    assert "scores of 3 checkpoints agree by 0.500 (0.25)" in caplog.text
+        asked = 2 if three is None else 3
+        assert f"scores of {asked} checkpoints agree by 0.500 (0.25)" in caplog.text
 
 
 def test_whitening_is_of_no_use_before_anything_is_learned(

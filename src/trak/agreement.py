@@ -1,7 +1,7 @@
 """How well scores from different checkpoints agree, at several strengths of whitening."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ class Trial:
     Args:
         pipeline: of a run that whitens.
         sample: the examples.
-        states: the checkpoints, as `state_of` takes them; up to three are used.
+        states: the checkpoints, as `state_of` takes them; two are used, or three.
         fitting: number of a checkpoint to batches that its whitening is fitted to, unless
             the pipeline's whitener has its sums already. They stay there; of other
             checkpoints than the first up to 256 MiB of each.
@@ -70,14 +70,14 @@ class Trial:
         self.curvature = curvature
         self.logistic = logistic
 
-    def agreements(self, strengths: Sequence[float]) -> list[float]:
+    def agreements(self, strengths: Sequence[float]) -> Iterator[list[float]]:
         """Of the checkpoints' scores, averaged over targets and pairs.
 
         Args:
             strengths: of whitening.
 
-        Returns:
-            A Spearman correlation for each.
+        Yields:
+            A Spearman correlation for each, of the first two checkpoints, then of three.
         """
         found: list[list[NDArray[np.float64]]] = [[] for _ in strengths]
         usual = None
@@ -97,7 +97,7 @@ class Trial:
                 kept.append(_solved(whitened, weights[:, :1], ridge, factors))
             if number:
                 self.pipeline.whitener.forget_large(number)
-        return [_agreement(scores) for scores in found]
+                yield [_agreement(scores) for scores in found]
 
     @full_precision()
     def _coordinates(self, number: int, most: float) -> tuple[Tensor, Tensor, Tensor]:

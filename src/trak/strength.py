@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 STRENGTHS = (0.25, 0.5, 0.75)
 WORTH = 0.005
 """A step up must raise the agreement by so much, since whitening can also do harm."""
+_CLEAR = 0.01  # so far from that, two checkpoints tell what three do
 SAMPLE = 600
 _DIGITS = 3
 _MOST_WRONG, _ALIKE = 0.5, 0.1
@@ -45,10 +46,10 @@ def choose_strength(
 ) -> float:
     """The smallest strength beyond which checkpoints hardly agree better.
 
-    Up to 600 examples are taken, a quarter of them as targets. Each of up to three
-    checkpoints scores them at several strengths; the agreement is the Spearman
-    correlation of the scores' sums over random halves of the rest, averaged over targets
-    and pairs of checkpoints.
+    Up to 600 examples are taken, a quarter of them as targets. Each of two checkpoints,
+    or three where these do not tell clearly, scores them at several strengths; the
+    agreement is the Spearman correlation of the scores' sums over random halves of the
+    rest, averaged over targets and pairs of checkpoints.
 
     These are fitted before that, and their sums stay in the pipeline's whitener, unless
     whitening is of no use, or there is one whose loss is not logistic. Where growth of all
@@ -102,13 +103,17 @@ def _finite_weights(pipeline: Pipeline, sample: list[Batch]) -> list[Tensor]:
 
 
 def _by_agreement(trial: Trial) -> float:
-    agreements = trial.agreements(STRENGTHS)
-    steps = [after >= before + WORTH for before, after in pairwise(agreements)]
-    chosen = [*steps, False].index(False)
+    chosen, asked, agreements = 0, 1, [0.0]
+    for agreements in trial.agreements(STRENGTHS):
+        asked += 1
+        gains = [after - before - WORTH for before, after in pairwise(agreements)]
+        chosen = [*(gain >= 0 for gain in gains), False].index(False)
+        if all(abs(gain) > _CLEAR for gain in gains[: chosen + 1]):
+            break  # another checkpoint would not change that
     logger.info(
         "whitening='auto' stands for %g: scores of %d checkpoints agree by %s.",
         STRENGTHS[chosen],
-        len(trial.states),
+        asked,
         ", ".join(f"{a:.3f} ({s:g})" for s, a in zip(STRENGTHS, agreements, strict=True)),
     )
     return STRENGTHS[chosen]

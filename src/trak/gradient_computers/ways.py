@@ -214,8 +214,8 @@ class Ways:
 
     def _compare(self, batch: Batch, plan: Plan) -> None:
         # on the first batch, the fourth, the sixteenth ...; of batches of one sample, which
-        # show less each, on the second to eighth, the sixteenth ...; and until there were as
-        # many samples as show what few of them do
+        # show less each, on the second to eighth, the sixteenth ...; and until there were
+        # as many samples as show what few of them do
         many = batch_size(batch) > 1
         self._met[many] += 1
         due = self._met[many] == self._next[many]

@@ -27,7 +27,6 @@ from trak.projectors import (
     make_projector,
 )
 from trak.projectors.choice import projection_costs
-from trak.projectors.dimension import USUAL
 from trak.savers import AbstractSaver, MmapSaver
 from trak.score_computers import AbstractScoreComputer, RidgeScoreComputer
 from trak.score_computers.ridge_sample import drawn
@@ -210,7 +209,7 @@ def _make_sketch(parts: Parts, shapes: Mapping[str, Sequence[int]]) -> AbstractP
     leading = isinstance(parts.projector, LeadingProjector)
     if by_blocks(parts.projector) and not leading and parts.proj_dim <= _WIDEST_SKETCH:
         return parts.projector
-    return _whole_or_sketched(shapes, _WIDEST_SKETCH, USUAL, 0, parts.device)
+    return _whole_or_sketched(shapes, _WIDEST_SKETCH, WIDE, 0, parts.device)
 
 
 def _settings(parts: Parts, layout: Mapping[str, int]) -> RunSettings:
