@@ -105,6 +105,7 @@ def test_a_model_that_was_rebuilt_is_looked_at_anew(what):
         model.head.weight = nn.Parameter(model.head.weight.detach().clone())
     load(computer, "one")
     assert calls(computer) == anew
+    assert set(computer.known) == {"one"}  # nothing holds on to what was replaced
     is_exact(computer)
 
 

@@ -104,9 +104,10 @@ class HookGradientComputer(SelectingGradientComputer):
         Args:
             weights: a digest of those that were loaded just now.
         """
-        known = self.known.get(weights)
-        if known is not None and known.anatomy.is_like(self._anatomy):
-            self._ways = self._going_on(known.found)
+        own = self._anatomy
+        self.known = {d: w for d, w in self.known.items() if w.anatomy.is_like(own)}
+        if weights in self.known:
+            self._ways = self._going_on(self.known[weights].found)
         self.known[weights] = self._ways
 
     def _going_on(self, found: Findings) -> Ways:
