@@ -1,6 +1,7 @@
 """Models that pick or reorder samples inside, which two samples may not show."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,13 +9,19 @@ import torch
 from tests import reference, runs
 from torch import nn
 
+from trak.blocks import DenseBlock
 from trak.errors import (
     InputTypeError,
     PhaseError,
     StoreMismatchError,
     UnsupportedModuleError,
 )
-from trak.gradient_computers import FunctionalGradientComputer, HookGradientComputer
+from trak.gradient_computers import (
+    FunctionalGradientComputer,
+    HookGradientComputer,
+    ways,
+)
+from trak.gradient_computers.sketch import Sketcher
 from trak.modelout_functions import ImageClassificationModelOutput
 from trak.projectors import NoOpProjector
 
@@ -407,3 +414,28 @@ def test_a_model_that_runs_under_autocast_only():
     plain.load_state_dict(model.state_dict())
     expected = reference.gradient_rows(plain, batch)["weight"].float()
     torch.testing.assert_close(found.flatten(1), expected, rtol=0.05, atol=0.05)
+
+
+def test_wide_models_are_compared_on_fewer_samples_at_a_time(monkeypatch):
+    monkeypatch.setattr("trak.gradient_computers.ways._COMPARED_NUMBERS", 12 * 100)
+    sizes, real = [], ways.disagreeing
+
+    def counted(anatomy, plan, outputs, samples, *args, **options):
+        sizes.append(len(samples[0]))
+        return real(anatomy, plan, outputs, samples, *args, **options)
+
+    monkeypatch.setattr(ways, "disagreeing", counted)
+    model, (x, labels) = Gated().double(), inputs(Sorted)  # 63 parameters
+    computer = HookGradientComputer(model, ImageClassificationModelOutput())
+    for _ in range(4):
+        computer.compute_per_sample_grad((x, labels))
+    assert sizes == [19, 13, 8]
+
+
+def test_numbers_of_sketches_are_counted():
+    shapes = {"small": (30, 4), "bias": (7,), "large": (700, 500), "kernel": (600, 60, 9)}
+    sketch = Sketcher(shapes)
+    blocks = [
+        DenseBlock(name, torch.randn(2, math.prod(shape))) for name, shape in shapes.items()
+    ]
+    assert sketch.numbers == sum(sketch(block).shape[1] for block in blocks)

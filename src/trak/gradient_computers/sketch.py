@@ -35,7 +35,7 @@ class Sketcher:
             `[b, q]`; the gradient itself for small parameters.
         """
         shape = self._shapes[block.name]
-        if len(shape) < 2 or math.prod(shape) <= _LARGE:
+        if _is_small(shape):
             return block.dense().gradient.detach()
         if isinstance(block, DenseBlock):
             gradient = block.gradient.detach()
@@ -43,6 +43,14 @@ class Sketcher:
             left = self._matrix(shape[0], gradient)
             return (left.t() @ rows).flatten(start_dim=1)
         return block.sketch(self._matrix(shape[0], block.backprops), None).flatten(1)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a sample's sketches of all parameters hold."""
+        return sum(
+            math.prod(shape) if _is_small(shape) else _COLUMNS * math.prod(shape[1:])
+            for shape in self._shapes.values()
+        )
 
     def _matrix(self, size: int, like: Tensor) -> Tensor:
         key = (size, like.dtype, like.device)
@@ -54,3 +62,7 @@ class Sketcher:
             )
             self._matrices[key] = entries.to(like.device, like.dtype)
         return self._matrices[key]
+
+
+def _is_small(shape: tuple[int, ...]) -> bool:
+    return len(shape) < 2 or math.prod(shape) <= _LARGE

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _PROOFS = 8  # batches on which an unseen parameter's way is looked for
 _COMPARED, _COMPARED_AGAIN = 32, 8  # samples, at first and of later batches
+_COMPARED_NUMBERS = 1 << 26  # of their sketches, 256 MiB
 _ALONE = 8  # batches of one sample
 
 
@@ -79,6 +80,8 @@ class Ways:
         self._exact = exact
         shapes = {name: tuple(p.shape) for name, p in anatomy.parameters.items()}
         self.sketch = Sketcher(shapes)
+        fitting = _COMPARED_NUMBERS // max(1, self.sketch.numbers)
+        self._most = max(_COMPARED_AGAIN, min(_COMPARED, fitting))
         self._lengths = Lengths(self._look, found.lengths)
         self._met = {True: 0, False: 0}
         # a first single sample is proved by `find`, unless its plan is known
@@ -226,7 +229,7 @@ class Ways:
         more = _COMPARED - self.found.compared if many else 0
         if not due and more <= 0:
             return
-        samples = spread(batch, max(more, _COMPARED_AGAIN))
+        samples = spread(batch, min(max(more, _COMPARED_AGAIN), self._most))
         self.found.compared += batch_size(samples) if many else 0
         lengths = self._lengths.known(samples)
         if lengths is None:  # what is learned here is for these samples
