@@ -1,5 +1,7 @@
 """Sketches of gradients: linear, of the same norm, and the same for every block."""
 
+import math
+
 import pytest
 import torch
 
@@ -45,3 +47,11 @@ def test_large_gradients_become_small_and_stay_visible():
     assert found.shape == (2, 8 * 500)
     assert found[0].any()
     assert not torch.isfinite(found[1]).all()
+
+
+def test_numbers_of_sketches_are_counted():
+    sketch = Sketcher(SHAPES)
+    blocks = [
+        DenseBlock(name, torch.randn(2, math.prod(shape))) for name, shape in SHAPES.items()
+    ]
+    assert sketch.numbers == sum(sketch(block).shape[1] for block in blocks)

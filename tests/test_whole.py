@@ -1,7 +1,6 @@
 """Models that pick or reorder samples inside, which two samples may not show."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 from tests import reference, runs
 from torch import nn
 
-from trak.blocks import DenseBlock
 from trak.errors import (
     InputTypeError,
     PhaseError,
@@ -21,7 +19,6 @@ from trak.gradient_computers import (
     HookGradientComputer,
     ways,
 )
-from trak.gradient_computers.sketch import Sketcher
 from trak.modelout_functions import ImageClassificationModelOutput
 from trak.projectors import NoOpProjector
 
@@ -430,12 +427,3 @@ def test_wide_models_are_compared_on_fewer_samples_at_a_time(monkeypatch):
     for _ in range(4):
         computer.compute_per_sample_grad((x, labels))
     assert sizes == [19, 13, 8]
-
-
-def test_numbers_of_sketches_are_counted():
-    shapes = {"small": (30, 4), "bias": (7,), "large": (700, 500), "kernel": (600, 60, 9)}
-    sketch = Sketcher(shapes)
-    blocks = [
-        DenseBlock(name, torch.randn(2, math.prod(shape))) for name, shape in shapes.items()
-    ]
-    assert sketch.numbers == sum(sketch(block).shape[1] for block in blocks)
