@@ -18,11 +18,11 @@ def count_calls(model):
 
 
 def test_featurizing_runs_the_model_once_a_batch(tmp_path):
-    model, train, _ = runs.data("mlp", 20, 5)
-    traker = runs.make_traker(model, 20, tmp_path)
+    model, train, _ = runs.data("mlp", 50, 5)
+    traker = runs.make_traker(model, 50, tmp_path)
     traker.load_checkpoint(model.state_dict(), model_id=0)
-    first, second = runs.split(train, 10)
-    traker.featurize(first, num_samples=10)
+    first, second = runs.split(train, 40)
+    traker.featurize(first, num_samples=40)  # of which enough are compared
     calls = count_calls(model[0])
     traker.featurize(second, num_samples=10)
     assert len(calls) == 1

@@ -281,10 +281,10 @@ def test_no_further_forward_pass_is_run_for_them(tmp_path, monkeypatch):
         model, N, tmp_path, task=Batched, lambda_reg="auto", projector=NoOpProjector()
     )
     traker.load_checkpoint(model.state_dict(), model_id=0)
-    traker.featurize((x[:24], y[:24]), inds=np.arange(24))
+    traker.featurize((x[:36], y[:36]), inds=np.arange(36))  # enough were compared then
     passes.clear()
-    traker.featurize((x[24:], y[24:]), inds=np.arange(24, N))
-    assert passes == [24]
+    traker.featurize((x[36:], y[36:]), inds=np.arange(36, N))
+    assert passes == [N - 36]
     assert len(traker.saver.sample_outputs(0).read()[0]) == 20
 
 
