@@ -64,18 +64,31 @@ def inputs(kind):
     return torch.arange(N) % 30, labels
 
 
+def hold_against_reference(model, batches, computer=None):
+    computer = computer or HookGradientComputer(model, ImageClassificationModelOutput())
+    for batch in batches:
+        found = computer.compute_per_sample_grad(batch)
+        expected = reference.gradient_rows(model, batch)
+        for name, rows in found.items():
+            torch.testing.assert_close(rows.flatten(1), expected[name])
+    return computer
+
+
+def parted(batch, *sizes):
+    """Pieces of a batch, of sizes in turn."""
+    ends = np.cumsum(sizes)
+    return [
+        tuple(p[end - size : end] for p in batch)
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("size", [2, 7, N])
 def test_samples_that_are_sorted_inside_get_their_own_gradients(size):
     model, (x, labels) = Sorted().double(), inputs(Sorted)
     if size == 2:  # of which nobody can tell anything before they are out of order
         x[:2, 0] = torch.tensor([1.0, -1.0])
-    expected = reference.gradient_rows(model, (x, labels))
-    computer = HookGradientComputer(model, ImageClassificationModelOutput())
-    for start in range(0, N, size):
-        part = slice(start, start + size)
-        found = computer.compute_per_sample_grad((x[part], labels[part]))
-        for name, rows in found.items():
-            torch.testing.assert_close(rows.flatten(1), expected[name][part])
+    hold_against_reference(model, zip(x.split(size), labels.split(size), strict=True))
 
 
 def test_exchanges_between_samples_are_seen_whichever_they_are():
@@ -85,27 +98,14 @@ def test_exchanges_between_samples_are_seen_whichever_they_are():
         for other in range(j + 1, 8):  # the first two stay in order
             x[:, 0] = torch.arange(8.0, dtype=torch.float64)
             x[[j, other], 0] = x[[other, j], 0]
-            expected = reference.gradient_rows(model, (x, labels))
-            computer = HookGradientComputer(model, ImageClassificationModelOutput())
-            found = computer.compute_per_sample_grad((x, labels))
-            for name, rows in found.items():
-                torch.testing.assert_close(rows.flatten(1), expected[name])
+            hold_against_reference(model, [(x, labels)])
 
 
 @pytest.mark.parametrize("sizes", [(2, 5, 9), (3, 4, 2)])
 def test_more_samples_than_before_are_compared(sizes):
     model, (x, labels) = Sorted().double(), inputs(Sorted)
-    start = sizes[0]
-    x[:start, 0] = torch.arange(start) - 9.0  # in order, so that nothing can be told
-    computer = HookGradientComputer(model, ImageClassificationModelOutput())
-    start = 0
-    for size in sizes:
-        part = slice(start, start + size)
-        found = computer.compute_per_sample_grad((x[part], labels[part]))
-        expected = reference.gradient_rows(model, (x[part], labels[part]))
-        for name, rows in found.items():
-            torch.testing.assert_close(rows.flatten(1), expected[name])
-        start += size
+    x[: sizes[0], 0] = torch.arange(sizes[0]) - 9.0  # in order: nothing can be told
+    hold_against_reference(model, parted((x, labels), *sizes))
 
 
 class Gated(nn.Module):
@@ -127,13 +127,7 @@ class Gated(nn.Module):
 def test_what_few_samples_do_is_seen(size, place):
     model, (x, labels) = Gated().double(), inputs(Sorted)
     x[place, 0] = 6
-    computer = HookGradientComputer(model, ImageClassificationModelOutput())
-    expected = reference.gradient_rows(model, (x, labels))
-    for start in range(0, 32, size):
-        part = slice(start, start + size)
-        found = computer.compute_per_sample_grad((x[part], labels[part]))
-        for name, rows in found.items():
-            torch.testing.assert_close(rows.flatten(1), expected[name][part])
+    hold_against_reference(model, parted((x, labels), *[size] * (32 // size)))
 
 
 class Routed(nn.Module):
@@ -157,23 +151,13 @@ class Routed(nn.Module):
 def test_an_expert_of_one_sample_is_not_taken_for_one_of_all():
     model, (x, labels) = Routed().double(), inputs(Sorted)
     x[[0, 25], 0] = 6
-    computer = HookGradientComputer(model, ImageClassificationModelOutput())
-    for part in (slice(0, 24), slice(24, 27)):
-        found = computer.compute_per_sample_grad((x[part], labels[part]))
-        expected = reference.gradient_rows(model, (x[part], labels[part]))
-        for name, rows in found.items():
-            torch.testing.assert_close(rows.flatten(1), expected[name])
+    hold_against_reference(model, parted((x, labels), 24, 3))
 
 
 def test_a_layer_whose_rows_vary_is_left_to_the_exact_computer():
     model, (x, labels) = Distinct().double(), inputs(Distinct)
     x[:24], x[24:27] = x[:24] % 5, torch.tensor([7, 2, 4])  # as many values as samples
-    computer = HookGradientComputer(model, ImageClassificationModelOutput())
-    for part in (slice(0, 24), slice(24, 27)):
-        found = computer.compute_per_sample_grad((x[part], labels[part]))
-        expected = reference.gradient_rows(model, (x[part], labels[part]))
-        for name, rows in found.items():
-            torch.testing.assert_close(rows.flatten(1), expected[name])
+    computer = hold_against_reference(model, parted((x, labels), 24, 3))
     assert "table.weight" in computer.coverage().names_exactly
 
 
@@ -250,16 +234,9 @@ def partly():
 
 def test_a_weight_that_some_samples_read_directly():
     model, batch = partly()
-    expected = reference.gradient_rows(model, batch)
-    computer = HookGradientComputer(model, ImageClassificationModelOutput())
-    found = computer.compute_per_sample_grad(batch)
-    for name, rows in found.items():
-        torch.testing.assert_close(rows.flatten(1), expected[name])
     # what larger batches showed holds for single samples
-    alone = {"table.weight": expected["table.weight"][4:5]}
-    for j in (0, 4):
-        found = computer.compute_per_sample_grad(tuple(p[j : j + 1] for p in batch))
-    torch.testing.assert_close(found["table.weight"].flatten(1), alone["table.weight"])
+    alone = [tuple(p[j : j + 1] for p in batch) for j in (0, 4)]
+    hold_against_reference(model, [batch, *alone])
 
 
 def test_samples_that_come_one_by_one_are_looked_at_again(tmp_path):
@@ -356,11 +333,9 @@ def test_scripted_modules_inside_a_model(how, tmp_path):
     make = {"script": torch.jit.script, "trace": lambda m: torch.jit.trace(m, x)}[how]
     model = nn.Sequential(make(nn.Linear(5, 4).double()), nn.Tanh(), nn.Linear(4, 3))
     model.double()
-    expected = reference.gradient_rows(model, batch)
     for kind in (HookGradientComputer, FunctionalGradientComputer):
         computer = kind(model, ImageClassificationModelOutput())
-        for name, rows in computer.compute_per_sample_grad(batch).items():
-            torch.testing.assert_close(rows.flatten(1), expected[name])
+        hold_against_reference(model, [batch], computer)
     with pytest.raises(InputTypeError, match=r"torch\.jit module .*Sequential\(model\)"):
         runs.make_traker(make(nn.Linear(5, 3).double()), 6, tmp_path)
 
