@@ -16,7 +16,14 @@ from trak.gradient_computers import FunctionalGradientComputer
 from trak.pipeline.whiten import Foreseen, Whitener
 from trak.projectors import NoOpProjector
 from trak.projectors.leading import coordinates_holding
-from trak.score_computers.auto_ridge import BY_STRENGTH
+from trak.score_computers.auto_ridge import (
+    BY_CURVATURE,
+    BY_STRENGTH,
+    USUAL,
+    noise_factor,
+    relative_ridge,
+)
+from trak.score_computers.ridge_sample import FEWEST, Situation
 from trak.whitening import Whitening
 from trak.whitening.whitening import DAMPING
 
@@ -89,31 +96,39 @@ def test_scores_are_those_of_whitened_gradients(
             )
 
 
+@pytest.mark.parametrize("most", [N, 45])
 def test_the_ridge_is_that_of_gradients_without_whitening(
-    trial, learned, whole, monkeypatch
+    trial, learned, monkeypatch, most
 ):
     model, train, _, states = learned
-    given = []
-    real = agreement.relative_ridge
-
-    def ridge(rows, situation):
-        given.append((rows, situation))
-        return real(rows, situation)
-
-    monkeypatch.setattr(agreement, "relative_ridge", ridge)
-    agreements(trial)
-    [(rows, situation)] = given
-    assert situation.checkpoints == len(states)
-    model.load_state_dict(states[0])
-    whole = reference.flat_rows(reference.gradient_rows(model, train)).double()
-    q = reference.loss_weights(model, train).double().flatten()
-    whole *= (q * (1 - q / 2)).clamp(min=1e-4).sqrt()[:, None]
-    expected = whole @ whole.T
-    found = rows.double() @ rows.double().T
-    found *= expected.trace() / found.trace()  # relative ridges do not see the scale
-    torch.testing.assert_close(
-        found, expected, rtol=1e-3, atol=1e-3 * expected.max().item()
+    trial.logistic = True
+    monkeypatch.setattr(agreement, "_PLAYED", most)
+    ridges, real = [], agreement.ridge_of_examples
+    monkeypatch.setattr(
+        agreement, "ridge_of_examples", lambda *a: ridges.append(real(*a)) or ridges[-1]
     )
+    agreements(trial)
+    [found] = ridges
+    model.load_state_dict(states[0])
+    rows = reference.flat_rows(reference.gradient_rows(model, train)).double()
+    q = reference.loss_weights(model, train).double().flatten()
+    taken = torch.arange(most) * N // most
+    roots = (q * (1 - q / 2)).clamp(min=1e-4).sqrt()[:, None]
+    situation = Situation(
+        checkpoints=len(states), loss=q[taken], logistic=True, curvature=True
+    )
+    expected = relative_ridge((roots * rows)[taken], situation)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_nothing_can_be_told_from_few_examples(trial, monkeypatch):
+    monkeypatch.setattr(agreement, "_PLAYED", FEWEST - 1)
+    seen, real = [], agreement._solved
+    monkeypatch.setattr(agreement, "_solved", lambda *a: seen.append(a[2]) or real(*a))
+    agreements(trial, [0.0])
+    situation = Situation(checkpoints=len(trial.states))
+    expected = USUAL * noise_factor(0, situation) * BY_CURVATURE
+    assert seen == pytest.approx([expected] * len(trial.states))
 
 
 def test_checkpoints_that_are_alike_agree(trial):

@@ -17,8 +17,8 @@ from trak.pipeline import Pipeline, prepare_task, validate_state
 from trak.precision import full_precision
 from trak.projectors import LeadingProjector
 from trak.projectors.leading import coordinates_holding
-from trak.score_computers.auto_ridge import BY_STRENGTH, relative_ridge
-from trak.score_computers.curvature import roots, weighted
+from trak.score_computers.auto_ridge import BY_STRENGTH, ridge_of_examples
+from trak.score_computers.curvature import roots
 from trak.score_computers.gram import dual_gram
 from trak.score_computers.losses import losses_beside
 from trak.score_computers.products import hides_bfloat16, multiplies_bfloat16
@@ -32,6 +32,7 @@ _CHECKPOINTS = 3
 _TOGETHER = 10  # checkpoints beyond which averaging more of them hardly matters
 _GROUPS = 100
 _TARGETS = 0.25  # of the sample
+_PLAYED = 400  # examples that the ridge is told from
 Fitting = Callable[[int], Iterable[Any]]
 
 
@@ -85,7 +86,7 @@ class Trial:
             load(self.pipeline, state)
             fit(self.pipeline, self.fitting(number), number)
             rows, powers, weights = self._coordinates(number, max(strengths))
-            usual = usual or self._ridge(rows / powers, weights)
+            usual = usual or self._ridge()
             losses = losses_beside(weights).sized(self.logistic)
             factors = roots(losses, curved=self.curvature)
             for kept, strength in zip(found, strengths, strict=True):
@@ -127,18 +128,19 @@ class Trial:
         return rows[:, : len(powers)], powers, weights
 
     @full_precision()
-    def _ridge(self, rows: Tensor, weights: Tensor) -> float:
-        loss, *counts = weights.double().cpu().T
+    def _ridge(self) -> float:
+        # of the first checkpoint without whitening, for no more than the sample
+        seen = self.pipeline.whitener.seen(0)
+        examples = None if seen is None else seen.alone(_PLAYED)
         situation = Situation(
             checkpoints=self.together,
-            loss=loss,
-            counts=counts[0] if counts else None,
+            loss=None if examples is None else examples.loss,
+            counts=None if examples is None else examples.counts,
             logistic=self.logistic,
             words=self.pipeline.losses.words,
             curvature=self.curvature,
         )
-        factors = roots(situation.losses, curved=self.curvature)
-        return relative_ridge(weighted(rows, factors), situation)
+        return ridge_of_examples(examples, situation)
 
 
 def load(pipeline: Pipeline, checkpoint: Any) -> None:

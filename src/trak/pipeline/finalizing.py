@@ -76,6 +76,7 @@ def finalize_checkpoints(
             strength=whitener.strength,
             columns=maker.projector.random_dim or None,
             unwhitened=whitener.unwhitened(model_id),
+            plain=whitener.plain(model_id),
             **decided,
             **_examples(saver, model_id, losses),
         )

@@ -1,20 +1,22 @@
 """Adds up what whitening needs, settles on it, and hands it to the maker of rows."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trak.arguments import as_number
 from trak.batches import Batch
 from trak.errors import InputError, PhaseError
 from trak.pipeline.project import RowMaker
 from trak.precision import full_precision
-from trak.projectors import AbstractProjector, LeadingProjector
+from trak.projectors import AbstractProjector, LeadingProjector, NoOpProjector
 from trak.savers import AbstractSaver
 from trak.score_computers.unwhitened import PREFIX, Chosen, Unwhitened
 from trak.whitening import Moments, Whitening
@@ -256,6 +258,29 @@ class Whitener:
         found = (Unwhitened.of_arrays(arrays, path) for path, arrays in parts)
         return [examples for examples in found if examples is not None]
 
+    def plain(self, model_id: int) -> Callable[[Tensor], Tensor] | None:
+        """What takes the whitening off a checkpoint's rows again.
+
+        Args:
+            model_id: the checkpoint, which has rows.
+
+        Returns:
+            A function of rows `[m, k]`, whose inner products are then those of gradients
+            (or of the coordinates of these that are kept); None where there is none: the
+            run does not whiten, or its rows are projected otherwise.
+        """
+        projector = self.maker.projector
+        if not self.strength:
+            return None
+        if isinstance(projector, LeadingProjector):
+            basis = self.saver.settled_basis
+            scales = cache(lambda: projector.scales(basis(model_id, dict)))
+            return lambda rows: rows / scales().to(rows)
+        if type(projector) is not NoOpProjector:
+            return None
+        back = cache(lambda: self.made(self._total(model_id), -self.strength))
+        return lambda rows: back().rows(rows, self.maker.layout)
+
     @full_precision()
     def prepare(self, model_id: int) -> None:
         """Makes the checkpoint's whitening, before its rows are made.
@@ -285,10 +310,14 @@ class Whitener:
         )
         self.maker.keep(model_id, basis)
 
-    def _settled(self, model_id: int, known: Foreseen | None) -> Whitening:
+    def _total(self, model_id: int) -> Moments:
         total = Moments()
         for path, arrays in self.saver.settled_moments(model_id, settle=False) or ():
             total.merge(Moments.of_arrays(arrays, path))
+        return total
+
+    def _settled(self, model_id: int, known: Foreseen | None) -> Whitening:
+        total = self._total(model_id)
         logger.info(
             "Features of model_id=%d are whitened with strength %g by %d examples.",
             model_id,

@@ -140,6 +140,28 @@ class LeadingProjector(BlockProjector):
             found.append(left[u] * right[v])
         return torch.cat([part.float() for part in found])
 
+    def scales(self, arrays: Mapping[str, NDArray[Any]]) -> Tensor:
+        """The same of coordinates that were chosen before, from the lengths of `L` and `R`.
+
+        Args:
+            arrays: what `basis` gave.
+
+        Returns:
+            `[k]`, float32; 1 for columns beyond those that there are.
+        """
+        found: list[Tensor] = []
+        for name in self.shapes:
+            part = self._taken(name, arrays) if f"inside/{name}" in arrays else None
+            if part is None:
+                continue
+            scale = part.scale
+            if part.left is not None and part.right is not None:
+                lengths = part.left.norm(dim=0)[:, None] * part.right.norm(dim=0)
+                scale = lengths.flatten()[part.inside]
+            found.append(torch.ones_like(part.inside) if scale is None else scale)
+        known = torch.cat([scale.float() for scale in found])
+        return torch.cat([known, known.new_ones(self.proj_dim - len(known))])
+
     def use(self, arrays: Mapping[str, NDArray[Any]], model_id: int) -> None:
         """Takes the coordinates of a checkpoint.
 

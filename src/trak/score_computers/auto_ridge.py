@@ -27,6 +27,7 @@ from trak.score_computers.ridge_sample import (
     SAMPLE,
     Sample,
     Situation,
+    growth_of_all,
     is_curved,
     sample_of,
     sampled,
@@ -78,6 +79,26 @@ def relative_ridge(rows: RowSource, situation: Situation) -> float:
     return choice(rows, situation).multiple
 
 
+def ridge_of_examples(examples: Unwhitened | None, situation: Situation) -> float:
+    """The ridge of a training set that consists of some examples.
+
+    Args:
+        examples: all that there are, whose rows are not whitened; None if none are known.
+        situation: what else counts; weighted rows if it says so.
+
+    Returns:
+        The multiple, above 0, as `relative_ridge` gives it for their rows.
+    """
+    count = 0 if examples is None else len(examples.loss)
+    curved = is_curved(situation)
+    sample = (
+        sample_of(examples, count, situation, curvature=curved)
+        if examples is not None and count >= FEWEST
+        else None
+    )
+    return _told([] if sample is None else [sample], count, situation).multiple
+
+
 def choice(rows: RowSource, situation: Situation) -> Choice:
     """The ridge, and what is to be made of Q, in one pass over the rows.
 
@@ -91,21 +112,31 @@ def choice(rows: RowSource, situation: Situation) -> Choice:
     Returns:
         The ridge, the exponent of Q, and the share of what Q added up to.
     """
-    factor = noise_factor(rows.shape[0], situation)
-    factor *= 1 + BY_STRENGTH * situation.strength
-    factor *= BY_CURVATURE if is_curved(situation) else 1
     known = situation.loss is not None and rows.shape[0] >= FEWEST
     samples = _samples(rows, situation) if known else []
+    growing = growth_of_all(rows, situation) if samples else None
+    return _told(samples, rows.shape[0], situation, growing)
+
+
+def _told(
+    samples: Sequence[Sample],
+    count: int,
+    situation: Situation,
+    growing: float | None = None,
+) -> Choice:
+    factor = noise_factor(count, situation)
+    factor *= 1 + BY_STRENGTH * situation.strength
+    factor *= BY_CURVATURE if is_curved(situation) else 1
     if not samples:
         logger.info(
             "Automatic ridge: %.3g times the mean squared row norm, the usual one: nothing "
             "can be told from %d rows.",
             USUAL * factor,
-            rows.shape[0],
+            count,
         )
         return Choice(USUAL * factor, 1.0)
     wider = _by_wide(samples[0], situation)
-    trainings = [_training(sample, situation) for sample in samples]
+    trainings = [_training(sample, situation, growing=growing) for sample in samples]
     _warn_of_much(situation.strength, trainings)
     pairs = zip(samples, trainings, strict=True)
     logs = [math.log(best_ridge(sample, training)) for sample, training in pairs]
@@ -129,7 +160,13 @@ def choice(rows: RowSource, situation: Situation) -> Choice:
     return Choice(played * factor, power, path)
 
 
-def _training(sample: Sample, situation: Situation, *, noisy: bool = False) -> Training:
+def _training(
+    sample: Sample,
+    situation: Situation,
+    *,
+    noisy: bool = False,
+    growing: float | None = None,
+) -> Training:
     return training_of(
         sample.kernel,
         sample.pull,
@@ -140,6 +177,7 @@ def _training(sample: Sample, situation: Situation, *, noisy: bool = False) -> T
         words=situation.words,
         noisy=noisy,
         outputs=sample.outputs,
+        growing=growing,
     )
 
 

@@ -1,6 +1,6 @@
 """Examples that the automatic ridge is told from, and what else it depends on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from trak.encodings import RowSource, row_encoding
 from trak.errors import NotEnoughMemoryError
 from trak.score_computers.curvature import roots as roots_of
 from trak.score_computers.losses import Losses, losses_of
+from trak.score_computers.stationarity import margins
 from trak.score_computers.stream import home, rows_per_block, stream
 from trak.score_computers.unwhitened import Unwhitened
 
@@ -63,6 +64,8 @@ class Situation:
         logistic: whether Q is that of a logistic loss of the output; None if unknown.
         curvature: the rows are weighted by the loss's curvature.
         unwhitened: some of the examples without whitening, for rows that are whitened.
+        plain: takes whitening off rows, `[m, k]` to `[m, k]`, up to a rotation; None where
+            nothing does.
         wide: some of the examples in a wider projection, for rows that are not whitened.
         outputs: of some of the examples, for rows that are not whitened.
         words: Q is a mean over the words of a text.
@@ -79,6 +82,7 @@ class Situation:
     logistic: bool | None = None
     curvature: bool = False
     unwhitened: Sequence[Unwhitened] = ()
+    plain: Callable[[Tensor], Tensor] | None = None
     wide: Wide | None = None
     outputs: Outputs | None = None
     words: bool = False
@@ -253,6 +257,41 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
     )
 
 
+def growth_of_all(rows: RowSource, situation: Situation) -> float | None:
+    """How strongly growth of all outputs is held back, over the whole training set.
+
+    Examples that a whitening was fitted to may be a small part of it, and what pulls at
+    the others is then mostly chance; sums over all rows, without whitening, tell it.
+
+    Args:
+        rows: Phi, `[n, k]`, whitened.
+        situation: knows the loss weights, and what takes whitening off rows.
+
+    Returns:
+        In units of `mean q (1 - q)` mean squared row norms; None if rows cannot tell, or
+        no more than the examples that were kept without whitening.
+    """
+    known = sum(len(examples.loss) for examples in situation.unwhitened)
+    if situation.plain is None or not known or known >= rows.shape[0]:
+        return None
+    every = losses_of(situation.loss, situation.counts)
+    losses, signs = _canonical(every, situation)
+    own = losses.own.flatten()
+    steep = float((own * (1 - own) * _counts(losses)).mean())
+    if not losses.are_probable or not steep > 0:
+        return None
+    outputs = margins(own)
+    factors = _factors(losses, curvature=situation.curvature)
+    columns = torch.stack([signs * outputs, every.total.flatten()], dim=1)
+    numbers = torch.from_numpy(drawn(rows.shape[0], FEWEST * 5))
+    kept, total = _gathered(rows, numbers, columns / factors[:, None])
+    along, pull = situation.plain(total.T)
+    kept = situation.plain(kept.double()) / factors[numbers].to(kept.device)[:, None]
+    unit = float(kept.square().sum(dim=1).mean())
+    lengths = float(outputs.square().sum()) * unit * steep
+    return float(along @ pull) / lengths if lengths > 0 else None
+
+
 def _outputs(known: Outputs | None, numbers: NDArray[np.int64]) -> Tensor | None:
     # of all of the sample, or of nothing
     if known is None or not np.isin(numbers, known.numbers).all():
@@ -262,11 +301,12 @@ def _outputs(known: Outputs | None, numbers: NDArray[np.int64]) -> Tensor | None
 
 
 def _gathered(rows: RowSource, numbers: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    # some rows, and Phi^T columns
+    # some rows, and Phi^T columns, [k] or [k, c]
     double = row_encoding(rows).name == "float64"
     dtype = torch.float64 if double else torch.float32
     device = home(rows)
-    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=device)
+    shape = (rows.shape[1], *columns.shape[1:])
+    total = torch.zeros(shape, dtype=torch.float64, device=device)
     kept: list[Tensor] = []
     block_rows = rows_per_block(rows.shape[1], dtype)
     for _, start, block in stream([rows], dtype, device, block_rows):

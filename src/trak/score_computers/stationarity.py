@@ -127,6 +127,7 @@ def training_of(
     words: bool = False,
     noisy: bool = False,
     outputs: Tensor | None = None,
+    growing: float | None = None,
 ) -> Training:
     """The training whose result these examples are.
 
@@ -156,23 +157,23 @@ def training_of(
         share: of the training set that the sample is.
         logistic: whether Q is that of a logistic loss; None if unknown.
         words: Q is a mean over the words of a text.
-        noisy: `pull` comes from narrower rows than the kernel. Least squares, weighted by
-            the noise of each eigenvector's part, then take the place of the median.
+        noisy: `pull` comes from narrower rows than the kernel, so that least squares,
+            weighted by the noise, take the place of the median.
         outputs: of the model, in units of Q, `[n]`, where the loss is a squared one.
+        growing: stiffness of growth, where more examples than these tell it.
 
     Returns:
         The training.
     """
-    margins = _outputs(kernel, loss, logistic)
+    told = _outputs(kernel, loss, logistic)
     counts = torch.ones_like(loss) if counts is None else counts
-    if margins is None:
-        known = kernel, pull, loss, counts, share
-        return _of_another_loss(*known, outputs, words=words)
-    examples = _Examples(kernel, pull, loss, margins, counts, share)
-    ridge, stiffness, power, path = _at_rest(examples, noisy=noisy)
+    if told is None:
+        return _of_another_loss(kernel, pull, loss, counts, share, outputs, words=words)
+    examples = _Examples(kernel, pull, loss, told, counts, share)
+    ridge, stiffness, power, path = _at_rest(examples, noisy=noisy, growing=growing)
     if stiffness != 1:
-        along = kernel @ margins
-        excess = (1 - 1 / stiffness) / float(margins @ along)
+        along = kernel @ told
+        excess = (1 - 1 / stiffness) / float(told @ along)
         kernel = kernel - excess * torch.outer(along, along)
     return Training(ridge * examples.steep, kernel, None, stiffness, power, path)
 
@@ -227,12 +228,25 @@ def _of_another_loss(
     return Training(ridge, kernel, pull / ridge + loss, power=power, path=path)
 
 
-def _at_rest(examples: _Examples, *, noisy: bool) -> _Rest:
+def margins(loss: Tensor) -> Tensor:
+    """Outputs that probabilities of being wrong stand for, finite ones for all of them.
+
+    Args:
+        loss: Q, `[n]`, 0 to 1.
+
+    Returns:
+        `log((1 - q) / q)`, `[n]`.
+    """
+    return log_odds(loss, _RIGHT, 1 - _WRONG)
+
+
+def _at_rest(examples: _Examples, *, noisy: bool, growing: float | None = None) -> _Rest:
     kernel, outputs, loss = examples.kernel, examples.outputs, examples.loss
     steep, spectrum = examples.steep, Spectrum.of(kernel)
     found, explained = _ridge_of(spectrum, examples.pull, outputs, noisy=noisy)
     told = found / steep / _DEPTH
-    growing = float(outputs @ examples.pull / (outputs @ outputs)) / steep
+    if growing is None:
+        growing = float(outputs @ examples.pull / (outputs @ outputs)) / steep
     early = growing < -MOST and float(loss.median()) > _MOST_WRONG
     ridge = EARLY
     if not early:
@@ -312,7 +326,7 @@ def _outputs(kernel: Tensor, loss: Tensor, logistic: bool | None) -> Tensor | No
     # None where loss weights are no probabilities of a logistic model
     if not bool(((loss >= 0) & (loss <= 1)).all()) or not bool((loss * (1 - loss)).any()):
         return None
-    outputs = log_odds(loss, _RIGHT, 1 - _WRONG)
+    outputs = margins(loss)
     if logistic is None:
         logistic = _as_if_learned(kernel, loss, outputs)
     return outputs if logistic else None

@@ -54,6 +54,22 @@ class Unwhitened:
             if tensor is not None
         }
 
+    def alone(self, most: int) -> "Unwhitened":
+        """Some of these, evenly spread, as if nothing else had been seen.
+
+        Args:
+            most: how many at most.
+
+        Returns:
+            The examples, in their order.
+        """
+        size = min(most, len(self.loss))
+        taken = torch.arange(size, device="cpu") * len(self.loss) // max(1, size)
+        loss, kernel = self.loss[taken], self.kernel[taken][:, taken]
+        pull = kernel.double() @ loss / max(1, size)
+        counts = None if self.counts is None else self.counts[taken]
+        return Unwhitened(kernel, pull, loss, counts)
+
     @classmethod
     def of_arrays(
         cls, arrays: Mapping[str, NDArray[Any]], path: Path

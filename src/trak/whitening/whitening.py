@@ -50,7 +50,7 @@ class Whitening:
     Args:
         moments: of the checkpoint's gradients.
         shapes: name to shape of every parameter.
-        strength: `alpha`, 0 to 1.
+        strength: `alpha`, 0 to 1; `-alpha` takes that whitening off again.
         damping: above 0.
         dtype: of the multiplications.
         in_bases: for `LeadingProjector`, which wants eigenvectors and eigenvalues instead
@@ -171,14 +171,26 @@ class Whitening:
         Returns:
             The same, whitened; `[b, p]`, or name to `[b, *parameter.shape]`.
         """
-        if isinstance(grads, Mapping):
-            return {
-                name: self
-                .apply(DenseBlock(name, grad.reshape(len(grad), -1)))
-                .dense()
-                .gradient.reshape(grad.shape)
-                for name, grad in grads.items()
-            }
+        if not isinstance(grads, Mapping):
+            return self.rows(grads, layout)
+        return {
+            name: self
+            .apply(DenseBlock(name, grad.reshape(len(grad), -1)))
+            .dense()
+            .gradient.reshape(grad.shape)
+            for name, grad in grads.items()
+        }
+
+    def rows(self, grads: Tensor, layout: Mapping[str, int]) -> Tensor:
+        """Whitens gradients that were multiplied out, all parameters beside each other.
+
+        Args:
+            grads: `[b, p]`.
+            layout: name to number of scalars, in their order.
+
+        Returns:
+            `[b, p]`, whitened.
+        """
         pieces = zip(layout, grads.split(list(layout.values()), dim=1), strict=True)
         blocks = (self.apply(DenseBlock(name, piece)) for name, piece in pieces)
         return torch.cat([block.dense().gradient for block in blocks], dim=1)

@@ -1,0 +1,163 @@
+"""How strongly growth of all outputs is held back, told from every training example."""
+
+import pytest
+import torch
+from tests import reference, runs
+from tests.test_leading import CASES, rows_of, world
+from tests.test_linearized_training import logistic
+from tests.test_unwhitened import unwhitened
+
+import trak
+from trak import attribution, preparation
+from trak.projectors import NoOpProjector
+from trak.score_computers import auto_ridge, stationarity
+from trak.score_computers.auto_ridge import choice
+from trak.score_computers.curvature import roots, weighted
+from trak.score_computers.ridge_sample import Situation, growth_of_all
+
+
+def expected_growth(rows, q, counts=1.0):
+    """By explicit matrices, of rows that are not whitened."""
+    outputs = ((1 - q) / q).log()
+    pull = rows @ (rows.T @ (counts * q))
+    steep = (counts * q * (1 - q)).mean() * rows.square().sum(1).mean()
+    return float(outputs @ pull / (outputs @ outputs) / steep)
+
+
+def whitened(n=150):
+    """Rows, Q, what whitening multiplied columns by, and what is known without it."""
+    rows, q = logistic(n=n)
+    scales = torch.linspace(0.2, 4, rows.shape[1], dtype=torch.float64)
+    return rows, q, scales, [unwhitened(rows[:50], q[:50], 50)]
+
+
+def situation(q, scales, known, **other):
+    options = {"strength": 0.4, "logistic": True, "loss": q, "unwhitened": known}
+    return Situation(**{**options, "plain": lambda rows: rows / scales.to(rows), **other})
+
+
+@pytest.mark.parametrize("how", ["plain", "curved", "signed", "counted"])
+def test_growth_is_that_of_all_examples_without_whitening(how):
+    rows, q, scales, known = whitened()
+    given, loss, other = rows * scales, q, {}
+    counts = torch.linspace(0.5, 2, len(q), dtype=torch.float64)
+    if how == "curved":
+        given, other = weighted(given, roots(q)), {"curvature": True}
+    if how == "signed":
+        signs = torch.where(torch.arange(len(q)) % 3 == 0, -1.0, 1.0)
+        given, loss = given * signs[:, None], q * signs
+    if how == "counted":
+        given, loss = given * counts[:, None].sqrt(), q * counts
+        other = {"counts": counts}
+    found = growth_of_all(given, situation(loss, scales, known, **other))
+    expected = expected_growth(rows, q, counts if how == "counted" else 1.0)
+    assert found == pytest.approx(expected, rel=1e-3)
+    part = expected_growth(rows[:50], q[:50])
+    assert abs(part / expected - 1) > 0.1  # so that the part that is known says otherwise
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"plain": None}, {"unwhitened": ()}, {"strength": 0.0, "plain": None}],
+)
+def test_rows_that_cannot_tell(other):
+    rows, q, scales, known = whitened()
+    assert growth_of_all(rows * scales, situation(q, scales, known, **other)) is None
+
+
+def test_nothing_is_to_be_told_where_all_examples_are_known():
+    rows, q, scales, _ = whitened()
+    every = [unwhitened(rows[:70], q[:70], 70), unwhitened(rows[70:], q[70:], 80)]
+    assert growth_of_all(rows * scales, situation(q, scales, every)) is None
+    sizes = situation(1 + q, scales, every[:1], logistic=None)
+    assert growth_of_all(rows * scales, sizes) is None  # no probabilities
+
+
+def test_growth_that_is_known_takes_the_place_of_the_samples():
+    rows, q = logistic(n=80)
+    kernel = rows @ rows.T
+    kernel /= kernel.diagonal().mean()
+    pull = kernel @ q
+    options = {"logistic": True}
+    own = expected_growth(rows, q)
+    usual = stationarity.training_of(kernel, pull, q, **options)
+    same = stationarity.training_of(kernel, pull, q, growing=own, **options)
+    assert same.ridge == pytest.approx(usual.ridge)
+    assert same.stiffness == pytest.approx(usual.stiffness)
+    held = stationarity.training_of(kernel, pull, q, growing=50 * own, **options)
+    assert held.stiffness > 2 * usual.stiffness
+
+
+def test_the_ridge_is_played_with_the_growth_of_all(monkeypatch):
+    rows, q, scales, known = whitened()
+    given, real = [], auto_ridge.training_of
+
+    def training_of(*args, growing=None, **options):
+        given.append(growing)
+        return real(*args, growing=growing, **options)
+
+    monkeypatch.setattr(auto_ridge, "training_of", training_of)
+    now = situation(q, scales, known)
+    choice(rows * scales, now)
+    assert given == [growth_of_all(rows * scales, now)]
+
+
+@pytest.mark.parametrize("kind", [NoOpProjector(), "leading"])
+@pytest.mark.parametrize("name", CASES)
+def test_whitening_is_taken_off_rows_again(name, kind, tmp_path):
+    model, train, _, _ = world(name)
+    every = sum(p.numel() for p in model.parameters())
+    options = {"projector": kind}
+    if kind == "leading":
+        options["proj_dim"] = every + 7  # and columns beyond all coordinates
+    traker, rows = rows_of(name, tmp_path, **options)
+    plain = traker.pipeline.whitener.plain(0)(rows)
+    gradients = reference.flat_rows(reference.gradient_rows(model, train)).double()
+    expected = gradients @ gradients.T
+    torch.testing.assert_close(
+        plain @ plain.T, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+    )
+
+
+def test_whitening_of_sketches_cannot_be_taken_off(tmp_path):
+    traker, _ = rows_of("mlp", tmp_path, proj_dim=16, projector="rademacher")
+    assert traker.pipeline.whitener.plain(0) is None
+    model, _, _, _ = world("mlp")
+    options = {"projector": NoOpProjector(), "whitening": None}
+    traker = runs.make_traker(model, 24, tmp_path / "none", **options)
+    assert traker.pipeline.whitener.plain(0) is None
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_fits_sample_does_not_decide(narrow, tmp_path, monkeypatch):
+    n = 120
+    model, train, targets = runs.data("mlp", n, 4)
+    states = [{k: v.clone() for k, v in model.state_dict().items()}]
+    if narrow:
+        monkeypatch.setattr(preparation, "WHOLE", 0)
+        monkeypatch.setattr("trak.width._STEP", 1)
+    told, real = [], auto_ridge.training_of
+
+    def training_of(*args, growing=None, **options):
+        told.append(growing)
+        return real(*args, growing=growing, **options)
+
+    monkeypatch.setattr(auto_ridge, "training_of", training_of)
+    for fitted in (40, 80):
+        for module in (preparation, attribution):
+            monkeypatch.setattr(module, "FITTED", fitted)
+        trak.attribute(
+            model,
+            task="image_classification",
+            train=runs.split(train, 10),
+            targets=runs.split(targets, 4),
+            checkpoints=states,
+            save_dir=tmp_path / str(fitted),
+            whitening=0.5,
+            progress=False,
+            device="cpu",
+        )
+    gradients = reference.flat_rows(reference.gradient_rows(model, train)).double()
+    q = reference.loss_weights(model, train).double().flatten()
+    expected = expected_growth(gradients, q)
+    assert told == pytest.approx([expected] * 2, rel=0.1 if narrow else 0.01)
