@@ -8,12 +8,14 @@ from tests.test_linearized_training import logistic
 from tests.test_unwhitened import unwhitened
 
 import trak
-from trak import attribution, preparation
+from trak import attribution, preparation, strength
+from trak.loaders import rest_of, some_of
 from trak.projectors import NoOpProjector
 from trak.score_computers import auto_ridge, stationarity
-from trak.score_computers.auto_ridge import choice
+from trak.score_computers.auto_ridge import choice, may_grow_freely
 from trak.score_computers.curvature import roots, weighted
 from trak.score_computers.ridge_sample import Situation, growth_of_all
+from trak.score_computers.unwhitened import Chosen
 
 
 def expected_growth(rows, q, counts=1.0):
@@ -161,3 +163,73 @@ def test_the_fits_sample_does_not_decide(narrow, tmp_path, monkeypatch):
     q = reference.loss_weights(model, train).double().flatten()
     expected = expected_growth(gradients, q)
     assert told == pytest.approx([expected] * 2, rel=0.1 if narrow else 0.01)
+
+
+def test_examples_that_are_looked_at_only_pull():
+    rows, q = logistic(n=90)
+    kept = Chosen()
+    kept.add(rows[:50], q[:50, None])
+    before = kept.found()
+    for part in (slice(50, 70), slice(70, 90)):
+        kept.add_to_sum(rows[part], q[part, None])
+    found = kept.found()
+    torch.testing.assert_close(found.kernel, before.kernel)
+    torch.testing.assert_close(found.pull, rows[:50] @ (rows.T @ q) / 90)
+
+
+@pytest.mark.parametrize("freely", [False, True])
+def test_where_growth_may_be_free_all_examples_tell_it(freely, tmp_path, monkeypatch):
+    model, (x, _), _ = runs.data("mlp", 120, 4)
+    with torch.no_grad():  # a model that is sure of its labels
+        for parameter in model.parameters():
+            parameter *= 4
+        train = x, model(x).argmax(1)
+    monkeypatch.setattr(strength, "may_grow_freely", lambda *_: freely)
+    seen = []
+    monkeypatch.setattr(strength, "stiffness", lambda *a: seen.append(a[0]) or 1.0)
+    traker = runs.make_traker(
+        model, 120, tmp_path, whitening="auto", projector=NoOpProjector()
+    )
+    batches = runs.split(train, 10)
+    own, others = batches[::2], batches[1::2]
+    strength.choose_strength(
+        traker.pipeline,
+        [model.state_dict()],
+        batches,
+        lambda _: own,
+        120,
+        others=others,
+    )
+    [found] = seen
+    gradients = reference.flat_rows(reference.gradient_rows(model, train)).double()
+    q = reference.loss_weights(model, train).double().flatten()
+    fitted = torch.arange(120) // 10 % 2 == 0
+    taking_part = torch.ones_like(fitted) if freely else fitted
+    pull = gradients[taking_part].T @ q[taking_part] / taking_part.sum()
+    expected = len(gradients.T) * gradients[fitted] @ pull  # rows hold a root of it
+    torch.testing.assert_close(found.pull, expected, rtol=1e-4, atol=1e-4 * expected.std())
+    torch.testing.assert_close(found.loss, q[fitted])
+
+
+def test_growth_that_is_a_small_part_of_rows_is_not_free():
+    rows, q = logistic(n=120)
+    known = unwhitened(rows, q, 120)
+    assert may_grow_freely(known, True)
+    signs = torch.where(torch.arange(len(q)) % 2 == 0, -1.0, 1.0)
+    signed = unwhitened(rows * signs[:, None], q * signs, 120)
+    assert may_grow_freely(signed, True)
+    assert not may_grow_freely(signed, None)  # numbers below 0 are no probabilities
+    outputs = ((1 - q) / q).log()[:, None]
+    apart = torch.eye(120, dtype=torch.float64) * rows.norm(dim=1).mean()
+    other = unwhitened(torch.cat([0.1 * outputs / outputs.norm(), apart], 1), q, 120)
+    assert not may_grow_freely(other, True)
+    assert not may_grow_freely(unwhitened(0 * rows, q, 120), True)
+
+
+def test_the_rest_of_some_batches():
+    batches = runs.split((torch.arange(95), torch.arange(95)), 10)
+    for wanted in (1, 30, 50, 95, 200):
+        some = [b[0][0].item() for b in some_of(batches, 95, wanted)]
+        rest = [b[0][0].item() for b in rest_of(batches, 95, wanted)]
+        assert sorted(some + rest) == list(range(0, 95, 10))
+        assert rest == sorted(rest)

@@ -155,23 +155,28 @@ def load(pipeline: Pipeline, checkpoint: Any) -> None:
     prepare_task(pipeline.task, pipeline.model)
 
 
-def fit(pipeline: Pipeline, batches: Iterable[Any], number: int) -> None:
+def fit(
+    pipeline: Pipeline, batches: Iterable[Any], number: int, *, conclude: bool = True
+) -> None:
     """Adds up what whitening needs; the sums stay in the pipeline's whitener.
 
     Nothing is done if they are there already.
 
     Args:
         pipeline: of a run that whitens, with the checkpoint's weights loaded.
-        batches: of training examples, all that there will be.
+        batches: of training examples, all that it will be fitted to.
         number: of the checkpoint.
+        conclude: let go of what only further batches would need.
     """
-    if number in pipeline.whitener.sums:
+    whitener = pipeline.whitener
+    if number in whitener.sums:
         return
     device = next(pipeline.model.parameters()).device
     with evaluation_mode(pipeline.model):
         for batch in batches:
-            pipeline.whitener.fit(normalize(batch, device), number)
-    pipeline.whitener.conclude(number)
+            whitener.fit(normalize(batch, device), number)
+    if conclude:
+        whitener.conclude(number)
 
 
 @full_precision()

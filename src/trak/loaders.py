@@ -140,6 +140,25 @@ def some_of(batches: Any, count: int, wanted: int) -> Iterator[Any]:
             yield batch
 
 
+def rest_of(batches: Any, count: int, wanted: int) -> Iterator[Any]:
+    """Those that `some_of` leaves out; none are read if it leaves out none.
+
+    Args:
+        batches: as `ordered` gives them.
+        count: examples that there are.
+        wanted: examples.
+
+    Yields:
+        Batches, in their order.
+    """
+    places = spread(batches, count, wanted)
+    if len(places) == _length(batches):
+        return
+    for place, batch in enumerate(batches):
+        if place not in places:
+            yield batch
+
+
 def spread(batches: Any, count: int, wanted: int) -> set[int]:
     """Batches, spread over all, that hold about so many examples.
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from trak.arguments import as_ridge
 from trak.gradient_computers import select_parameters
-from trak.loaders import some_of
+from trak.loaders import rest_of, some_of
 from trak.pipeline import Whitener, as_strength
 from trak.projectors import KernelProjector, NoOpProjector
 from trak.projectors.dimension import EXACT
@@ -120,6 +120,7 @@ class Preparation:
                 list(some_of(self.train, count, SAMPLE)),
                 self._sample,
                 count,
+                others=self._others(),
                 curvature=bool(settings["curvature"]),
             )
         self.fitted = None if exact else traker.pipeline.whitener
@@ -150,6 +151,11 @@ class Preparation:
             traker = TRAKer(self.model, save_dir=trial, **own)
             fit_first(traker.pipeline, self.states[0], self._sample(0))
         return traker.pipeline.whitener
+
+    def _others(self) -> Iterator[Any]:
+        # what whitening of the first checkpoint is not fitted to
+        rest = rest_of(self.train, self.settings["train_set_size"], FITTED)
+        return self.shown(rest, 0, "growth of outputs")
 
     def _sample(self, number: int) -> Iterator[Any]:
         count = self.settings["train_set_size"]

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from trak.agreement import Fitting, Trial, fit, load
 from trak.batches import Batch, batch_size, normalize
+from trak.modes import evaluation_mode
 from trak.pipeline import Pipeline
 from trak.savers.filesystem import read_object
-from trak.score_computers.auto_ridge import stiffness
+from trak.score_computers.auto_ridge import may_grow_freely, stiffness
 from trak.score_computers.losses import losses_beside
 from trak.whitening.whitening import STRENGTH
 
@@ -42,6 +43,7 @@ def choose_strength(
     fitting: Fitting,
     count: int,
     *,
+    others: Iterable[Any] = (),
     curvature: bool = True,
 ) -> float:
     """The smallest strength beyond which checkpoints hardly agree better.
@@ -62,6 +64,8 @@ def choose_strength(
         batches: of training examples, spread over the training set.
         fitting: number of a checkpoint to batches that its whitening is fitted to.
         count: training examples that there are, `n`.
+        others: batches of those that the first checkpoint's whitening is not fitted to,
+            which are looked at where growth may be free.
         curvature: weigh rows by the curvature of the loss.
 
     Returns:
@@ -81,7 +85,8 @@ def choose_strength(
     useful = _is_useful(losses.own, logistic)
     strength = STRENGTH if useful else 0.0
     if useful and enough and logistic is not False:
-        fit(pipeline, fitting(0), 0)
+        fit(pipeline, fitting(0), 0, conclude=False)
+        _look_on(pipeline, others, logistic)
         examples = pipeline.whitener.seen(0)
         free = 1.0 if examples is None else stiffness(examples, count, logistic)
         strength = round(STRENGTH * min(1.0, free), _DIGITS)
@@ -117,6 +122,21 @@ def _by_agreement(trial: Trial) -> float:
         ", ".join(f"{a:.3f} ({s:g})" for s, a in zip(STRENGTHS, agreements, strict=True)),
     )
     return STRENGTHS[chosen]
+
+
+def _look_on(pipeline: Pipeline, others: Iterable[Any], logistic: bool | None) -> None:
+    # what pulls at examples is mostly chance in a small part of the training set
+    whitener, examples = pipeline.whitener, pipeline.whitener.seen(0)
+    if (
+        examples is not None
+        and len(examples.loss) >= _FEWEST
+        and may_grow_freely(examples, logistic)
+    ):
+        device = next(pipeline.model.parameters()).device
+        with evaluation_mode(pipeline.model):
+            for batch in others:
+                whitener.look_on(normalize(batch, device), 0)
+    whitener.conclude(0)
 
 
 def fit_first(pipeline: Pipeline, state: Any, batches: Iterable[Any]) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak.arguments import as_number
-from trak.batches import Batch
+from trak.batches import Batch, batch_size
 from trak.errors import InputError, PhaseError
 from trak.pipeline.project import RowMaker
 from trak.precision import full_precision
@@ -133,6 +133,26 @@ class Whitener:
         if len(rows):
             chosen = self.chosen.setdefault(model_id, Chosen())
             chosen.add(*self.maker.parted(rows))
+
+    def look_on(self, batch: Batch, model_id: int) -> None:
+        """Adds a batch to what pulls at the examples that are kept without whitening.
+
+        Args:
+            batch: a normalized batch that the checkpoint's whitening is not fitted to.
+            model_id: the checkpoint, whose whitening is fitted to others.
+        """
+        maker = self.maker
+
+        def project(piece: Batch, own: list[int]) -> Tensor:
+            del own
+            return maker.with_copies(
+                lambda: maker.projected(self.sketch, piece, model_id, None)
+            )
+
+        numbers = list(range(batch_size(batch)))
+        rows, weights = maker.worked(batch, model_id, numbers, project, with_weights=True)
+        if weights is not None:
+            self.chosen[model_id].add_to_sum(rows, weights)
 
     def save(self, model_id: int) -> None:
         """Writes what this process added up, for others to add to theirs.

@@ -32,7 +32,14 @@ from trak.score_computers.ridge_sample import (
     sample_of,
     sampled,
 )
-from trak.score_computers.stationarity import Training, growth_stiffness, training_of
+from trak.score_computers.stationarity import (
+    FREE,
+    Training,
+    growth_share,
+    growth_stiffness,
+    margins,
+    training_of,
+)
 from trak.score_computers.unwhitened import Unwhitened
 
 logger = logging.getLogger(__name__)
@@ -343,6 +350,23 @@ def _samples(rows: RowSource, situation: Situation) -> list[Sample]:
             if len(examples.loss) >= FEWEST
         ]
     return [sample for sample in found if sample is not None]
+
+
+def may_grow_freely(examples: Unwhitened, logistic: bool | None) -> bool:
+    """Whether growth of all outputs is a large part of the rows' variance.
+
+    Args:
+        examples: some of the training set, as many as something can be told from.
+        logistic: whether Q is that of a logistic loss; None if unknown.
+
+    Returns:
+        False if `stiffness` cannot be below 1, whatever pulls at the examples.
+    """
+    situation = Situation(logistic=logistic)
+    sample = sample_of(examples, len(examples.loss), situation, curvature=False)
+    if sample is None or not bool(((sample.loss >= 0) & (sample.loss <= 1)).all()):
+        return False
+    return growth_share(sample.kernel, margins(sample.loss)) > FREE
 
 
 def stiffness(examples: Unwhitened, count: int, logistic: bool | None) -> float:

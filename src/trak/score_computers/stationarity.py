@@ -40,7 +40,7 @@ _OF_WORDS = 0.03  # a text is many examples
 _DEPTH = 2.5
 """Outputs of a network of `L` layers grow like the `L`-th power of its weights, so that
 `Phi w = L f`. How many layers there are cannot be told from rows; 2.5 was best."""
-_FREE, _FREEST, _HELD, _EXPLAINED, _LAZY = 0.04, 0.2, 8.0, 0.9, (1.0, 3.0)
+FREE, _FREEST, _HELD, _EXPLAINED, _LAZY = 0.04, 0.2, 8.0, 0.9, (1.0, 3.0)
 """Where outputs of all examples grow along more than 4 % of the rows' variance, networks
 give way to growth more easily than linear models do, down to a fifth of the stiffness; not
 where growth is held back more than 8 times as strongly as the rest, nor where more than
@@ -240,6 +240,19 @@ def margins(loss: Tensor) -> Tensor:
     return log_odds(loss, _RIGHT, 1 - _WRONG)
 
 
+def growth_share(kernel: Tensor, outputs: Tensor) -> float:
+    """How much of the rows' variance is growth of all outputs.
+
+    Args:
+        kernel: as for `training_of`.
+        outputs: of the model, `[n]`.
+
+    Returns:
+        From 0 to 1; not a number where all outputs are 0.
+    """
+    return float(outputs @ kernel @ outputs / (outputs @ outputs)) / len(outputs)
+
+
 def _at_rest(examples: _Examples, *, noisy: bool, growing: float | None = None) -> _Rest:
     kernel, outputs, loss = examples.kernel, examples.outputs, examples.loss
     steep, spectrum = examples.steep, Spectrum.of(kernel)
@@ -251,7 +264,7 @@ def _at_rest(examples: _Examples, *, noisy: bool, growing: float | None = None) 
     ridge = EARLY
     if not early:
         ridge = _ridge_of_it(examples, spectrum, told, explained, growing)
-    share = float(outputs @ kernel @ outputs / (outputs @ outputs)) / len(outputs)
+    share = growth_share(kernel, outputs)
     stiffness = _stiffness(growing / (_DEPTH * ridge), share, explained, ridge)
     held = between(growing, *_HOLDS)
     power = power_of(float(loss.mean()), share, ridge, told, explained, held)
@@ -316,7 +329,7 @@ def _stiffness(found: float, share: float, explained: float, ridge: float) -> fl
         Above 0; 1 if growth is like the rest.
     """
     held = max(1.0, found)
-    freedom = max(_FREEST, min(1.0, _FREE / share) ** 2) if share > 0 else 1.0
+    freedom = max(_FREEST, min(1.0, FREE / share) ** 2) if share > 0 else 1.0
     unlike = min(1.0, max(0.0, 1 - explained) / (1 - _EXPLAINED))
     lazy = min(1.0, max(0.0, (ridge - _LAZY[0]) / (_LAZY[1] - _LAZY[0])))
     return held * freedom ** (unlike * (1 - lazy) / (1 + (held / _HELD) ** 4))

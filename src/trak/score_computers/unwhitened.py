@@ -151,6 +151,17 @@ class Chosen:
         else:
             self._rows[places.to(rows.device)] = rows[winners.to(rows.device)]
 
+    def add_to_sum(self, rows: Tensor, loss: Tensor) -> None:
+        """Lets a batch take part in what pulls at the examples, but not be chosen.
+
+        Args:
+            rows: as for `add`, which was called before.
+            loss: as for `add`.
+        """
+        self._found = None
+        self._total += (rows.T @ loss[:, :1].to(rows)).flatten()
+        self._seen += len(rows)
+
     def _start(self, rows: Tensor, columns: int) -> None:
         # empty places lose against any example, the first ones first
         most = max(1, min(SAMPLE, _SAMPLE_BYTES // (4 * rows.shape[1])))
