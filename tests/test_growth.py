@@ -214,16 +214,30 @@ def test_where_growth_may_be_free_all_examples_tell_it(freely, tmp_path, monkeyp
 def test_growth_that_is_a_small_part_of_rows_is_not_free():
     rows, q = logistic(n=120)
     known = unwhitened(rows, q, 120)
-    assert may_grow_freely(known, True)
+    assert may_grow_freely(known, 900, True)
     signs = torch.where(torch.arange(len(q)) % 2 == 0, -1.0, 1.0)
     signed = unwhitened(rows * signs[:, None], q * signs, 120)
-    assert may_grow_freely(signed, True)
-    assert not may_grow_freely(signed, None)  # numbers below 0 are no probabilities
+    assert may_grow_freely(signed, 900, True)
+    assert not may_grow_freely(signed, 900, None)  # numbers below 0 are no probabilities
     outputs = ((1 - q) / q).log()[:, None]
     apart = torch.eye(120, dtype=torch.float64) * rows.norm(dim=1).mean()
     other = unwhitened(torch.cat([0.1 * outputs / outputs.norm(), apart], 1), q, 120)
-    assert not may_grow_freely(other, True)
-    assert not may_grow_freely(unwhitened(0 * rows, q, 120), True)
+    assert not may_grow_freely(other, 900, True)
+    assert not may_grow_freely(unwhitened(0 * rows, q, 120), 900, True)
+
+
+def test_growth_that_is_held_back_beyond_doubt_is_not_free(monkeypatch):
+    outputs = torch.linspace(1, 3, 120, dtype=torch.float64)
+    q = torch.sigmoid(-outputs)
+    uneven = 0.2 + 9.0 * (torch.arange(120) % 12 == 0)
+    rows = (outputs / q * uneven)[:, None]  # some examples hold growth back, most hardly
+    held, growth = unwhitened(rows, q, 120), expected_growth(rows, q)
+    monkeypatch.setattr(auto_ridge, "HELD", 1.1 * growth)
+    assert may_grow_freely(held, 120, True)
+    monkeypatch.setattr(auto_ridge, "HELD", 0.9 * growth)
+    assert not may_grow_freely(held, 120, True)
+    monkeypatch.setattr(auto_ridge, "HELD", 0.9 * growth * 9000 / 120)
+    assert may_grow_freely(held, 9000, True)  # of which 120 are few
 
 
 def test_the_rest_of_some_batches():

@@ -86,7 +86,7 @@ def choose_strength(
     strength = STRENGTH if useful else 0.0
     if useful and enough and logistic is not False:
         fit(pipeline, fitting(0), 0, conclude=False)
-        _look_on(pipeline, others, logistic)
+        _look_on(pipeline, others, count, logistic)
         examples = pipeline.whitener.seen(0)
         free = 1.0 if examples is None else stiffness(examples, count, logistic)
         strength = round(STRENGTH * min(1.0, free), _DIGITS)
@@ -124,13 +124,15 @@ def _by_agreement(trial: Trial) -> float:
     return STRENGTHS[chosen]
 
 
-def _look_on(pipeline: Pipeline, others: Iterable[Any], logistic: bool | None) -> None:
+def _look_on(
+    pipeline: Pipeline, others: Iterable[Any], count: int, logistic: bool | None
+) -> None:
     # what pulls at examples is mostly chance in a small part of the training set
     whitener, examples = pipeline.whitener, pipeline.whitener.seen(0)
     if (
         examples is not None
         and len(examples.loss) >= _FEWEST
-        and may_grow_freely(examples, logistic)
+        and may_grow_freely(examples, count, logistic)
     ):
         device = next(pipeline.model.parameters()).device
         with evaluation_mode(pipeline.model):

@@ -34,6 +34,7 @@ from trak.score_computers.ridge_sample import (
 )
 from trak.score_computers.stationarity import (
     FREE,
+    HELD,
     Training,
     growth_share,
     growth_stiffness,
@@ -55,6 +56,7 @@ BY_CURVATURE = 1.2
 _NOISE, _BY_TRAINING, _BY_SKETCH, _AVERAGED = 0.75, 0.4, 0.8, 0.4
 _SEEN_AVERAGED = 0.7
 _MUCH, _FREE = 0.25, 0.3  # whitening, where growth is as free as this
+_DOUBTS = 1.5  # standard errors
 USUAL = 2.0
 """The multiple for rows that nothing can be told from."""
 
@@ -352,21 +354,31 @@ def _samples(rows: RowSource, situation: Situation) -> list[Sample]:
     return [sample for sample in found if sample is not None]
 
 
-def may_grow_freely(examples: Unwhitened, logistic: bool | None) -> bool:
-    """Whether growth of all outputs is a large part of the rows' variance.
+def may_grow_freely(examples: Unwhitened, count: int, logistic: bool | None) -> bool:
+    """Whether `stiffness` may be a small number that these examples alone cannot tell.
 
     Args:
-        examples: some of the training set, as many as something can be told from.
+        examples: some of the training set, as many as something can be told from, with
+            what pulls at them from no others.
+        count: `n`.
         logistic: whether Q is that of a logistic loss; None if unknown.
 
     Returns:
-        False if `stiffness` cannot be below 1, whatever pulls at the examples.
+        False where growth is so small a part of the rows' variance that it cannot be below
+        a half, and where it is held back beyond doubt.
     """
-    situation = Situation(logistic=logistic)
-    sample = sample_of(examples, len(examples.loss), situation, curvature=False)
+    sample = sample_of(examples, count, Situation(logistic=logistic), curvature=False)
     if sample is None or not bool(((sample.loss >= 0) & (sample.loss <= 1)).all()):
         return False
-    return growth_share(sample.kernel, margins(sample.loss)) > FREE
+    outputs = margins(sample.loss)
+    if growth_share(sample.kernel, outputs) <= math.sqrt(2) * FREE:
+        return False
+    pulls = count * sample.counts * sample.loss * (sample.kernel @ outputs)
+    steep = (sample.counts * sample.loss * (1 - sample.loss)).mean()
+    pulls = pulls / (outputs @ outputs) / steep  # growth is the mean of these
+    missing = max(0.0, 1 - len(outputs) / count)
+    doubt = float(pulls.std()) * math.sqrt(missing / len(outputs))
+    return float(pulls.mean()) - _DOUBTS * doubt < HELD
 
 
 def stiffness(examples: Unwhitened, count: int, logistic: bool | None) -> float:

@@ -40,7 +40,7 @@ _OF_WORDS = 0.03  # a text is many examples
 _DEPTH = 2.5
 """Outputs of a network of `L` layers grow like the `L`-th power of its weights, so that
 `Phi w = L f`. How many layers there are cannot be told from rows; 2.5 was best."""
-FREE, _FREEST, _HELD, _EXPLAINED, _LAZY = 0.04, 0.2, 8.0, 0.9, (1.0, 3.0)
+FREE, _FREEST, HELD, _EXPLAINED, _LAZY = 0.04, 0.2, 8.0, 0.9, (1.0, 3.0)
 """Where outputs of all examples grow along more than 4 % of the rows' variance, networks
 give way to growth more easily than linear models do, down to a fifth of the stiffness; not
 where growth is held back more than 8 times as strongly as the rest, nor where more than
@@ -332,7 +332,7 @@ def _stiffness(found: float, share: float, explained: float, ridge: float) -> fl
     freedom = max(_FREEST, min(1.0, FREE / share) ** 2) if share > 0 else 1.0
     unlike = min(1.0, max(0.0, 1 - explained) / (1 - _EXPLAINED))
     lazy = min(1.0, max(0.0, (ridge - _LAZY[0]) / (_LAZY[1] - _LAZY[0])))
-    return held * freedom ** (unlike * (1 - lazy) / (1 + (held / _HELD) ** 4))
+    return held * freedom ** (unlike * (1 - lazy) / (1 + (held / HELD) ** 4))
 
 
 def _outputs(kernel: Tensor, loss: Tensor, logistic: bool | None) -> Tensor | None:
