@@ -123,8 +123,10 @@ def choice(rows: RowSource, situation: Situation) -> Choice:
     """
     known = situation.loss is not None and rows.shape[0] >= FEWEST
     samples = _samples(rows, situation) if known else []
-    growing = growth_of_all(rows, situation) if samples else None
-    return _told(samples, rows.shape[0], situation, growing)
+    count, growing = rows.shape[0], None
+    if not all(_is_held(sample, count) for sample in samples):
+        growing = growth_of_all(rows, situation)
+    return _told(samples, count, situation, growing)
 
 
 def _told(
@@ -370,15 +372,21 @@ def may_grow_freely(examples: Unwhitened, count: int, logistic: bool | None) -> 
     sample = sample_of(examples, count, Situation(logistic=logistic), curvature=False)
     if sample is None or not bool(((sample.loss >= 0) & (sample.loss <= 1)).all()):
         return False
-    outputs = margins(sample.loss)
-    if growth_share(sample.kernel, outputs) <= math.sqrt(2) * FREE:
+    share = growth_share(sample.kernel, margins(sample.loss))
+    return share > math.sqrt(2) * FREE and not _is_held(sample, count)
+
+
+def _is_held(sample: Sample, count: int) -> bool:
+    # growth is held back beyond doubt, as far as a part of the training set tells
+    if not bool(((sample.loss >= 0) & (sample.loss <= 1)).all()):
         return False
+    outputs = margins(sample.loss)
     pulls = count * sample.counts * sample.loss * (sample.kernel @ outputs)
     steep = (sample.counts * sample.loss * (1 - sample.loss)).mean()
     pulls = pulls / (outputs @ outputs) / steep  # growth is the mean of these
     missing = max(0.0, 1 - len(outputs) / count)
     doubt = float(pulls.std()) * math.sqrt(missing / len(outputs))
-    return float(pulls.mean()) - _DOUBTS * doubt < HELD
+    return float(pulls.mean()) - _DOUBTS * doubt >= HELD
 
 
 def stiffness(examples: Unwhitened, count: int, logistic: bool | None) -> float:

@@ -272,7 +272,9 @@ def growth_of_all(rows: RowSource, situation: Situation) -> float | None:
         no more than the examples that were kept without whitening.
     """
     known = sum(len(examples.loss) for examples in situation.unwhitened)
-    if situation.plain is None or not known or known >= rows.shape[0]:
+    if situation.plain is None or situation.logistic is False:
+        return None
+    if not 0 < known < rows.shape[0]:
         return None
     every = losses_of(situation.loss, situation.counts)
     losses, signs = _canonical(every, situation)
