@@ -99,3 +99,19 @@ def test_examples_that_are_kept_survive_a_file(tmp_path):
     ):
         with pytest.raises(StoreCorruptedError, match="call fit_whitening again"):
             Unwhitened.of_arrays(broken, tmp_path)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_examples_alone_pull_at_each_other_only(counted):
+    rows, q = logistic(n=90)
+    counts = torch.linspace(0.5, 2, 90, dtype=torch.float64)
+    kept = Chosen()
+    kept.add(rows, torch.stack([q, counts], 1) if counted else q[:, None])
+    found, taken = kept.found().alone(30), torch.arange(30) * 3
+    own = rows[taken]
+    torch.testing.assert_close(found.kernel, (own @ own.T).float())
+    torch.testing.assert_close(found.pull, own @ (own.T @ q[taken]) / 30)
+    assert torch.equal(found.loss, q[taken])
+    assert torch.equal(found.counts, counts[taken]) if counted else found.counts is None
+    every = kept.found().alone(1000)
+    assert torch.equal(every.loss, q)
