@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak.batches import Batch, batch_size, normalize
+from trak.batches import Batch, normalize
 from trak.evaluation.ranks import correlations
 from trak.loaders import state_of
 from trak.modes import evaluation_mode
@@ -109,19 +109,7 @@ class Trial:
         width = max(1, min(COORDINATES, enough))
         projector = LeadingProjector(whitener.shapes, width, maker.device)
         projector.use(projector.basis(whitening, quietly=True), number)
-
-        def project(piece: Batch, own: list[int]) -> Tensor:
-            del own
-            return maker.with_copies(
-                lambda: maker.projected(projector, piece, number, None)
-            )
-
-        parts = [
-            maker.worked(
-                batch, number, list(range(batch_size(batch))), project, with_weights=True
-            )
-            for batch in self.sample
-        ]
+        parts = [maker.rows_by(projector, batch, number) for batch in self.sample]
         rows = torch.cat([part for part, _ in parts])
         weights = torch.cat([each for _, each in parts if each is not None])
         powers = projector.powers(whitening).to(rows)

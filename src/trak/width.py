@@ -44,7 +44,7 @@ def width_of(
 
     Those that hold 98 % of the variance; where that is more than 8 for each training
     example, so many, or those that hold 95 % if that is more still. With several
-    checkpoints 95 %, 4, and 90 %.
+    checkpoints 95 %, 3, and 85 %.
 
     Args:
         whitener: has fitted it.

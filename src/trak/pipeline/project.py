@@ -100,6 +100,29 @@ class RowMaker:
 
         return self.worked(batch, model_id, numbers, project, with_weights=with_weights)
 
+    def rows_by(
+        self, projector: AbstractProjector, batch: Batch, model_id: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows by another projector than the run's, not whitened, and the loss weights Q.
+
+        Args:
+            projector: makes the rows, of blocks.
+            batch: a normalized batch of at least one sample.
+            model_id: the checkpoint.
+
+        Returns:
+            `[b, k]`, finite, not scaled, and what `loss_weights` gives.
+        """
+
+        def project(piece: Batch, own: list[int]) -> Tensor:
+            del own
+            return self.with_copies(
+                lambda: self.projected(projector, piece, model_id, None)
+            )
+
+        numbers = list(range(batch_size(batch)))
+        return self.worked(batch, model_id, numbers, project, with_weights=True)
+
     def whiten(self, model_id: int, whitening: Whitening) -> None:
         """Whitens the rows of one checkpoint, and of no other, from now on.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak.arguments import as_number
-from trak.batches import Batch, batch_size
+from trak.batches import Batch
 from trak.errors import InputError, PhaseError
 from trak.pipeline.project import RowMaker
 from trak.precision import full_precision
@@ -141,16 +141,7 @@ class Whitener:
             batch: a normalized batch that the checkpoint's whitening is not fitted to.
             model_id: the checkpoint, whose whitening is fitted to others.
         """
-        maker = self.maker
-
-        def project(piece: Batch, own: list[int]) -> Tensor:
-            del own
-            return maker.with_copies(
-                lambda: maker.projected(self.sketch, piece, model_id, None)
-            )
-
-        numbers = list(range(batch_size(batch)))
-        rows, weights = maker.worked(batch, model_id, numbers, project, with_weights=True)
+        rows, weights = self.maker.rows_by(self.sketch, batch, model_id)
         if weights is not None:
             self.chosen[model_id].add_to_sum(rows, weights)
 

@@ -370,7 +370,7 @@ def may_grow_freely(examples: Unwhitened, count: int, logistic: bool | None) -> 
         a half, and where it is held back beyond doubt.
     """
     sample = sample_of(examples, count, Situation(logistic=logistic), curvature=False)
-    if sample is None or not bool(((sample.loss >= 0) & (sample.loss <= 1)).all()):
+    if sample is None or not sample.are_probable:
         return False
     share = growth_share(sample.kernel, margins(sample.loss))
     return share > math.sqrt(2) * FREE and not _is_held(sample, count)
@@ -378,7 +378,7 @@ def may_grow_freely(examples: Unwhitened, count: int, logistic: bool | None) -> 
 
 def _is_held(sample: Sample, count: int) -> bool:
     # growth is held back beyond doubt, as far as a part of the training set tells
-    if not bool(((sample.loss >= 0) & (sample.loss <= 1)).all()):
+    if not sample.are_probable:
         return False
     outputs = margins(sample.loss)
     pulls = count * sample.counts * sample.loss * (sample.kernel @ outputs)

@@ -126,6 +126,11 @@ class Sample:
     curved: bool
     outputs: Tensor | None = None
 
+    @property
+    def are_probable(self) -> bool:
+        """Whether loss weights lie between 0 and 1."""
+        return Losses(self.loss).are_probable
+
 
 def is_curved(situation: Situation) -> bool:
     """Whether rows are weighted by curvature, which losses of constant one have none of.
