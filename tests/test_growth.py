@@ -14,7 +14,7 @@ from trak.projectors import NoOpProjector
 from trak.score_computers import auto_ridge, stationarity
 from trak.score_computers.auto_ridge import choice, may_grow_freely
 from trak.score_computers.curvature import roots, weighted
-from trak.score_computers.ridge_sample import Situation, growth_of_all
+from trak.score_computers.ridge_sample import Situation, stationarity_of_all
 from trak.score_computers.unwhitened import Chosen
 
 
@@ -51,9 +51,9 @@ def test_growth_is_that_of_all_examples_without_whitening(how):
     if how == "counted":
         given, loss = given * counts[:, None].sqrt(), q * counts
         other = {"counts": counts}
-    found = growth_of_all(given, situation(loss, scales, known, **other))
+    found = stationarity_of_all(given, situation(loss, scales, known, **other))
     expected = expected_growth(rows, q, counts if how == "counted" else 1.0)
-    assert found == pytest.approx(expected, rel=1e-3)
+    assert found.growing == pytest.approx(expected, rel=1e-3)
     part = expected_growth(rows[:50], q[:50])
     assert abs(part / expected - 1) > 0.1  # so that the part that is known says otherwise
 
@@ -64,15 +64,15 @@ def test_growth_is_that_of_all_examples_without_whitening(how):
 )
 def test_rows_that_cannot_tell(other):
     rows, q, scales, known = whitened()
-    assert growth_of_all(rows * scales, situation(q, scales, known, **other)) is None
+    assert stationarity_of_all(rows * scales, situation(q, scales, known, **other)) is None
 
 
 def test_nothing_is_to_be_told_where_all_examples_are_known():
     rows, q, scales, _ = whitened()
     every = [unwhitened(rows[:70], q[:70], 70), unwhitened(rows[70:], q[70:], 80)]
-    assert growth_of_all(rows * scales, situation(q, scales, every)) is None
+    assert stationarity_of_all(rows * scales, situation(q, scales, every)) is None
     sizes = situation(1 + q, scales, every[:1], logistic=None)
-    assert growth_of_all(rows * scales, sizes) is None  # no probabilities
+    assert stationarity_of_all(rows * scales, sizes) is None  # no probabilities
 
 
 def test_growth_that_is_known_takes_the_place_of_the_samples():
@@ -90,7 +90,7 @@ def test_growth_that_is_known_takes_the_place_of_the_samples():
     assert held.stiffness > 2 * usual.stiffness
 
 
-def test_the_ridge_is_played_with_the_growth_of_all(monkeypatch):
+def test_the_ridge_is_played_with_the_stationarity_of_all(monkeypatch):
     rows, q, scales, known = whitened()
     given, real = [], auto_ridge.training_of
 
@@ -103,7 +103,7 @@ def test_the_ridge_is_played_with_the_growth_of_all(monkeypatch):
     choice(rows * scales, now)
     monkeypatch.setattr(auto_ridge, "HELD", -1e9)  # beyond doubt
     choice(rows * scales, now)
-    assert given == [growth_of_all(rows * scales, now), None]
+    assert given == [stationarity_of_all(rows * scales, now), None]
 
 
 @pytest.mark.parametrize("kind", [NoOpProjector(), "leading"])

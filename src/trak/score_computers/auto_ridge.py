@@ -27,14 +27,15 @@ from trak.score_computers.ridge_sample import (
     SAMPLE,
     Sample,
     Situation,
-    growth_of_all,
     is_curved,
     sample_of,
     sampled,
+    stationarity_of_all,
 )
 from trak.score_computers.stationarity import (
     FREE,
     HELD,
+    Stationarity,
     Training,
     growth_share,
     growth_stiffness,
@@ -46,6 +47,7 @@ from trak.score_computers.unwhitened import Unwhitened
 logger = logging.getLogger(__name__)
 
 _MOST_GAMES = 8  # of halves of few examples
+_MANY_GAMES = 4  # that share the halves, where these are to be divided anew
 _RIDGES = np.logspace(-2, 3.5, 45)
 _AS_GOOD = 0.01  # of the correlation
 _MANY, _MORE, _LEAST = 0.22, 2.0, math.exp(-1)
@@ -57,6 +59,7 @@ _NOISE, _BY_TRAINING, _BY_SKETCH, _AVERAGED = 0.75, 0.4, 0.8, 0.4
 _SEEN_AVERAGED = 0.7
 _MUCH, _FREE = 0.25, 0.3  # whitening, where growth is as free as this
 _DOUBTS = 1.5  # standard errors
+_FARTHEST, _WORTH, _CHANCE = 2.0, 1.1, 0.25  # carried on to more examples
 USUAL = 2.0
 """The multiple for rows that nothing can be told from."""
 
@@ -121,19 +124,17 @@ def choice(rows: RowSource, situation: Situation) -> Choice:
     Returns:
         The ridge, the exponent of Q, and the share of what Q added up to.
     """
-    known = situation.loss is not None and rows.shape[0] >= FEWEST
-    samples = _samples(rows, situation) if known else []
-    count, growing = rows.shape[0], None
-    if not all(_is_held(sample, count) for sample in samples):
-        growing = growth_of_all(rows, situation)
-    return _told(samples, count, situation, growing)
+    enough = situation.loss is not None and rows.shape[0] >= FEWEST
+    samples = _samples(rows, situation) if enough else []
+    known = stationarity_of_all(rows, situation) if samples else None
+    return _told(samples, rows.shape[0], situation, known)
 
 
 def _told(
     samples: Sequence[Sample],
     count: int,
     situation: Situation,
-    growing: float | None = None,
+    known: Stationarity | None = None,
 ) -> Choice:
     factor = noise_factor(count, situation)
     factor *= 1 + BY_STRENGTH * situation.strength
@@ -147,10 +148,11 @@ def _told(
         )
         return Choice(USUAL * factor, 1.0)
     wider = _by_wide(samples[0], situation)
-    trainings = [_training(sample, situation, growing=growing) for sample in samples]
+    trainings = [_training(sample, situation, known=known) for sample in samples]
     _warn_of_much(situation.strength, trainings)
     pairs = zip(samples, trainings, strict=True)
-    logs = [math.log(best_ridge(sample, training)) for sample, training in pairs]
+    best = ridge_of_all if situation.strength else best_ridge
+    logs = [math.log(best(sample, training)) for sample, training in pairs]
     sizes = [len(s.loss) for s in samples]
     played = math.exp(np.average(logs, weights=sizes))
     power, path = (
@@ -176,7 +178,7 @@ def _training(
     situation: Situation,
     *,
     noisy: bool = False,
-    growing: float | None = None,
+    known: Stationarity | None = None,
 ) -> Training:
     return training_of(
         sample.kernel,
@@ -188,7 +190,7 @@ def _training(
         words=situation.words,
         noisy=noisy,
         outputs=sample.outputs,
-        growing=growing,
+        known=known,
     )
 
 
@@ -249,6 +251,33 @@ def noise_factor(num_rows: int, situation: Situation) -> float:
     return factor
 
 
+def ridge_of_all(sample: Sample, training: Training) -> float:
+    """What `best_ridge` would be with all training examples instead of a part.
+
+    Other ridges are best with fewer examples. How much other is told from both halves of
+    the part, and carried on to up to twice as many examples.
+
+    Args:
+        sample: of the training set.
+        training: how the linearized models are trained.
+
+    Returns:
+        In the units of `best_ridge`.
+    """
+    games, size = _games(sample, training, many=True), len(sample.loss)
+    whole = best_ridge(sample, training, games)
+    more = min(1 / sample.share, _FARTHEST)
+    if more < _WORTH or size < 2 * FEWEST:
+        return whole
+    lots = torch.Generator().manual_seed(0)
+    order = torch.randperm(size, generator=lots, device="cpu").to(sample.kernel.device)
+    parts = [part.sort().values for part in order.split(math.ceil(size / 2))]
+    pairs = [(sample.of(part), training.of(part)) for part in parts]
+    halves = [best_ridge(*pair, _games(*pair, many=True)) for pair in pairs]
+    slope = (math.log(whole) - float(np.log(halves).mean())) / math.log(2)
+    return whole * more ** min(0.0, slope + _CHANCE)
+
+
 def best_ridge(
     sample: Sample, training: Training, games: Sequence[Halves] | None = None
 ) -> float:
@@ -278,9 +307,13 @@ def best_ridge(
     return found * _smaller(played[0][1], found * _share(sample))
 
 
-def _games(sample: Sample, training: Training) -> list[Halves]:
+def _games(sample: Sample, training: Training, *, many: bool = False) -> list[Halves]:
     # several with few examples, where it matters which of them are held out
     size = len(sample.loss)
+    count = min(_MOST_GAMES, max(1, round(SAMPLE / size)))
+    subsets = SUBSETS if size <= SAMPLE else SUBSETS // 2
+    if many and count < _MANY_GAMES:
+        count, subsets = _MANY_GAMES, SUBSETS // _MANY_GAMES
     return [
         retrained(
             training.kernel,
@@ -288,9 +321,9 @@ def _games(sample: Sample, training: Training) -> list[Halves]:
             answers=training.answers,
             counts=sample.counts,
             seed=seed,
-            subsets=SUBSETS if size <= SAMPLE else SUBSETS // 2,
+            subsets=subsets,
         )
-        for seed in range(min(_MOST_GAMES, max(1, round(SAMPLE / size))))
+        for seed in range(count)
     ]
 
 

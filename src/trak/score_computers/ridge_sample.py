@@ -1,7 +1,7 @@
 """Examples that the automatic ridge is told from, and what else it depends on."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +12,13 @@ from torch import Tensor
 from trak.encodings import RowSource, row_encoding
 from trak.errors import NotEnoughMemoryError
 from trak.score_computers.curvature import roots as roots_of
+from trak.score_computers.decay import Spectrum
 from trak.score_computers.losses import Losses, losses_of
-from trak.score_computers.stationarity import margins
+from trak.score_computers.stationarity import (
+    Stationarity,
+    margins,
+    stationarity_of,
+)
 from trak.score_computers.stream import home, rows_per_block, stream
 from trak.score_computers.unwhitened import Unwhitened
 
@@ -131,6 +136,28 @@ class Sample:
         """Whether loss weights lie between 0 and 1."""
         return Losses(self.loss).are_probable
 
+    def of(self, places: Tensor) -> "Sample":
+        """A part of the sample.
+
+        Args:
+            places: which of its examples, int64, `[c]`.
+
+        Returns:
+            A sample of the same training set.
+        """
+        outputs = None if self.outputs is None else self.outputs[places]
+        return replace(
+            self,
+            kernel=self.kernel[places][:, places],
+            pull=self.pull[places],
+            loss=self.loss[places],
+            counts=self.counts[places],
+            roots=self.roots[places],
+            signs=self.signs[places],
+            share=self.share * len(places) / len(self.loss),
+            outputs=outputs,
+        )
+
 
 def is_curved(situation: Situation) -> bool:
     """Whether rows are weighted by curvature, which losses of constant one have none of.
@@ -229,13 +256,12 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
     Returns:
         The sample; None if there is nothing to tell from: rows or loss weights are 0.
     """
-    count, width = rows.shape
+    count = rows.shape[0]
     every = losses_of(situation.loss, situation.counts)
     losses, signs = _canonical(every, situation)
     factors = _factors(losses, curvature=situation.curvature)
     if situation.wide is None:
-        most = max(FEWEST, _SAMPLE_BYTES // (4 * width))
-        numbers = torch.from_numpy(drawn(count, min(SAMPLE, most)))
+        numbers = _drawn(rows)
     else:
         numbers = torch.from_numpy(situation.wide.numbers)
     kept, total = _gathered(rows, numbers, every.total.flatten() / factors)
@@ -262,19 +288,20 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
     )
 
 
-def growth_of_all(rows: RowSource, situation: Situation) -> float | None:
-    """How strongly growth of all outputs is held back, over the whole training set.
+def stationarity_of_all(rows: RowSource, situation: Situation) -> Stationarity | None:
+    """What pulls at outputs says, over the whole training set.
 
     Examples that a whitening was fitted to may be a small part of it, and what pulls at
-    the others is then mostly chance; sums over all rows, without whitening, tell it.
+    outputs in a small part is mostly chance; sums over all rows, without whitening, tell
+    it.
 
     Args:
         rows: Phi, `[n, k]`, whitened.
         situation: knows the loss weights, and what takes whitening off rows.
 
     Returns:
-        In units of `mean q (1 - q)` mean squared row norms; None if rows cannot tell, or
-        no more than the examples that were kept without whitening.
+        By up to 600 rows drawn by lot, and growth by all; None if rows cannot tell, or no
+        more than the examples that were kept without whitening.
     """
     known = sum(len(examples.loss) for examples in situation.unwhitened)
     if situation.plain is None or situation.logistic is False:
@@ -287,16 +314,27 @@ def growth_of_all(rows: RowSource, situation: Situation) -> float | None:
     steep = float((own * (1 - own) * _counts(losses)).mean())
     if not losses.are_probable or not steep > 0:
         return None
-    outputs = margins(own)
-    factors = _factors(losses, curvature=situation.curvature)
+    outputs, factors = margins(own), _factors(losses, curvature=situation.curvature)
     columns = torch.stack([signs * outputs, every.total.flatten()], dim=1)
-    numbers = torch.from_numpy(drawn(rows.shape[0], FEWEST * 5))
+    numbers = _drawn(rows)
     kept, total = _gathered(rows, numbers, columns / factors[:, None])
     along, pull = situation.plain(total.T)
-    kept = situation.plain(kept.double()) / factors[numbers].to(kept.device)[:, None]
-    unit = float(kept.square().sum(dim=1).mean())
-    lengths = float(outputs.square().sum()) * unit * steep
-    return float(along @ pull) / lengths if lengths > 0 else None
+    kept = situation.plain(kept) * (signs / factors)[numbers].to(kept)[:, None]
+    kernel = (kept @ kept.T).double()
+    unit = kernel.diagonal().mean()
+    if not bool(unit > 0) or not bool(outputs.any()):
+        return None
+    pulls, some = kept.double() @ pull / unit, outputs[numbers].to(unit)
+    found = stationarity_of(Spectrum.of(kernel / unit), pulls, some, steep)
+    growing = float(along @ pull / unit) / float(outputs.square().sum()) / steep
+    return found._replace(growing=growing)
+
+
+def _drawn(rows: RowSource) -> Tensor:
+    # which rows are looked at, fewer of wide ones
+    count, width = rows.shape
+    most = max(FEWEST, _SAMPLE_BYTES // (4 * width))
+    return torch.from_numpy(drawn(count, min(SAMPLE, most)))
 
 
 def _outputs(known: Outputs | None, numbers: NDArray[np.int64]) -> Tensor | None:

@@ -7,7 +7,7 @@ training with a larger ridge, which is told from what is left of the loss weight
 (`trak.score_computers.decay`) where outputs did not begin at zero.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -74,9 +74,37 @@ class Training:
     power: float = 1.0
     path: float = 0.0
 
+    def of(self, places: Tensor) -> "Training":
+        """The same training of a part of the examples.
+
+        Args:
+            places: which, int64, `[c]`.
+
+        Returns:
+            A training with the same ridge.
+        """
+        answers = None if self.answers is None else self.answers[places]
+        kernel = self.kernel[places][:, places]
+        return replace(self, kernel=kernel, answers=answers)
+
+
+class Stationarity(NamedTuple):
+    """What pulls at outputs says about a training that came to rest.
+
+    Attributes:
+        growing: how strongly growth of all outputs is held back.
+        ridge: that holds the other outputs, in the same units: `q (1 - q)` mean squared row
+            norms.
+        explained: share of the pulls' variance that this ridge explains.
+    """
+
+    growing: float
+    ridge: float
+    explained: float
+
 
 class _Rest(NamedTuple):
-    """What the rows' stationarity says.
+    """What the training came to.
 
     Attributes:
         ridge: of the training, in units of `q (1 - q)`.
@@ -127,7 +155,7 @@ def training_of(
     words: bool = False,
     noisy: bool = False,
     outputs: Tensor | None = None,
-    growing: float | None = None,
+    known: Stationarity | None = None,
 ) -> Training:
     """The training whose result these examples are.
 
@@ -160,7 +188,7 @@ def training_of(
         noisy: `pull` comes from narrower rows than the kernel, so that least squares,
             weighted by the noise, take the place of the median.
         outputs: of the model, in units of Q, `[n]`, where the loss is a squared one.
-        growing: stiffness of growth, where more examples than these tell it.
+        known: what pulls at outputs says, where more examples tell it than `pull` does.
 
     Returns:
         The training.
@@ -170,7 +198,7 @@ def training_of(
     if told is None:
         return _of_another_loss(kernel, pull, loss, counts, share, outputs, words=words)
     examples = _Examples(kernel, pull, loss, told, counts, share)
-    ridge, stiffness, power, path = _at_rest(examples, noisy=noisy, growing=growing)
+    ridge, stiffness, power, path = _at_rest(examples, noisy=noisy, known=known)
     if stiffness != 1:
         along = kernel @ told
         excess = (1 - 1 / stiffness) / float(told @ along)
@@ -253,13 +281,37 @@ def growth_share(kernel: Tensor, outputs: Tensor) -> float:
     return float(outputs @ kernel @ outputs / (outputs @ outputs)) / len(outputs)
 
 
-def _at_rest(examples: _Examples, *, noisy: bool, growing: float | None = None) -> _Rest:
+def stationarity_of(
+    spectrum: Spectrum, pull: Tensor, outputs: Tensor, steep: float, *, noisy: bool = False
+) -> Stationarity:
+    """What pulls at outputs says: `lambda u^T f = u^T Phi Phi^T q` along eigenvectors.
+
+    Args:
+        spectrum: of the examples' kernel, which is as for `training_of`.
+        pull: as for `training_of`.
+        outputs: of the model, `[n]`.
+        steep: the loss's mean curvature, `q (1 - q)`, above 0.
+        noisy: as for `training_of`.
+
+    Returns:
+        The ridge is the median over eigenvectors 6 to 100.
+    """
+    found, explained = _ridge_of(spectrum, pull, outputs, noisy=noisy)
+    growing = float(outputs @ pull / (outputs @ outputs))
+    return Stationarity(growing / steep, found / steep, explained)
+
+
+def _at_rest(
+    examples: _Examples, *, noisy: bool, known: Stationarity | None = None
+) -> _Rest:
     kernel, outputs, loss = examples.kernel, examples.outputs, examples.loss
-    steep, spectrum = examples.steep, Spectrum.of(kernel)
-    found, explained = _ridge_of(spectrum, examples.pull, outputs, noisy=noisy)
-    told = found / steep / _DEPTH
-    if growing is None:
-        growing = float(outputs @ examples.pull / (outputs @ outputs)) / steep
+    spectrum = Spectrum.of(kernel)
+    if known is None:
+        known = stationarity_of(
+            spectrum, examples.pull, outputs, examples.steep, noisy=noisy
+        )
+    growing, found, explained = known
+    told = found / _DEPTH
     early = growing < -MOST and float(loss.median()) > _MOST_WRONG
     ridge = EARLY
     if not early:
