@@ -26,6 +26,9 @@ _ARGUMENTS = {
     "Conv2d": ("in_channels", "out_channels", "kernel_size", "stride", "padding"),
     "BatchNorm2d": ("num_features",),
     "ReLU": (),
+    "GELU": (),
+    "SiLU": (),
+    "Tanh": (),
     "Flatten": (),
 }
 
