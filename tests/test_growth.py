@@ -1,4 +1,4 @@
-"""How strongly growth of all outputs is held back, told from every training example."""
+"""What holds outputs at rest, and their growth above all, told from all examples."""
 
 import pytest
 import torch
@@ -11,11 +11,14 @@ import trak
 from trak import attribution, preparation, strength
 from trak.loaders import rest_of, some_of
 from trak.projectors import NoOpProjector
-from trak.score_computers import auto_ridge, stationarity
+from trak.score_computers import auto_ridge, ridge_sample, stationarity
 from trak.score_computers.auto_ridge import choice, may_grow_freely
 from trak.score_computers.curvature import roots, weighted
 from trak.score_computers.ridge_sample import Situation, stationarity_of_all
+from trak.score_computers.stationarity import Stationarity
 from trak.score_computers.unwhitened import Chosen
+
+RIDGE = 5.0
 
 
 def expected_growth(rows, q, counts=1.0):
@@ -28,7 +31,7 @@ def expected_growth(rows, q, counts=1.0):
 
 def whitened(n=150):
     """Rows, Q, what whitening multiplied columns by, and what is known without it."""
-    rows, q = logistic(n=n)
+    rows, q = logistic(n=n, ridge=RIDGE)
     scales = torch.linspace(0.2, 4, rows.shape[1], dtype=torch.float64)
     return rows, q, scales, [unwhitened(rows[:50], q[:50], 50)]
 
@@ -54,6 +57,10 @@ def test_growth_is_that_of_all_examples_without_whitening(how):
     found = stationarity_of_all(given, situation(loss, scales, known, **other))
     expected = expected_growth(rows, q, counts if how == "counted" else 1.0)
     assert found.growing == pytest.approx(expected, rel=1e-3)
+    if how != "counted":  # which is not how these were trained
+        steep = (q * (1 - q)).mean() * rows.square().sum(1).mean()
+        assert found.ridge == pytest.approx(float(RIDGE / steep), rel=1e-3)
+        assert found.explained == pytest.approx(1, abs=1e-4)
     part = expected_growth(rows[:50], q[:50])
     assert abs(part / expected - 1) > 0.1  # so that the part that is known says otherwise
 
@@ -75,35 +82,48 @@ def test_nothing_is_to_be_told_where_all_examples_are_known():
     assert stationarity_of_all(rows * scales, sizes) is None  # no probabilities
 
 
-def test_growth_that_is_known_takes_the_place_of_the_samples():
-    rows, q = logistic(n=80)
+def test_what_is_known_takes_the_place_of_what_the_sample_says():
+    rows, q = logistic(n=80, ridge=RIDGE)
     kernel = rows @ rows.T
-    kernel /= kernel.diagonal().mean()
-    pull = kernel @ q
-    options = {"logistic": True}
-    own = expected_growth(rows, q)
-    usual = stationarity.training_of(kernel, pull, q, **options)
-    same = stationarity.training_of(kernel, pull, q, growing=own, **options)
+    unit = kernel.diagonal().mean()
+    kernel /= unit
+    pull, steep = kernel @ q, float((q * (1 - q)).mean())
+    own = Stationarity(expected_growth(rows, q), float(RIDGE / unit) / steep, 1.0)
+
+    def training(known=None):
+        return stationarity.training_of(kernel, pull, q, logistic=True, known=known)
+
+    usual, same = training(), training(own)
     assert same.ridge == pytest.approx(usual.ridge)
     assert same.stiffness == pytest.approx(usual.stiffness)
-    held = stationarity.training_of(kernel, pull, q, growing=50 * own, **options)
+    held = training(own._replace(growing=50 * own.growing))
     assert held.stiffness > 2 * usual.stiffness
+    stronger = training(own._replace(ridge=2 * own.ridge))
+    assert stronger.ridge == pytest.approx(2 * usual.ridge)
 
 
 def test_the_ridge_is_played_with_the_stationarity_of_all(monkeypatch):
     rows, q, scales, known = whitened()
     given, real = [], auto_ridge.training_of
 
-    def training_of(*args, growing=None, **options):
-        given.append(growing)
-        return real(*args, growing=growing, **options)
+    def training_of(*args, known=None, **options):
+        given.append(known)
+        return real(*args, known=known, **options)
 
     monkeypatch.setattr(auto_ridge, "training_of", training_of)
     now = situation(q, scales, known)
     choice(rows * scales, now)
-    monkeypatch.setattr(auto_ridge, "HELD", -1e9)  # beyond doubt
-    choice(rows * scales, now)
-    assert given == [stationarity_of_all(rows * scales, now), None]
+    assert given == [stationarity_of_all(rows * scales, now)]
+
+
+def test_wide_rows_are_looked_at_in_part(monkeypatch):
+    rows, q, scales, known = whitened()
+    whole = stationarity_of_all(rows * scales, situation(q, scales, known))
+    monkeypatch.setattr(ridge_sample, "_SAMPLE_BYTES", 4 * rows.shape[1] * 60)
+    part = stationarity_of_all(rows * scales, situation(q, scales, known))
+    assert part.ridge != whole.ridge
+    assert part.ridge == pytest.approx(whole.ridge, rel=0.2)
+    assert part.growing == pytest.approx(whole.growing, rel=0.2)
 
 
 @pytest.mark.parametrize("kind", [NoOpProjector(), "leading"])
@@ -142,9 +162,9 @@ def test_the_fits_sample_does_not_decide(narrow, tmp_path, monkeypatch):
         monkeypatch.setattr("trak.width._STEP", 1)
     told, real = [], auto_ridge.training_of
 
-    def training_of(*args, growing=None, **options):
-        told.append(growing)
-        return real(*args, growing=growing, **options)
+    def training_of(*args, known=None, **options):
+        told.append(known.growing)
+        return real(*args, known=known, **options)
 
     monkeypatch.setattr(auto_ridge, "training_of", training_of)
     for fitted in (40, 80):
