@@ -9,7 +9,11 @@ from tests.test_unwhitened import unwhitened
 
 from trak.score_computers import auto_ridge
 from trak.score_computers.auto_ridge import best_ridge, choice, ridge_of_all
-from trak.score_computers.ridge_sample import Situation, sampled
+from trak.score_computers.ridge_sample import (
+    Situation,
+    sampled,
+    stationarity_of_all,
+)
 from trak.score_computers.stationarity import training_of
 
 
@@ -90,9 +94,17 @@ def test_few_examples_are_not_halved(monkeypatch):
     assert ridge_of_all(sample, training) == pytest.approx(100 / 70)
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.4])
-def test_whitened_rows_divide_the_examples_more_often(strength, monkeypatch):
-    rows, q = logistic(n=300)
+@pytest.mark.parametrize(
+    ("strength", "count", "expected"),
+    [
+        (0.0, 450, [(0, 32)]),
+        (0.4, 450, [(0, 16), (1, 16)]),
+        (0.4, 700, [(0, 8), (1, 8)]),
+        (0.4, 250, [(0, 32), (1, 32)]),
+    ],
+)
+def test_whitened_rows_divide_the_examples_twice(strength, count, expected, monkeypatch):
+    rows, q = logistic(n=count)
     games, real = [], auto_ridge.retrained
 
     def spy(*args, seed, subsets, **options):
@@ -102,4 +114,18 @@ def test_whitened_rows_divide_the_examples_more_often(strength, monkeypatch):
     monkeypatch.setattr(auto_ridge, "retrained", spy)
     known = [unwhitened(rows, q, 100)] if strength else ()
     choice(rows, Situation(loss=q, strength=strength, unwhitened=known))
-    assert games == ([(j, 8) for j in range(4)] if strength else [(0, 32), (1, 32)])
+    assert games == expected
+
+
+def test_rows_that_overflow_without_whitening_say_nothing():
+    rows, q = logistic(n=100)
+    known = [unwhitened(rows[:50], q[:50], 50)]
+    now = Situation(
+        loss=q,
+        logistic=True,
+        strength=0.4,
+        unwhitened=known,
+        plain=lambda given: given * float("inf"),
+    )
+    assert stationarity_of_all(rows, now) is None
+    assert choice(rows, now).multiple > 0

@@ -47,7 +47,7 @@ from trak.score_computers.unwhitened import Unwhitened
 logger = logging.getLogger(__name__)
 
 _MOST_GAMES = 8  # of halves of few examples
-_MANY_GAMES = 4  # that share the halves, where these are to be divided anew
+_HALVES = 8  # of each part of a sample, where two parts are compared
 _RIDGES = np.logspace(-2, 3.5, 45)
 _AS_GOOD = 0.01  # of the correlation
 _MANY, _MORE, _LEAST = 0.22, 2.0, math.exp(-1)
@@ -254,8 +254,9 @@ def noise_factor(num_rows: int, situation: Situation) -> float:
 def ridge_of_all(sample: Sample, training: Training) -> float:
     """What `best_ridge` would be with all training examples instead of a part.
 
-    Other ridges are best with fewer examples. How much other is told from both halves of
-    the part, and carried on to up to twice as many examples.
+    Other ridges may be best with fewer examples. How they change is told from both halves
+    of the part: where the ridge falls with their number by more than chance may explain, a
+    power of 0.25, it falls on, to twice as many examples at most (docs/ridge.md).
 
     Args:
         sample: of the training set.
@@ -264,7 +265,7 @@ def ridge_of_all(sample: Sample, training: Training) -> float:
     Returns:
         In the units of `best_ridge`.
     """
-    games, size = _games(sample, training, many=True), len(sample.loss)
+    games, size = _games(sample, training, twice=True), len(sample.loss)
     whole = best_ridge(sample, training, games)
     more = min(1 / sample.share, _FARTHEST)
     if more < _WORTH or size < 2 * FEWEST:
@@ -273,8 +274,9 @@ def ridge_of_all(sample: Sample, training: Training) -> float:
     order = torch.randperm(size, generator=lots, device="cpu").to(sample.kernel.device)
     parts = [part.sort().values for part in order.split(math.ceil(size / 2))]
     pairs = [(sample.of(part), training.of(part)) for part in parts]
-    halves = [best_ridge(*pair, _games(*pair, many=True)) for pair in pairs]
-    slope = (math.log(whole) - float(np.log(halves).mean())) / math.log(2)
+    games = [_games(*pair, twice=True, halves=_HALVES) for pair in pairs]
+    found = [best_ridge(*pair, own) for pair, own in zip(pairs, games, strict=True)]
+    slope = (math.log(whole) - float(np.log(found).mean())) / math.log(2)
     return whole * more ** min(0.0, slope + _CHANCE)
 
 
@@ -307,13 +309,15 @@ def best_ridge(
     return found * _smaller(played[0][1], found * _share(sample))
 
 
-def _games(sample: Sample, training: Training, *, many: bool = False) -> list[Halves]:
+def _games(
+    sample: Sample, training: Training, *, twice: bool = False, halves: int | None = None
+) -> list[Halves]:
     # several with few examples, where it matters which of them are held out
     size = len(sample.loss)
     count = min(_MOST_GAMES, max(1, round(SAMPLE / size)))
     subsets = SUBSETS if size <= SAMPLE else SUBSETS // 2
-    if many and count < _MANY_GAMES:
-        count, subsets = _MANY_GAMES, SUBSETS // _MANY_GAMES
+    if twice and count == 1:
+        count, subsets = 2, subsets // 2
     return [
         retrained(
             training.kernel,
@@ -321,7 +325,7 @@ def _games(sample: Sample, training: Training, *, many: bool = False) -> list[Ha
             answers=training.answers,
             counts=sample.counts,
             seed=seed,
-            subsets=subsets,
+            subsets=halves or subsets,
         )
         for seed in range(count)
     ]

@@ -14,11 +14,7 @@ from trak.errors import NotEnoughMemoryError
 from trak.score_computers.curvature import roots as roots_of
 from trak.score_computers.decay import Spectrum
 from trak.score_computers.losses import Losses, losses_of
-from trak.score_computers.stationarity import (
-    Stationarity,
-    margins,
-    stationarity_of,
-)
+from trak.score_computers.stationarity import Stationarity, margins, stationarity_of
 from trak.score_computers.stream import home, rows_per_block, stream
 from trak.score_computers.unwhitened import Unwhitened
 
@@ -322,7 +318,8 @@ def stationarity_of_all(rows: RowSource, situation: Situation) -> Stationarity |
     kept = situation.plain(kept) * (signs / factors)[numbers].to(kept)[:, None]
     kernel = (kept @ kept.T).double()
     unit = kernel.diagonal().mean()
-    if not bool(unit > 0) or not bool(outputs.any()):
+    tells = torch.isfinite(kernel).all() and torch.isfinite(pull).all() and unit > 0
+    if not bool(tells) or not bool(outputs.any()):
         return None
     pulls, some = kept.double() @ pull / unit, outputs[numbers].to(unit)
     found = stationarity_of(Spectrum.of(kernel / unit), pulls, some, steep)
