@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_GAMES = 8  # of halves of few examples
 _HALVES = 8  # of each part of a sample, where two parts are compared
+_SEVERAL = 3  # checkpoints whose ridges have a median
 _RIDGES = np.logspace(-2, 3.5, 45)
 _AS_GOOD = 0.01  # of the correlation
 _MANY, _MORE, _LEAST = 0.22, 2.0, math.exp(-1)
@@ -151,8 +152,7 @@ def _told(
     trainings = [_training(sample, situation, known=known) for sample in samples]
     _warn_of_much(situation.strength, trainings)
     pairs = zip(samples, trainings, strict=True)
-    best = ridge_of_all if situation.strength else best_ridge
-    logs = [math.log(best(sample, training)) for sample, training in pairs]
+    logs = [math.log(_best(*pair, situation)) for pair in pairs]
     sizes = [len(s.loss) for s in samples]
     played = math.exp(np.average(logs, weights=sizes))
     power, path = (
@@ -251,7 +251,14 @@ def noise_factor(num_rows: int, situation: Situation) -> float:
     return factor
 
 
-def ridge_of_all(sample: Sample, training: Training) -> float:
+def _best(sample: Sample, training: Training, situation: Situation) -> float:
+    if not situation.strength:
+        return best_ridge(sample, training)
+    # the median of several checkpoints does for them what a second division does for one
+    return ridge_of_all(sample, training, twice=situation.checkpoints < _SEVERAL)
+
+
+def ridge_of_all(sample: Sample, training: Training, *, twice: bool = True) -> float:
     """What `best_ridge` would be with all training examples instead of a part.
 
     Other ridges may be best with fewer examples. How they change is told from both halves
@@ -261,11 +268,12 @@ def ridge_of_all(sample: Sample, training: Training) -> float:
     Args:
         sample: of the training set.
         training: how the linearized models are trained.
+        twice: divide the part's examples twice, with half as many halves each.
 
     Returns:
         In the units of `best_ridge`.
     """
-    games, size = _games(sample, training, twice=True), len(sample.loss)
+    games, size = _games(sample, training, twice=twice), len(sample.loss)
     whole = best_ridge(sample, training, games)
     more = min(1 / sample.share, _FARTHEST)
     if more < _WORTH or size < 2 * FEWEST:
@@ -274,8 +282,7 @@ def ridge_of_all(sample: Sample, training: Training) -> float:
     order = torch.randperm(size, generator=lots, device="cpu").to(sample.kernel.device)
     parts = [part.sort().values for part in order.split(math.ceil(size / 2))]
     pairs = [(sample.of(part), training.of(part)) for part in parts]
-    games = [_games(*pair, twice=True, halves=_HALVES) for pair in pairs]
-    found = [best_ridge(*pair, own) for pair, own in zip(pairs, games, strict=True)]
+    found = [best_ridge(*pair, _games(*pair, brief=True)) for pair in pairs]
     slope = (math.log(whole) - float(np.log(found).mean())) / math.log(2)
     return whole * more ** min(0.0, slope + _CHANCE)
 
@@ -310,7 +317,7 @@ def best_ridge(
 
 
 def _games(
-    sample: Sample, training: Training, *, twice: bool = False, halves: int | None = None
+    sample: Sample, training: Training, *, twice: bool = False, brief: bool = False
 ) -> list[Halves]:
     # several with few examples, where it matters which of them are held out
     size = len(sample.loss)
@@ -318,6 +325,8 @@ def _games(
     subsets = SUBSETS if size <= SAMPLE else SUBSETS // 2
     if twice and count == 1:
         count, subsets = 2, subsets // 2
+    if brief:
+        count, subsets = 1, _HALVES
     return [
         retrained(
             training.kernel,
@@ -325,7 +334,7 @@ def _games(
             answers=training.answers,
             counts=sample.counts,
             seed=seed,
-            subsets=halves or subsets,
+            subsets=subsets,
         )
         for seed in range(count)
     ]

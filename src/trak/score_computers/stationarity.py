@@ -305,11 +305,10 @@ def _at_rest(
     examples: _Examples, *, noisy: bool, known: Stationarity | None = None
 ) -> _Rest:
     kernel, outputs, loss = examples.kernel, examples.outputs, examples.loss
-    spectrum = Spectrum.of(kernel)
+    spectrum = None  # which takes as long as all else
     if known is None:
-        known = stationarity_of(
-            spectrum, examples.pull, outputs, examples.steep, noisy=noisy
-        )
+        spectrum, steep = Spectrum.of(kernel), examples.steep
+        known = stationarity_of(spectrum, examples.pull, outputs, steep, noisy=noisy)
     growing, found, explained = known
     told = found / _DEPTH
     early = growing < -MOST and float(loss.median()) > _MOST_WRONG
@@ -326,7 +325,7 @@ def _at_rest(
 
 def _ridge_of_it(
     examples: _Examples,
-    spectrum: Spectrum,
+    spectrum: Spectrum | None,
     told: float,
     explained: float,
     growing: float,
@@ -338,7 +337,7 @@ def _ridge_of_it(
 
     Args:
         examples: of the training.
-        spectrum: of their kernel.
+        spectrum: of their kernel, if it is known.
         told: what stationarity says, in units of `q (1 - q)`.
         explained: share of the pulls' variance that it explains.
         growing: stiffness of growth, in the same units.
