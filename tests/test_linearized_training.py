@@ -53,6 +53,20 @@ def test_retraining_of_the_linearized_classifier(ridge):
         )
 
 
+def test_outputs_that_lie_far_away_are_reached():
+    # an example among others that are told apart by little has an output of hundreds
+    rows, _ = logistic(n=60)
+    rows[::7] *= 100
+    ridge = 1e-4 * float(rows.square().sum(1).mean())
+    found = retrained(rows @ rows.T, ridge)
+    assert float(found.outputs.abs().max()) > 200
+    for mask, outputs in zip(found.masks, found.outputs, strict=True):
+        weights = fitted(rows[found.train[mask.bool()]], ridge, steps=400)
+        torch.testing.assert_close(
+            outputs, rows[found.held] @ weights, rtol=1e-2, atol=1e-2
+        )
+
+
 def test_a_tiny_ridge_is_not_lost_to_rounding():
     rows, _ = logistic(n=60)
     kernel = rows @ rows.T
