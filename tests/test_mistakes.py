@@ -172,6 +172,11 @@ def test_a_loader_that_drops_examples_is_told_how_many(name, gave, world, tmp_pa
         call(world, tmp_path / "a", **{name: loader})
 
 
+def test_a_data_set_is_to_be_put_into_a_loader(world, tmp_path):
+    with pytest.raises(InputTypeError, match=r"got TensorDataset\. Use DataLoader\(train"):
+        call(world, tmp_path, train=TensorDataset(*world[1]))
+
+
 def test_checkpoints_of_a_model_before_torch_compile_and_after(world, tmp_path):
     model, *_, states = world
     compiled = torch.compile(model, backend="eager")

@@ -84,13 +84,15 @@ def stored(folder, rows):
 @pytest.mark.parametrize(
     ("shape", "ridge", "found"),
     [
-        ((300, 2500), "1x", "bfloat16"),
+        ((300, 2500), "2x", "bfloat16"),
         ((300, 2500), "8x", "bfloat16"),
-        ((300, 2500), "0.9x", None),
+        ((300, 2500), "1.7x", None),
+        ((300, 4096), "1.5x", "bfloat16"),
+        ((300, 4096), "1.3x", None),
         ((300, 2500), 1e6, None),
-        ((2000, 2500), "1.3x", None),
-        ((2000, 2500), "1.4x", "bfloat16"),
-        ((300, 200), "1x", None),
+        ((2000, 2500), "2.3x", None),
+        ((2000, 2500), "2.5x", "bfloat16"),
+        ((300, 200), "8x", None),
         ((300, 2500), "1e-6x", "float64"),
     ],
 )
@@ -131,14 +133,14 @@ def test_rows_with_scales_are_rounded_once(fast, tmp_path):
     rows, targets = made((300, 2500), dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
     q = torch.rand(300, 1, generator=generator, dtype=torch.float64)
-    computer = RidgeScoreComputer(lambda_reg="1x", curvature=True)
+    computer = RidgeScoreComputer(lambda_reg="2x", curvature=True)
     found = stored(tmp_path, rows)
     kept = computer.finalize(found, Situation(loss=q[:, 0]))
     assert kept[1]["products"] == "bfloat16"
     factors = (q * (1 - q / 2)).clamp(min=1e-4).sqrt()
     weighted = factors * rows.double()
     gram = weighted @ weighted.T
-    assert kept[1]["ridge"] == pytest.approx(float(gram.diagonal().mean()), rel=1e-3)
+    assert kept[1]["ridge"] == pytest.approx(2 * float(gram.diagonal().mean()), rel=1e-3)
     gram.diagonal().add_(kept[1]["ridge"])
     wanted = torch.linalg.solve(gram, weighted @ targets.double().T) / factors
     scores = computer.scorer(kept, found, targets, q)(0, 300)
@@ -147,7 +149,7 @@ def test_rows_with_scales_are_rounded_once(fast, tmp_path):
 
 def test_a_ridge_that_needs_more_is_not_made_of_rounded_products(fast):
     rows, targets = made((300, 2500), dtype=torch.bfloat16)
-    computer = RidgeScoreComputer(lambda_reg="1x")
+    computer = RidgeScoreComputer(lambda_reg="2x")
     kept = computer.finalize(rows)
     for ridges, found in ((["3x"], "bfloat16"), (["3x", "0.1x"], None), ([0.5], None)):
         for each in computer.at_ridges(kept, rows, ridges):

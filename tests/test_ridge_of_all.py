@@ -95,18 +95,15 @@ def test_few_examples_are_not_halved(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("strength", "checkpoints", "count", "expected"),
+    ("strength", "count", "expected"),
     [
-        (0.0, 1, 450, [(0, 32)]),
-        (0.4, 1, 450, [(0, 16), (1, 16)]),
-        (0.4, 2, 700, [(0, 8), (1, 8)]),
-        (0.4, 3, 700, [(0, 16)]),
-        (0.4, 1, 250, [(0, 32), (1, 32)]),
+        (0.0, 450, [(0, 32)]),
+        (0.4, 450, [(0, 16), (1, 16)]),
+        (0.4, 700, [(0, 8), (1, 8)]),
+        (0.4, 250, [(0, 32), (1, 32)]),
     ],
 )
-def test_whitened_rows_divide_the_examples_twice(
-    strength, checkpoints, count, expected, monkeypatch
-):
+def test_whitened_rows_divide_the_examples_twice(strength, count, expected, monkeypatch):
     rows, q = logistic(n=count)
     games, real = [], auto_ridge.retrained
 
@@ -116,7 +113,7 @@ def test_whitened_rows_divide_the_examples_twice(
 
     monkeypatch.setattr(auto_ridge, "retrained", spy)
     known = [unwhitened(rows, q, 100)] if strength else ()
-    options = {"strength": strength, "checkpoints": checkpoints, "unwhitened": known}
+    options = {"strength": strength, "unwhitened": known}
     choice(rows, Situation(loss=q, **options))
     assert games == expected
 

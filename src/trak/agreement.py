@@ -183,7 +183,7 @@ def _solved(
 
 
 def _products(rows: Tensor, ridge: float) -> torch.dtype:
-    cheap = hides_bfloat16(ridge, len(rows)) and multiplies_bfloat16(rows.device)
+    cheap = hides_bfloat16(ridge, *rows.shape) and multiplies_bfloat16(rows.device)
     return torch.bfloat16 if cheap else torch.float32
 
 

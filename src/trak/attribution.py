@@ -21,7 +21,7 @@ from trak.digests import is_plain
 from trak.errors import InputError, InputTypeError, PhaseError, StoreNotWritableError
 from trak.loaders import count_of, ordered, size_of, some_of, state_of
 from trak.pipeline import Whitener, as_names, check_model, try_first_batches
-from trak.preparation import FITTED, Preparation, whole_rows
+from trak.preparation import Preparation, fitted, whole_rows
 from trak.savers.filesystem import made_folder
 from trak.savers.layout import check_experiment_name
 from trak.traker import TRAKer
@@ -220,6 +220,7 @@ class _Run:
         self.states = states
         self.bar = bar
         self.first = first  # has fitted the first checkpoint, perhaps
+        traker.pipeline.whitener.telling = 0
         if first is not None:
             traker.pipeline.maker.computer.learn_from(first.maker.computer)
 
@@ -254,7 +255,7 @@ class _Run:
             if self.first is not None:
                 whitener.adopt(self.first, number)
             if number not in whitener.sums:
-                chosen = some_of(train, count, FITTED)
+                chosen = some_of(train, count, fitted(number))
                 for batch in self.bar.over(chosen, number, "whitening"):
                     self.traker.fit_whitening(batch=batch)
         except PhaseError:  # the same call elsewhere was first, with the same sample?

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -55,9 +56,10 @@ def ordered(name: str, batches: Any) -> Any:
             "once. Give a DataLoader, or a list of batches."
         )
     if not isinstance(batches, Collection) or isinstance(batches, Mapping | str):
+        hint = f" Use DataLoader({name}, batch_size=100)."
         raise InputTypeError(
             f"{name} must be a DataLoader or a list of batches, got "
-            f"{type(batches).__name__}."
+            f"{type(batches).__name__}.{hint if isinstance(batches, Dataset) else ''}"
         )
     parts = batches if isinstance(batches, tuple) else ()
     if any(isinstance(part, Tensor | np.ndarray) for part in (batches, *parts)):

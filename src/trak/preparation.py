@@ -28,8 +28,9 @@ from trak.strength import (
 from trak.traker import TRAKer
 from trak.width import WHOLE, known_width, width_of
 
-FITTED = 768
-"""Examples that whitening is fitted to, spread over the training set."""
+FITTED, _FITTED_LATER = 768, 512
+"""Examples that whitening is fitted to, spread over the training set: of the first
+checkpoint, of which the ridge is told, too, and of each other."""
 EXACT_UP_TO = 256 << 20
 """Bytes of unprojected rows of one checkpoint that nobody minds; of float32 ones, whose
 gradients may be tiny, or else of float16 ones."""
@@ -54,6 +55,18 @@ def whole_rows(model: nn.Module, settings: Mapping[str, Any]) -> Settings:
         return {}
     precise = {} if _dtype_is_said(settings) else _precision(_numbers(model, settings))
     return {"projector": NoOpProjector(), **precise}
+
+
+def fitted(number: int) -> int:
+    """How many examples a checkpoint's whitening is fitted to.
+
+    Args:
+        number: of the checkpoint.
+
+    Returns:
+        As many as the training set has, at most.
+    """
+    return _FITTED_LATER if number else FITTED
 
 
 @dataclass
@@ -114,6 +127,7 @@ class Preparation:
                 settings |= {"proj_dim": "auto", "projector": None}
                 beside = Path(trial) / "sketch"
                 traker = TRAKer(self.model, save_dir=beside, whitening="auto", **settings)
+            traker.pipeline.whitener.telling = 0
             strength = choose_strength(
                 traker.pipeline,
                 self.states,
@@ -159,7 +173,8 @@ class Preparation:
 
     def _sample(self, number: int) -> Iterator[Any]:
         count = self.settings["train_set_size"]
-        return self.shown(some_of(self.train, count, FITTED), number, "whitening")
+        chosen = some_of(self.train, count, fitted(number))
+        return self.shown(chosen, number, "whitening")
 
 
 def _numbers(model: nn.Module, settings: Mapping[str, Any]) -> int:

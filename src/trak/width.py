@@ -29,7 +29,7 @@ class Share(NamedTuple):
     many: float
 
 
-ONE, SEVERAL = Share(0.98, 0.95, 8), Share(0.95, 0.85, 3)
+ONE, SEVERAL = Share(0.98, 0.95, 8), Share(0.95, 0.8, 3)
 """With one checkpoint and with several, which average out what is left out."""
 WHOLE = 1 << 23
 """Numbers in all rows up to which nothing is left out."""
@@ -44,7 +44,7 @@ def width_of(
 
     Those that hold 98 % of the variance; where that is more than 8 for each training
     example, so many, or those that hold 95 % if that is more still. With several
-    checkpoints 95 %, 3, and 85 %.
+    checkpoints 95 %, 3, and 80 %.
 
     Args:
         whitener: has fitted it.

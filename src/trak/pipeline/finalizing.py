@@ -42,8 +42,10 @@ def finalize_checkpoints(
 
     The automatic ridge, the exponent of Q and the share of what Q added up to are medians
     of what the rows of all that are asked for say, so that one of which too little can be
-    told does not outweigh the others. They depend on nothing else: not on other checkpoints
-    of the store, nor on which of these were finalized before a call was interrupted.
+    told does not outweigh the others; with whitening what one of them says, since that
+    takes long and is as good (docs/ridge.md). They depend on nothing else: not on other
+    checkpoints of the store, nor on which of these were finalized before a call was
+    interrupted.
 
     Args:
         scorer: the score computer.
@@ -108,7 +110,8 @@ def _chosen_together(
 ) -> Choice | None:
     if not isinstance(scorer, RidgeScoreComputer) or not situations:
         return None
-    found = [scorer.choose(phi_of(saver, i, device), s) for i, s in situations.items()]
+    asked = _asked(situations)
+    found = [scorer.choose(phi_of(saver, i, device), situations[i]) for i in asked]
     multiples, powers, paths = zip(*found, strict=True)
     power, path = float(np.median(powers)), float(np.median(paths))
     if scorer.loss_power is None:
@@ -119,6 +122,16 @@ def _chosen_together(
             path,
         )
     return Choice(math.exp(np.median(np.log(multiples))), power, path)
+
+
+def _asked(situations: Mapping[int, Situation]) -> list[int]:
+    # with whitening the first of those of which most examples are known
+    def known(model_id: int) -> int:
+        examples = situations[model_id].unwhitened
+        return sum(len(each.loss) for each in examples if bool(each.loss.any()))
+
+    first = max(situations, key=known)
+    return [first] if known(first) else list(situations)
 
 
 def _choice_in(kept: Mapping[str, Any]) -> Choice | None:

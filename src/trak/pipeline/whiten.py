@@ -94,6 +94,8 @@ class Whitener:
         sums: checkpoint to what was added up here and not saved yet.
         chosen: checkpoint to examples seen here whose rows are kept.
         foreseen: checkpoint to a whitening that was made ahead, and the sums it is of.
+        telling: the checkpoint that the ridge is told from, if that is known. Of others no
+            examples are kept without whitening, where it can be taken off their rows.
     """
 
     maker: RowMaker
@@ -105,6 +107,7 @@ class Whitener:
     sums: dict[int, Moments] = field(default_factory=dict[int, Moments])
     chosen: dict[int, Chosen] = field(default_factory=dict[int, Chosen])
     foreseen: dict[int, "Foreseen"] = field(default_factory=dict[int, "Foreseen"])
+    telling: int | None = None
 
     def fit(self, batch: Batch, model_id: int) -> None:
         """Adds a batch to a checkpoint's sums.
@@ -127,10 +130,12 @@ class Whitener:
                 f"Rows of model_id={model_id} are whitened by what was fitted before, so "
                 "nothing can be added. Featurize on, or use another save_dir."
             )
-        found, rows = self.maker.moments_and_rows(batch, model_id, self.sketch)
+        kept = self.telling in {None, model_id} or not self._takes_off
+        sketch = self.sketch if kept else None
+        found, rows = self.maker.moments_and_rows(batch, model_id, sketch)
         found.refuse_nonfinite()
         self.sums.setdefault(model_id, Moments()).merge(found)
-        if len(rows):
+        if kept and len(rows):
             chosen = self.chosen.setdefault(model_id, Chosen())
             chosen.add(*self.maker.parted(rows))
 
@@ -281,16 +286,20 @@ class Whitener:
             run does not whiten, or its rows are projected otherwise.
         """
         projector = self.maker.projector
-        if not self.strength:
+        if not self.strength or not self._takes_off:
             return None
         if isinstance(projector, LeadingProjector):
             basis = self.saver.settled_basis
             scales = cache(lambda: projector.scales(basis(model_id, dict)))
             return lambda rows: rows / scales().to(rows)
-        if type(projector) is not NoOpProjector:
-            return None
         back = cache(lambda: self.made(self._total(model_id), -self.strength))
         return lambda rows: back().rows(rows, self.maker.layout)
+
+    @property
+    def _takes_off(self) -> bool:
+        # whether rows are gradients, or coordinates of these
+        projector = self.maker.projector
+        return isinstance(projector, LeadingProjector) or type(projector) is NoOpProjector
 
     @full_precision()
     def prepare(self, model_id: int) -> None:

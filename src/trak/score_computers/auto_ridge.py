@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 _MOST_GAMES = 8  # of halves of few examples
 _HALVES = 8  # of each part of a sample, where two parts are compared
-_SEVERAL = 3  # checkpoints whose ridges have a median
 _RIDGES = np.logspace(-2, 3.5, 45)
 _AS_GOOD = 0.01  # of the correlation
 _MANY, _MORE, _LEAST = 0.22, 2.0, math.exp(-1)
@@ -152,7 +151,8 @@ def _told(
     trainings = [_training(sample, situation, known=known) for sample in samples]
     _warn_of_much(situation.strength, trainings)
     pairs = zip(samples, trainings, strict=True)
-    logs = [math.log(_best(*pair, situation)) for pair in pairs]
+    best = ridge_of_all if situation.strength else best_ridge
+    logs = [math.log(best(*pair)) for pair in pairs]
     sizes = [len(s.loss) for s in samples]
     played = math.exp(np.average(logs, weights=sizes))
     power, path = (
@@ -251,29 +251,22 @@ def noise_factor(num_rows: int, situation: Situation) -> float:
     return factor
 
 
-def _best(sample: Sample, training: Training, situation: Situation) -> float:
-    if not situation.strength:
-        return best_ridge(sample, training)
-    # the median of several checkpoints does for them what a second division does for one
-    return ridge_of_all(sample, training, twice=situation.checkpoints < _SEVERAL)
-
-
-def ridge_of_all(sample: Sample, training: Training, *, twice: bool = True) -> float:
+def ridge_of_all(sample: Sample, training: Training) -> float:
     """What `best_ridge` would be with all training examples instead of a part.
 
     Other ridges may be best with fewer examples. How they change is told from both halves
     of the part: where the ridge falls with their number by more than chance may explain, a
-    power of 0.25, it falls on, to twice as many examples at most (docs/ridge.md).
+    power of 0.25, it falls on, to twice as many examples at most (docs/ridge.md). The
+    part's examples are divided twice, with half as many halves each.
 
     Args:
         sample: of the training set.
         training: how the linearized models are trained.
-        twice: divide the part's examples twice, with half as many halves each.
 
     Returns:
         In the units of `best_ridge`.
     """
-    games, size = _games(sample, training, twice=twice), len(sample.loss)
+    games, size = _games(sample, training, twice=True), len(sample.loss)
     whole = best_ridge(sample, training, games)
     more = min(1 / sample.share, _FARTHEST)
     if more < _WORTH or size < 2 * FEWEST:
@@ -389,16 +382,15 @@ def _sums(sample: Sample, roots: Tensor, halves: Halves) -> tuple[list[Tensor], 
 
 
 def _samples(rows: RowSource, situation: Situation) -> list[Sample]:
-    # of whitened rows the unwhitened ones, of every process that fitted
-    if not situation.strength:
+    # of whitened rows the unwhitened ones, of every process that fitted, if any kept some
+    curved = is_curved(situation)
+    found = [
+        sample_of(examples, rows.shape[0], situation, curvature=curved)
+        for examples in situation.unwhitened
+        if len(examples.loss) >= FEWEST
+    ]
+    if not situation.strength or (not found and situation.plain is not None):
         found = [sampled(rows, situation)]
-    else:
-        curved = is_curved(situation)
-        found = [
-            sample_of(examples, rows.shape[0], situation, curvature=curved)
-            for examples in situation.unwhitened
-            if len(examples.loss) >= FEWEST
-        ]
     return [sample for sample in found if sample is not None]
 
 
@@ -424,8 +416,6 @@ def may_grow_freely(examples: Unwhitened, count: int, logistic: bool | None) -> 
 
 def _is_held(sample: Sample, count: int) -> bool:
     # growth is held back beyond doubt, as far as a part of the training set tells
-    if not sample.are_probable:
-        return False
     outputs = margins(sample.loss)
     pulls = count * sample.counts * sample.loss * (sample.kernel @ outputs)
     steep = (sample.counts * sample.loss * (1 - sample.loss)).mean()

@@ -13,9 +13,10 @@ from trak.score_computers.stream import products_dtype
 _ROUNDED = torch.finfo(torch.float32).eps
 """Times the trace: what float32 sums may round."""
 _AMPLE = 100 * _ROUNDED  # a ridge that hides it
-_HIDES_BFLOAT16, _BY_ROOT = 1.0, 0.03
-"""Times the mean squared row norm: what bfloat16 rounds of a matrix grows by the root of
-how many rows it has."""
+_HIDES_BFLOAT16, _BY_ROOT, _WIDTH, _LEAST = 1.0, 0.03, 8192, 0.25
+"""Ridges, in mean squared row norms, for rows of 8,192 columns, and the least of all. What
+bfloat16 rounds of a matrix grows by the root of how many rows it has, and averages out over
+columns."""
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 
 
@@ -42,6 +43,7 @@ def products_for(
         rounds; else `products_dtype`.
     """
     usual, count = products_dtype(rows), rows.shape[0]
+    width = rows.shape[1]
     found = [auto if reg is None else multiple_of(reg) for reg in ridges]
     multiples = [float("nan") if multiple is None else multiple for multiple in found]
     if any(multiple < _ROUNDED * count for multiple in multiples):
@@ -49,22 +51,25 @@ def products_for(
     ample = all(multiple > _AMPLE * count for multiple in multiples)
     if row_encoding(rows).raw is torch.float32 and ample:
         return torch.float32
-    hidden = all(hides_bfloat16(multiple, count) for multiple in multiples)
+    hidden = all(hides_bfloat16(multiple, count, width) for multiple in multiples)
     rounded = form == "dual" and row_encoding(rows).raw is torch.bfloat16
     return torch.bfloat16 if hidden and rounded and multiplies_bfloat16(device) else usual
 
 
-def hides_bfloat16(multiple: float, count: int) -> bool:
+def hides_bfloat16(multiple: float, count: int, width: int) -> bool:
     """Whether a ridge hides what bfloat16 products round of a Gram matrix.
 
     Args:
         multiple: the ridge, in mean squared row norms.
         count: rows, `n`.
+        width: columns, `k`.
 
     Returns:
-        Whether it is 1 and `0.03 sqrt(n)` or more.
+        Whether it is 1 and `0.03 sqrt(n)`, times `sqrt(8192 / k)`, or more, and at least
+        0.25.
     """
-    return multiple >= max(_HIDES_BFLOAT16, _BY_ROOT * count**0.5)
+    least = max(_HIDES_BFLOAT16, _BY_ROOT * count**0.5)
+    return multiple >= max(_LEAST, least * (_WIDTH / max(1, width)) ** 0.5)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -247,7 +247,7 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
 
     Args:
         rows: Phi, `[n, k]`.
-        situation: knows the loss weights.
+        situation: knows the loss weights, and what takes whitening off rows.
 
     Returns:
         The sample; None if there is nothing to tell from: rows or loss weights are 0.
@@ -261,11 +261,14 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
     else:
         numbers = torch.from_numpy(situation.wide.numbers)
     kept, total = _gathered(rows, numbers, every.total.flatten() / factors)
+    if situation.plain is not None:
+        kept, total = situation.plain(kept), situation.plain(total[None])[0]
     kept = kept * (signs / factors)[numbers].to(kept)[:, None]
     kernel = (kept @ kept.T).double()
     unit = kernel.diagonal().mean()
     pull = kept.double() @ total / unit
-    if not bool(unit > 0) or not bool(losses.own.any()):
+    tells = torch.isfinite(kernel).all() and torch.isfinite(pull).all() and unit > 0
+    if not bool(tells) or not bool(losses.own.any()):
         return None
     device = kernel.device
     columns = (losses.own.flatten(), _counts(losses), factors, signs)
@@ -322,9 +325,9 @@ def stationarity_of_all(rows: RowSource, situation: Situation) -> Stationarity |
     if not bool(tells) or not bool(outputs.any()):
         return None
     pulls, some = kept.double() @ pull / unit, outputs[numbers].to(unit)
-    found = stationarity_of(Spectrum.of(kernel / unit), pulls, some, steep)
     growing = float(along @ pull / unit) / float(outputs.square().sum()) / steep
-    return found._replace(growing=growing)
+    spectrum = Spectrum.of(kernel / unit)
+    return stationarity_of(spectrum, pulls, some, steep, growing=growing)
 
 
 def _drawn(rows: RowSource) -> Tensor:

@@ -282,7 +282,13 @@ def growth_share(kernel: Tensor, outputs: Tensor) -> float:
 
 
 def stationarity_of(
-    spectrum: Spectrum, pull: Tensor, outputs: Tensor, steep: float, *, noisy: bool = False
+    spectrum: Spectrum,
+    pull: Tensor,
+    outputs: Tensor,
+    steep: float,
+    *,
+    noisy: bool = False,
+    growing: float | None = None,
 ) -> Stationarity:
     """What pulls at outputs says: `lambda u^T f = u^T Phi Phi^T q` along eigenvectors.
 
@@ -292,13 +298,15 @@ def stationarity_of(
         outputs: of the model, `[n]`.
         steep: the loss's mean curvature, `q (1 - q)`, above 0.
         noisy: as for `training_of`.
+        growing: what all examples say of growth; None to ask these.
 
     Returns:
         The ridge is the median over eigenvectors 6 to 100.
     """
     found, explained = _ridge_of(spectrum, pull, outputs, noisy=noisy)
-    growing = float(outputs @ pull / (outputs @ outputs))
-    return Stationarity(growing / steep, found / steep, explained)
+    if growing is None:
+        growing = float(outputs @ pull / (outputs @ outputs)) / steep
+    return Stationarity(growing, found / steep, explained)
 
 
 def _at_rest(
