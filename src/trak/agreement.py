@@ -1,7 +1,6 @@
 """How well scores from different checkpoints agree, at several strengths of whitening."""
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ COORDINATES, HELD = 16_384, 0.98
 """Of whitened gradients that are compared, those of largest variance: so many at most, and
 no more than hold this share of it at the largest strength."""
 _BASE = 0.5  # strength by which these are chosen
-_CHECKPOINTS = 3
+_CHECKPOINTS = 2
 _TOGETHER = 10  # checkpoints beyond which averaging more of them hardly matters
 _GROUPS = 100
 _TARGETS = 0.25  # of the sample
@@ -45,7 +44,7 @@ class Trial:
     Args:
         pipeline: of a run that whitens.
         sample: the examples.
-        states: the checkpoints, as `state_of` takes them; two are used, or three.
+        states: the checkpoints, as `state_of` takes them; two are used.
         fitting: number of a checkpoint to batches that its whitening is fitted to, unless
             the pipeline's whitener has its sums already. They stay there; of other
             checkpoints than the first up to 256 MiB of each.
@@ -71,14 +70,14 @@ class Trial:
         self.curvature = curvature
         self.logistic = logistic
 
-    def agreements(self, strengths: Sequence[float]) -> Iterator[list[float]]:
-        """Of the checkpoints' scores, averaged over targets and pairs.
+    def agreements(self, strengths: Sequence[float]) -> list[float]:
+        """Of the two checkpoints' scores, averaged over targets.
 
         Args:
             strengths: of whitening.
 
-        Yields:
-            A Spearman correlation for each, of the first two checkpoints, then of three.
+        Returns:
+            A Spearman correlation for each.
         """
         found: list[list[NDArray[np.float64]]] = [[] for _ in strengths]
         usual = None
@@ -98,7 +97,7 @@ class Trial:
                 kept.append(_solved(whitened, weights[:, :1], ridge, factors))
             if number:
                 self.pipeline.whitener.forget_large(number)
-                yield [_agreement(scores) for scores in found]
+        return [_agreement(*scores) for scores in found]
 
     @full_precision()
     def _coordinates(self, number: int, most: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,13 +186,10 @@ def _products(rows: Tensor, ridge: float) -> torch.dtype:
     return torch.bfloat16 if cheap else torch.float32
 
 
-def _agreement(scores: list[NDArray[np.float64]]) -> float:
-    size = len(scores[0])
+def _agreement(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    size = len(one)
     rng = np.random.default_rng(0)
     groups = np.zeros((_GROUPS, size))
     for group in groups:
         group[rng.permutation(size)[: size // 2]] = 1
-    sums = [groups @ one for one in scores]
-    pairs = itertools.combinations(sums, 2)
-    each = [np.nanmean(correlations("spearman", one, other)) for one, other in pairs]
-    return float(np.mean(each))
+    return float(np.nanmean(correlations("spearman", groups @ one, groups @ other)))

@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 STRENGTHS = (0.25, 0.5, 0.75)
 WORTH = 0.005
 """A step up must raise the agreement by so much, since whitening can also do harm."""
-_CLEAR = 0.01  # so far from that, two checkpoints tell what three do
 SAMPLE = 600
 _DIGITS = 3
 _MOST_WRONG, _ALIKE = 0.5, 0.1
@@ -48,10 +47,9 @@ def choose_strength(
 ) -> float:
     """The smallest strength beyond which checkpoints hardly agree better.
 
-    Up to 600 examples are taken, a quarter of them as targets. Each of two checkpoints,
-    or three where these do not tell clearly, scores them at several strengths; the
-    agreement is the Spearman correlation of the scores' sums over random halves of the
-    rest, averaged over targets and pairs of checkpoints.
+    Up to 600 examples are taken, a quarter of them as targets. Two checkpoints score them
+    at several strengths; the agreement is the Spearman correlation of the scores' sums over
+    random halves of the rest, averaged over targets.
 
     These are fitted before that, and their sums stay in the pipeline's whitener, unless
     whitening is of no use, or there is one whose loss is not logistic. Where growth of all
@@ -108,17 +106,12 @@ def _finite_weights(pipeline: Pipeline, sample: list[Batch]) -> list[Tensor]:
 
 
 def _by_agreement(trial: Trial) -> float:
-    chosen, asked, agreements = 0, 1, [0.0]
-    for agreements in trial.agreements(STRENGTHS):
-        asked += 1
-        gains = [after - before - WORTH for before, after in pairwise(agreements)]
-        chosen = [*(gain >= 0 for gain in gains), False].index(False)
-        if all(abs(gain) > _CLEAR for gain in gains[: chosen + 1]):
-            break  # another checkpoint would not change that
+    agreements = trial.agreements(STRENGTHS)
+    gains = [after - before - WORTH for before, after in pairwise(agreements)]
+    chosen = [*(gain >= 0 for gain in gains), False].index(False)
     logger.info(
-        "whitening='auto' stands for %g: scores of %d checkpoints agree by %s.",
+        "whitening='auto' stands for %g: scores of two checkpoints agree by %s.",
         STRENGTHS[chosen],
-        asked,
         ", ".join(f"{a:.3f} ({s:g})" for s, a in zip(STRENGTHS, agreements, strict=True)),
     )
     return STRENGTHS[chosen]

@@ -17,7 +17,7 @@ from trak.score_computers.decay import between
 _STEPS, _STEPS_OF_SAMPLES = 1000, 3000  # of the time that Euler's rule is stable for
 _APART = 1.08  # times between two looks at the loss weights
 _FIRST, _GROWTH = 0.1, 1 / 12  # of steps
-_TURNS = 20  # of the power iteration that begins
+_TURNS = 12  # of the power iteration that begins
 _OVER = 0.25  # of the loss weights; so far beyond the model nothing is looked for
 _LEAST = 1e-30
 _DAMPED = 0.05  # Chebyshev polynomials, Hairer and Wanner 1996, Sec. IV.2
@@ -113,7 +113,7 @@ def followed(outputs: Pull, loss: Tensor, steps: int = _STEPS) -> Followed:
             found = Followed(added, distance)
         if float(current.mean()) < _OVER * float(loss.mean()):
             break
-        leading, steep = _steepest(outputs, current, leading, 2)
+        leading, steep = _steepest(outputs, current, leading, 1)
     return found
 
 
