@@ -16,7 +16,7 @@ from trak.score_computers.decay import Spectrum
 from trak.score_computers.losses import Losses, losses_of
 from trak.score_computers.stationarity import Stationarity, margins, stationarity_of
 from trak.score_computers.stream import home, rows_per_block, stream
-from trak.score_computers.unwhitened import Unwhitened
+from trak.score_computers.unwhitened import Unwhitened, inner_products
 
 SAMPLE = 600
 """Rows that are played with; of whitened ones `trak.score_computers.unwhitened.SAMPLE`."""
@@ -260,13 +260,13 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
         numbers = _drawn(rows)
     else:
         numbers = torch.from_numpy(situation.wide.numbers)
-    kept, total = _gathered(rows, numbers, every.total.flatten() / factors)
+    kept, total = _gathered(rows, numbers, every.total.flatten()[None] / factors)
     if situation.plain is not None:
-        kept, total = situation.plain(kept), situation.plain(total[None])[0]
+        kept, total = situation.plain(kept), situation.plain(total)
     kept = kept * (signs / factors)[numbers].to(kept)[:, None]
-    kernel = (kept @ kept.T).double()
+    kernel = inner_products(kept).double()
     unit = kernel.diagonal().mean()
-    pull = kept.double() @ total / unit
+    pull = kept.double() @ total[0] / unit
     tells = torch.isfinite(kernel).all() and torch.isfinite(pull).all() and unit > 0
     if not bool(tells) or not bool(losses.own.any()):
         return None
@@ -314,12 +314,12 @@ def stationarity_of_all(rows: RowSource, situation: Situation) -> Stationarity |
     if not losses.are_probable or not steep > 0:
         return None
     outputs, factors = margins(own), _factors(losses, curvature=situation.curvature)
-    columns = torch.stack([signs * outputs, every.total.flatten()], dim=1)
+    columns = torch.stack([signs * outputs, every.total.flatten()])
     numbers = _drawn(rows)
-    kept, total = _gathered(rows, numbers, columns / factors[:, None])
-    along, pull = situation.plain(total.T)
+    kept, total = _gathered(rows, numbers, columns / factors)
+    along, pull = situation.plain(total)
     kept = situation.plain(kept) * (signs / factors)[numbers].to(kept)[:, None]
-    kernel = (kept @ kept.T).double()
+    kernel = inner_products(kept).double()
     unit = kernel.diagonal().mean()
     tells = torch.isfinite(kernel).all() and torch.isfinite(pull).all() and unit > 0
     if not bool(tells) or not bool(outputs.any()):
@@ -345,18 +345,19 @@ def _outputs(known: Outputs | None, numbers: NDArray[np.int64]) -> Tensor | None
     return torch.from_numpy(-known.slope * known.values[places])
 
 
-def _gathered(rows: RowSource, numbers: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    # some rows, and Phi^T columns, [k] or [k, c]
+def _gathered(rows: RowSource, numbers: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    # some rows, and sums of all by weights [c, n], [c, k]
     double = row_encoding(rows).name == "float64"
     dtype = torch.float64 if double else torch.float32
     device = home(rows)
-    shape = (rows.shape[1], *columns.shape[1:])
+    shape = (len(weights), rows.shape[1])
     total = torch.zeros(shape, dtype=torch.float64, device=device)
     kept: list[Tensor] = []
     block_rows = rows_per_block(rows.shape[1], dtype)
     for _, start, block in stream([rows], dtype, device, block_rows):
-        part = columns[start : start + len(block)].to(block)
-        total += (block.T @ part).double()
+        part = weights[:, start : start + len(block)].to(block)
+        for place, each in enumerate(part):  # few, of which a product of matrices is slow
+            total[place] += each @ block
         own = numbers[(numbers >= start) & (numbers < start + len(block))] - start
         kept.append(block[own.to(device)].clone())
     return torch.cat(kept), total

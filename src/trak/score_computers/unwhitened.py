@@ -197,7 +197,7 @@ class Chosen:
             rows = rows[: len(taken)]
         else:
             rows = rows[taken.to(rows.device)]
-        kernel = _products(rows).float().cpu()
+        kernel = inner_products(rows).float().cpu()
         pull = (rows @ (self._total / self._seen).to(rows)).cpu().double()
         if not bool(torch.isfinite(kernel).all() and torch.isfinite(pull).all()):
             return None
@@ -209,8 +209,15 @@ def _is_stretch(places: Tensor) -> bool:
     return bool(len(places)) and int(places[-1]) - int(places[0]) + 1 == len(places)
 
 
-def _products(rows: Tensor) -> Tensor:
-    # by strips of the lower triangle, which is half of the work
+def inner_products(rows: Tensor) -> Tensor:
+    """Of all pairs, by strips of the lower triangle, which is half of the work.
+
+    Args:
+        rows: `[s, k]`.
+
+    Returns:
+        `[s, s]`, in the rows' dtype.
+    """
     found = rows.new_zeros(len(rows), len(rows))
     for start in range(0, len(rows), _STRIP):
         stop = start + _STRIP
