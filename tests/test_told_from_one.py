@@ -127,7 +127,6 @@ def test_without_kept_examples_rows_tell_the_ridge(curvature, signed):
 
 
 def test_other_checkpoints_can_be_finalized_alone(asked, tmp_path):
-    attributed(tmp_path)
     model, train, _ = runs.data("mlp", N, M)
     options = {"whitening": 0.5, "projector": NoOpProjector(), "curvature": True}
     traker = runs.make_traker(model, N, tmp_path / "steps", **options)
@@ -136,7 +135,7 @@ def test_other_checkpoints_can_be_finalized_alone(asked, tmp_path):
         fit(traker, train, state, number)
         traker.featurize(batch=train, num_samples=N)
     traker.finalize_features(model_ids=[1])
-    (one,) = asked[1:]
+    (one,) = asked
     assert one.unwhitened == []
     found = traker.saver.load_factor(1)[1]["auto"]
     alone = runs.make_traker(

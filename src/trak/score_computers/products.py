@@ -42,8 +42,7 @@ def products_for(
         where the processor multiplies such numbers itself, beside one that hides what that
         rounds; else `products_dtype`.
     """
-    usual, count = products_dtype(rows), rows.shape[0]
-    width = rows.shape[1]
+    usual, (count, width) = products_dtype(rows), rows.shape
     found = [auto if reg is None else multiple_of(reg) for reg in ridges]
     multiples = [float("nan") if multiple is None else multiple for multiple in found]
     if any(multiple < _ROUNDED * count for multiple in multiples):
