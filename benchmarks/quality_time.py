@@ -4,7 +4,8 @@ Bar: at most 0.5. `trak.attribute` with its defaults against `kronfluence`'s EK-
 one damping and with the sweep that its best LDS comes from, of one checkpoint of a bank or
 of several, all targets against all training examples. Each run is a process of its own
 that times the work without imports and loading, with nothing else on the machine and
-torch's own way of waiting for threads; the sides take turns, and the median of the ratios
+torch's own way of waiting for threads, and all that was written before on the disk; the
+sides take turns, and the median of the ratios
 of neighbours counts.
 
     python -m benchmarks.quality_time [--bank digits] [--rounds 5] [--checkpoints 3]
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +60,7 @@ def measure(
         # each but the middle one comes first equally often
         for name in list(sides)[:: 1 if turn % 2 else -1]:
             library, side = SIDES[name]
+            os.sync()  # the first file would wait for what the run before left unwritten
             found = launch(library, side, bank, count, threads, LIMIT, alone=True)
             if "error" in found:
                 return {**entry, "error": f"{name}: {found['error']}"}

@@ -5,7 +5,7 @@ import torch
 
 from trak.score_computers import stationarity
 from trak.score_computers.decay import Decay, decay_of
-from trak.score_computers.stationarity import LEAST, MOST, training_of
+from trak.score_computers.stationarity import LEAST, MOST, Stationarity, training_of
 
 N, K = 400, 150
 
@@ -105,14 +105,42 @@ def test_short_fine_tunings_are_told_from_what_is_left():
     assert training_of(kernel, kernel @ q, q).ridge / steep < 2 * LEAST
 
 
-@pytest.mark.usefixtures("_free_growth")
-@pytest.mark.parametrize(("wrong", "depth"), [(0.0, 1.0), (0.3, 2.5)])
-def test_depth_counts_where_labels_are_surely_wrong(wrong, depth, monkeypatch):
-    kernel, q = fine_tuned(1.0, offsets=1.5, wrong=wrong)
-    assert (float((q > 0.9).double().mean()) > 0.07) == (wrong > 0)
-    monkeypatch.setattr(stationarity, "decay_of", lambda *_: Decay(6.0, 1.0))
-    told = training_of(kernel, kernel @ q, q).ridge / float((q * (1 - q)).mean())
-    assert told == pytest.approx(6.0 / depth, rel=0.05)
+@pytest.mark.parametrize(
+    ("wrong", "explained", "times"),
+    [(0.0, 0.4, 1.0), (0.0, 0.6, 3**0.5), (0.0, 0.8, 3.0), (0.3, 0.8, 1 / 2.5)],
+)
+def test_fine_tunings_were_shorter_and_wrong_labels_take_longer(
+    wrong, explained, times, monkeypatch
+):
+    kernel, q = fine_tuned(1.0, offsets=1.0 + wrong, wrong=wrong)
+    sure = float((q > 0.9).double().mean()) / float(q.mean())
+    assert sure > 0.2 if wrong else sure < 0.1
+    monkeypatch.setattr(stationarity, "decay_of", lambda *_: Decay(2.5, 1.0, explained))
+    rest = Stationarity(0.0, -1.0, 0.0)  # which says nothing
+    found = training_of(kernel, kernel @ q, q, logistic=True, known=rest).ridge
+    assert found / float((q * (1 - q)).mean()) == pytest.approx(2.5 * times)
+
+
+@pytest.mark.parametrize(
+    ("ridge", "wrong", "explained", "short"),
+    [
+        (0.5, 0.0, 0.9, False),
+        (30.0, 0.0, 0.9, True),
+        (30.0, 0.0, 1.0, False),
+        (8.0, 0.4, 0.9, False),
+    ],
+)
+def test_much_that_is_left_means_a_short_training(
+    ridge, wrong, explained, short, monkeypatch
+):
+    # though it seems to have come to rest, unless labels are wrong
+    kernel, q = fine_tuned(ridge, offsets=5 * wrong, wrong=wrong)
+    assert (float(q.mean()) > 0.45) == (ridge > 1)
+    steep = float((q * (1 - q)).mean())
+    rest = Stationarity(0.0, 1.0, explained)
+    monkeypatch.setattr(stationarity, "decay_of", lambda *_: Decay(4.0, 1.0, 0.4))
+    told = training_of(kernel, kernel @ q, q, logistic=True, known=rest).ridge / steep
+    assert told == pytest.approx(4.0 if short else 1.0 / 2.5)
 
 
 def test_how_much_examples_count_is_in_the_ridge():

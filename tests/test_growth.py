@@ -12,7 +12,8 @@ from trak import preparation, strength
 from trak.loaders import rest_of, some_of
 from trak.projectors import NoOpProjector
 from trak.score_computers import auto_ridge, ridge_sample, stationarity
-from trak.score_computers.auto_ridge import choice, may_grow_freely
+from trak.score_computers import unwhitened as unwhitened_examples
+from trak.score_computers.auto_ridge import choice, freedom, may_grow_freely
 from trak.score_computers.curvature import roots, weighted
 from trak.score_computers.ridge_sample import Situation, stationarity_of_all
 from trak.score_computers.stationarity import Stationarity
@@ -198,6 +199,23 @@ def test_examples_that_are_looked_at_only_pull():
     torch.testing.assert_close(found.pull, rows[:50] @ (rows.T @ q) / 90)
 
 
+def test_inner_products_are_made_again_only_for_other_examples(monkeypatch):
+    calls, own = [], unwhitened_examples.inner_products
+    monkeypatch.setattr(
+        unwhitened_examples, "inner_products", lambda rows: calls.append(1) or own(rows)
+    )
+    rows, q = logistic(n=90)
+    kept = Chosen()
+    kept.add(rows[:50], q[:50, None])
+    kept.found()
+    kept.add_to_sum(rows[:50], q[:50, None])
+    kept.found()
+    assert len(calls) == 1
+    kept.add(rows[50:], q[50:, None])
+    torch.testing.assert_close(kept.found().kernel, (rows @ rows.T).float())
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("freely", [False, True])
 def test_where_growth_may_be_free_all_examples_tell_it(freely, tmp_path, monkeypatch):
     model, (x, _), _ = runs.data("mlp", 120, 4)
@@ -207,7 +225,7 @@ def test_where_growth_may_be_free_all_examples_tell_it(freely, tmp_path, monkeyp
         train = x, model(x).argmax(1)
     monkeypatch.setattr(strength, "may_grow_freely", lambda *_: freely)
     seen = []
-    monkeypatch.setattr(strength, "stiffness", lambda *a: seen.append(a[0]) or 1.0)
+    monkeypatch.setattr(strength, "freedom", lambda *a: seen.append(a[0]) or 1.0)
     traker = runs.make_traker(
         model, 120, tmp_path, whitening="auto", projector=NoOpProjector()
     )
@@ -232,7 +250,7 @@ def test_where_growth_may_be_free_all_examples_tell_it(freely, tmp_path, monkeyp
     torch.testing.assert_close(found.loss, q[fitted])
 
 
-def test_growth_that_is_a_small_part_of_rows_is_not_free():
+def test_growth_that_is_a_small_part_of_rows_is_not_free(monkeypatch):
     rows, q = logistic(n=120)
     known = unwhitened(rows, q, 120)
     assert may_grow_freely(known, 900, True)
@@ -245,6 +263,9 @@ def test_growth_that_is_a_small_part_of_rows_is_not_free():
     other = unwhitened(torch.cat([0.1 * outputs / outputs.norm(), apart], 1), q, 120)
     assert not may_grow_freely(other, 900, True)
     assert not may_grow_freely(unwhitened(0 * rows, q, 120), 900, True)
+    monkeypatch.setattr(auto_ridge, "growth_stiffness", lambda *_, **__: 0.3)
+    assert freedom(known, 900, True) == 0.3
+    assert freedom(other, 900, True) == 1
 
 
 def test_growth_that_is_held_back_beyond_doubt_is_not_free(monkeypatch):
@@ -253,10 +274,13 @@ def test_growth_that_is_held_back_beyond_doubt_is_not_free(monkeypatch):
     uneven = 0.2 + 9.0 * (torch.arange(120) % 12 == 0)
     rows = (outputs / q * uneven)[:, None]  # some examples hold growth back, most hardly
     held, growth = unwhitened(rows, q, 120), expected_growth(rows, q)
+    monkeypatch.setattr(auto_ridge, "growth_stiffness", lambda *_, **__: 0.3)
     monkeypatch.setattr(auto_ridge, "HELD", 1.1 * growth)
     assert may_grow_freely(held, 120, True)
+    assert freedom(held, 120, True) == 0.3
     monkeypatch.setattr(auto_ridge, "HELD", 0.9 * growth)
     assert not may_grow_freely(held, 120, True)
+    assert freedom(held, 120, True) == 1
     monkeypatch.setattr(auto_ridge, "HELD", 0.9 * growth * 9000 / 120)
     assert may_grow_freely(held, 9000, True)  # of which 120 are few
 

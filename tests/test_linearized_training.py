@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from trak.score_computers import retraining
 from trak.score_computers.retraining import retrained
 from trak.score_computers.stationarity import EARLY, LEAST, MOST, training_of
 
@@ -51,6 +52,16 @@ def test_retraining_of_the_linearized_classifier(ridge):
         torch.testing.assert_close(
             outputs, rows[found.held] @ weights, rtol=1e-3, atol=1e-3
         )
+
+
+def test_far_outputs_take_few_steps(monkeypatch):
+    rows, _ = logistic(n=60)
+    ridge = 1e-4 * float(rows.square().sum(1).mean())
+    taken, own = [], retraining._stepped
+    monkeypatch.setattr(retraining, "_stepped", lambda *a: taken.append(1) or own(*a))
+    found = retrained(rows @ rows.T, ridge)
+    assert float(found.outputs.abs().max()) > 15
+    assert len(taken) <= 8  # 12 without doubled ones
 
 
 def test_outputs_that_lie_far_away_are_reached():

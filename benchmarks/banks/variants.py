@@ -2,14 +2,14 @@
 
 They differ in what a ridge depends on: how long and how strongly regularized training was,
 how much noise is in the labels, width, depth, number of examples, data and loss. The rule
-of the automatic ridge was made with those above `UNSEEN`; the rest was kept for judging it.
+of the automatic ridge was made with those above `UNSEEN` and with most fine-tunings
+(`benchmarks.banks.fine_tunings`); the rest was kept for judging it.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from benchmarks.banks import losses  # noqa: F401 - adds objectives
 from benchmarks.banks.bank import Bank
+from benchmarks.banks.fine_tunings import JUDGING, TUNED
 from benchmarks.banks.recipes import Recipe, train_together
 from benchmarks.banks.recipes import outputs as evaluate
 from benchmarks.banks.small_data import (
-    Examples,
     bits,
     blobs,
     blurred,
@@ -36,43 +36,14 @@ from benchmarks.banks.small_data import (
     digits,
     fractions,
     friedman,
-    merged,
     mistaken,
-    pairs,
     relabelled,
     some,
     table,
 )
+from benchmarks.banks.variant import Variant
 
 SUBSETS, SEEDS, CHECKPOINTS, TOGETHER = 64, 4, 10, 32
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to train.
-
-    Attributes:
-        widths: of the MLP.
-        data: training examples and targets.
-        epochs: how many.
-        rate: learning rate.
-        decay: weight decay.
-        activation: between layers.
-        task: a name in `OBJECTIVES`; empty for cross entropy, or the squared loss where
-            labels are fractions.
-        start: the training, on everything, of which all layers but the last are taken over
-            before this one begins; None for random layers.
-    """
-
-    widths: tuple[int, ...]
-    data: Callable[[], tuple[Examples, Examples]]
-    epochs: int
-    rate: float
-    decay: float
-    activation: Callable[[], nn.Module] = nn.ReLU
-    task: str = ""
-    start: Variant | None = None
-
 
 MLP = (64, 96, 64, 10)
 VARIANTS = {
@@ -124,7 +95,6 @@ VARIANTS = {
         task="one_logit",
     ),
 }
-PAIRS = Variant((64, 96, 48, 5), pairs, 30, 0.05, 1e-3)
 UNSEEN = {
     "wine": Variant(
         (13, 32, 3), lambda: table(lambda: load_wine(return_X_y=True), 120), 60, 0.05, 1e-3
@@ -253,37 +223,7 @@ UNSEEN = {
     ),
     "30 features": Variant((30, 64, 64, 2), lambda: blobs(900, 30, 2, 0.0), 60, 0.1, 0.0),
 }
-TUNED = {
-    "tuned": Variant((64, 96, 48, 10), lambda: digits(600), 5, 0.05, 1e-4, start=PAIRS),
-    "tuned, brief": Variant(
-        (64, 96, 48, 10), lambda: digits(600), 2, 0.05, 1e-4, start=PAIRS
-    ),
-    "tuned, long": Variant(
-        (64, 96, 48, 10), lambda: digits(600), 20, 0.05, 1e-4, start=PAIRS
-    ),
-    "tuned, 20 % wrong": Variant(
-        (64, 96, 48, 10), lambda: digits(600, 0.2), 5, 0.05, 1e-4, start=PAIRS
-    ),
-    "tuned, two": Variant(
-        (64, 96, 48, 2), lambda: digits(600, binary=True), 5, 0.05, 1e-4, start=PAIRS
-    ),
-    "tuned blobs": Variant(
-        (30, 96, 64, 4),
-        lambda: merged(600, 4),
-        5,
-        0.03,
-        1e-4,
-        start=Variant((30, 96, 64, 8), lambda: merged(1400, 8, first=600), 30, 0.05, 1e-3),
-    ),
-    "tuned blobs, two": Variant(
-        (30, 96, 64, 2),
-        lambda: merged(600, 2),
-        5,
-        0.03,
-        1e-4,
-        start=Variant((30, 96, 64, 8), lambda: merged(1400, 8, first=600), 30, 0.05, 1e-3),
-    ),
-}
+UNSEEN |= JUDGING
 VARIANTS |= UNSEEN | TUNED
 
 

@@ -20,7 +20,7 @@ from trak.batches import Batch, batch_size, normalize
 from trak.modes import evaluation_mode
 from trak.pipeline import Pipeline
 from trak.savers.filesystem import read_object
-from trak.score_computers.auto_ridge import may_grow_freely, stiffness
+from trak.score_computers.auto_ridge import freedom, may_grow_freely
 from trak.score_computers.losses import losses_beside
 from trak.whitening.whitening import STRENGTH
 
@@ -86,8 +86,8 @@ def choose_strength(
         fit(pipeline, fitting(0), 0, conclude=False)
         _look_on(pipeline, others, count, logistic)
         examples = pipeline.whitener.seen(0)
-        free = 1.0 if examples is None else stiffness(examples, count, logistic)
-        strength = round(STRENGTH * min(1.0, free), _DIGITS)
+        free = 1.0 if examples is None else freedom(examples, count, logistic)
+        strength = round(STRENGTH * free, _DIGITS)
     if len(states) < 2 or not enough or strength < STRENGTHS[0]:
         logger.info("whitening='auto' stands for %g.", strength)
         return strength

@@ -29,7 +29,7 @@ class Share(NamedTuple):
     many: float
 
 
-ONE, SEVERAL = Share(0.98, 0.95, 8), Share(0.95, 0.8, 3)
+ONE, SEVERAL = Share(0.98, 0.95, 5), Share(0.95, 0.8, 3)
 """With one checkpoint and with several, which average out what is left out."""
 WHOLE = 1 << 23
 """Numbers in all rows up to which nothing is left out."""

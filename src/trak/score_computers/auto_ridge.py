@@ -338,7 +338,7 @@ def _played(
 ) -> tuple[NDArray[np.float64], Tensor]:
     # correlations at every ridge, and the spectrum of the rows trained with
     sums, spectrum = _sums(sample, weights, halves)
-    values = torch.stack([halves.agreement(each) for each in sums])
+    values = halves.agreement(sums)
     return values.nan_to_num(-1.0).cpu().numpy(), spectrum
 
 
@@ -365,8 +365,8 @@ def _share(sample: Sample) -> float:
     return sample.share * (size - size // 4) / size  # a quarter is held out
 
 
-def _sums(sample: Sample, roots: Tensor, halves: Halves) -> tuple[list[Tensor], Tensor]:
-    # of TRAK's scores over each half, [subsets, h], at every ridge; the Gram's spectrum
+def _sums(sample: Sample, roots: Tensor, halves: Halves) -> tuple[Tensor, Tensor]:
+    # of TRAK's scores over each half at every ridge, [r, subsets, h]; the Gram's spectrum
     train, held = halves.train, halves.held
     weights = roots[train][:, None]
     gram = weights * sample.kernel[train][:, train] * weights.T
@@ -375,10 +375,9 @@ def _sums(sample: Sample, roots: Tensor, halves: Halves) -> tuple[list[Tensor], 
     across = vectors.T @ (weights * sample.kernel[train][:, held])
     loss = (sample.loss * sample.counts)[train][:, None]
     after = halves.masks @ (vectors * (loss / weights))
-    share = _share(sample)
     values = values.clamp(min=0)
-    sums = [after @ (across / (values + r * share)[:, None]) for r in _RIDGES]
-    return sums, values
+    ridges = _share(sample) * torch.from_numpy(_RIDGES).to(values)[:, None, None]
+    return after / (values + ridges) @ across, values
 
 
 def _samples(rows: RowSource, situation: Situation) -> list[Sample]:
@@ -425,8 +424,8 @@ def _is_held(sample: Sample, count: int) -> bool:
     return float(pulls.mean()) - _DOUBTS * doubt >= HELD
 
 
-def stiffness(examples: Unwhitened, count: int, logistic: bool | None) -> float:
-    """How strongly growth of all outputs is held back in the model.
+def freedom(examples: Unwhitened, count: int, logistic: bool | None) -> float:
+    """How freely all outputs of the model grow together.
 
     Args:
         examples: some of the training set.
@@ -434,14 +433,19 @@ def stiffness(examples: Unwhitened, count: int, logistic: bool | None) -> float:
         logistic: whether Q is that of a logistic loss; None if unknown.
 
     Returns:
-        As `trak.score_computers.stationarity.growth_stiffness`; 1 if nothing can be told.
+        `trak.score_computers.stationarity.growth_stiffness`, at most 1; 1 where growth is a
+        small part of the rows' variance or held back beyond doubt, and where nothing can
+        be told.
     """
     if len(examples.loss) < FEWEST:
         return 1.0
     sample = sample_of(examples, count, Situation(logistic=logistic), curvature=False)
-    if sample is None:
+    if sample is None or not sample.are_probable:
         return 1.0
-    return growth_stiffness(
+    share = growth_share(sample.kernel, margins(sample.loss))
+    if share <= FREE or _is_held(sample, count):
+        return 1.0
+    found = growth_stiffness(
         sample.kernel,
         sample.pull,
         sample.loss,
@@ -449,3 +453,4 @@ def stiffness(examples: Unwhitened, count: int, logistic: bool | None) -> float:
         share=sample.share,
         logistic=logistic,
     )
+    return min(1.0, found)

@@ -6,6 +6,7 @@ answer for examples that were left out stands in for the outputs of retrained ne
 which the linear datamodeling score (Park et al. 2023, Sec. 2) judges scores.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 SUBSETS = 32
 """Halves that are trained on."""
-_STEPS, _HALVINGS = 100, 20  # Newton's method, and shorter steps of it
+_STEPS, _HALVINGS, _DOUBLINGS = 100, 20, 8  # Newton's method; shorter, longer steps of it
 _CONVERGED = 0.03  # of an output; what is left to do then is about the square of that
+_FAR = 0.3  # moves of an output that may be made longer
 _ENOUGH, _UNSEEN = 1e-4, 1e-5  # of what a step promises, and of rounded sums
 _LEAST = 1e-6  # curvature of an example that is fitted perfectly
 _ROUNDING = 1e-6
@@ -41,13 +43,13 @@ class Halves:
         """How well something predicts the outputs.
 
         Args:
-            predicted: sums of scores over each half, `[subsets, h]`.
+            predicted: sums of scores over each half, `[..., subsets, h]`.
 
         Returns:
-            Pearson correlation over halves, mean over the examples held out.
+            Pearson correlation over halves, mean over the examples held out, `[...]`.
         """
         both = _standard(predicted) * _standard(self.outputs)
-        return both.sum(dim=0).mean()
+        return both.sum(dim=-2).mean(dim=-1)
 
 
 def retrained(
@@ -130,10 +132,12 @@ def _logistic(kernels: Tensor, ridges: Tensor) -> Tensor:
 def _stepped(
     kernels: Tensor, ridges: Tensor, duals: Tensor, outputs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A step of Newton's method in the dual, cut in half until the objective falls.
+    """A step of Newton's method in the dual, along a line that is searched.
 
-    `(K + ridge / c) duals = f + q / c` with `c = q (1 - q)`, and a line search with
-    Armijo's rule (Nocedal and Wright 2006, Sec. 3.1).
+    `(K + ridge / c) duals = f + q / c` with `c = q (1 - q)`. A step is cut in half until
+    the objective falls, by Armijo's rule (Nocedal and Wright 2006, Sec. 3.1). Such steps
+    hardly raise outputs by more than 2, however far away these lie; so where they move far,
+    the step is doubled as long as the objective falls further.
 
     Args:
         kernels: `[b, n, n]`.
@@ -149,17 +153,39 @@ def _stepped(
     curvature = (weights * (1 - weights)).clamp(min=_LEAST)
     wanted = _solve(kernels, ridges / curvature, outputs + weights / curvature) - duals
     moves = (kernels @ wanted[..., None])[..., 0]
+    farthest = moves.abs().amax(dim=1)
+
+    def reached(share: Tensor) -> Tensor:
+        moved = duals + share[:, None] * wanted, outputs + share[:, None] * moves
+        return _objective(ridges, *moved)
+
     before = _objective(ridges, duals, outputs)
+    share = _doubled(reached, farthest)
     promised = _ENOUGH * ((duals - weights / ridges) * moves).sum(dim=1)
     least = before + _UNSEEN * before.abs()
-    share = torch.ones_like(before)[:, None]
     for _ in range(_HALVINGS):
-        moved = duals + share * wanted, outputs + share * moves
-        enough = _objective(ridges, *moved) <= least + share[:, 0] * promised
+        enough = reached(share) <= least + share * promised
         if bool(enough.all()):
             break
-        share = torch.where(enough[:, None], share, share / 2)
-    return duals + share * wanted, outputs + share * moves, moves.abs().amax(dim=1)
+        share = torch.where(enough, share, share / 2)
+    along = share[:, None]
+    return duals + along * wanted, outputs + along * moves, farthest
+
+
+def _doubled(reached: Callable[[Tensor], Tensor], farthest: Tensor) -> Tensor:
+    # how many times a step is made, at least once
+    share, longer = torch.ones_like(farthest), farthest > _FAR
+    if not bool(longer.any()):
+        return share
+    value = reached(share)
+    for _ in range(_DOUBLINGS):
+        further = reached(2 * share)
+        longer = longer & (further < value)
+        if not bool(longer.any()):
+            break
+        share = torch.where(longer, 2 * share, share)
+        value = torch.where(longer, further, value)
+    return share
 
 
 def _objective(ridges: Tensor, duals: Tensor, outputs: Tensor) -> Tensor:
@@ -182,6 +208,6 @@ def _solve(kernels: Tensor, diagonals: Tensor, right: Tensor) -> Tensor:
 
 def _standard(values: Tensor) -> Tensor:
     # columns of mean 0 and length 1; constant ones are 0
-    centred = values - values.mean(dim=0)
-    lengths = centred.norm(dim=0)
+    centred = values - values.mean(dim=-2, keepdim=True)
+    lengths = centred.norm(dim=-2, keepdim=True)
     return centred / torch.where(lengths > 0, lengths, torch.inf)

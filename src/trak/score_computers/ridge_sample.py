@@ -263,7 +263,7 @@ def sampled(rows: RowSource, situation: Situation) -> Sample | None:
     kept, total = _gathered(rows, numbers, every.total.flatten()[None] / factors)
     if situation.plain is not None:
         kept, total = situation.plain(kept), situation.plain(total)
-    kept = kept * (signs / factors)[numbers].to(kept)[:, None]
+    kept.mul_((signs / factors)[numbers].to(kept)[:, None])
     kernel = inner_products(kept).double()
     unit = kernel.diagonal().mean()
     pull = kept.double() @ total[0] / unit
@@ -318,7 +318,7 @@ def stationarity_of_all(rows: RowSource, situation: Situation) -> Stationarity |
     numbers = _drawn(rows)
     kept, total = _gathered(rows, numbers, columns / factors)
     along, pull = situation.plain(total)
-    kept = situation.plain(kept) * (signs / factors)[numbers].to(kept)[:, None]
+    kept = situation.plain(kept).mul_((signs / factors)[numbers].to(kept)[:, None])
     kernel = inner_products(kept).double()
     unit = kernel.diagonal().mean()
     tells = torch.isfinite(kernel).all() and torch.isfinite(pull).all() and unit > 0
@@ -359,5 +359,5 @@ def _gathered(rows: RowSource, numbers: Tensor, weights: Tensor) -> tuple[Tensor
         for place, each in enumerate(part):  # few, of which a product of matrices is slow
             total[place] += each @ block
         own = numbers[(numbers >= start) & (numbers < start + len(block))] - start
-        kept.append(block[own.to(device)].clone())
+        kept.append(block[own.to(device)])
     return torch.cat(kept), total

@@ -30,10 +30,17 @@ _HOLDS = (4.5, 6.0)
 """Stiffness of growth, in units of `q (1 - q)`: from the second on something holds outputs
 small (batch normalization, smoothed labels), so that loss weights stay large without the
 training having been short."""
-_SURE, _MISTAKEN = 0.9, (0.03, 0.07)
-"""Shares of examples that are surely wrong. Between them, short trainings turn from those
-of pretrained networks, which stay nearly linear, into those that have wrong labels to
+_SURE, _MISTAKEN = 0.9, (0.1, 0.2)
+"""How many examples are surely wrong, as a share of what is left of Q. Between the two,
+short trainings turn from those of pretrained networks into those that have wrong labels to
 learn, where depth counts."""
+_SHORTER, _FITS = 3.0, (0.5, 0.7)
+"""Fine-tunings want a larger ridge than what they left of Q says: it came down faster at
+first, when there was more of it, and their features are those of the pretraining. So many
+times, where the filter explains more than a half of what is left, up to seven tenths."""
+_UNDONE, _RESTING = (0.3, 0.45), (0.9, 1.0)
+"""What is left of Q on average: from the first to the second, a training in which few
+examples are surely wrong was short, unless stationarity explains nearly everything."""
 _UNKNOWN = 0.4
 _BOUNDED = 0.8  # of several labels, pixels or a hinge
 _OF_WORDS = 0.03  # a text is many examples
@@ -355,13 +362,18 @@ def _ridge_of_it(
     """
     ridge = min(max(told, LEAST), MOST) if told > 0 else _UNKNOWN
     kernel, loss, counts = examples.kernel, examples.loss, examples.counts
-    weight = (1 - between(explained, *_HELD_BY_IT)) * (1 - between(growing, *_HOLDS))
+    left = float(loss.mean())
+    mistaken = between(float((loss > _SURE).double().mean()) / left, *_MISTAKEN)
+    undone = between(left, *_UNDONE) * (1 - mistaken)
+    undone *= 1 - between(explained, *_RESTING)
+    weight = max(1 - between(explained, *_HELD_BY_IT), undone)
+    weight *= 1 - between(growing, *_HOLDS)
     if weight:
         decay = decay_of(kernel, loss, counts, examples.share, spectrum)
         own = float((loss * (1 - loss)).mean())
-        mistaken = between(float((loss > _SURE).double().mean()), *_MISTAKEN)
-        longer = min(decay.ridge * own / examples.steep / _DEPTH**mistaken, MOST)
-        ridge *= (max(ridge, longer) / ridge) ** (weight * decay.clarity)
+        shorter = _SHORTER ** ((1 - mistaken) * between(decay.explained, *_FITS))
+        longer = decay.ridge * own / examples.steep * shorter / _DEPTH**mistaken
+        ridge *= (max(ridge, min(longer, MOST)) / ridge) ** (weight * decay.clarity)
     if told >= LEAST or ridge > _UNKNOWN:
         return ridge
     return weaker(ridge, kernel, loss, counts, examples.share)

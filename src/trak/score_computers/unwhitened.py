@@ -18,7 +18,7 @@ from trak.errors import StoreCorruptedError
 SAMPLE = 1000
 """Examples that are kept."""
 _SAMPLE_BYTES = 1 << 29  # of their rows
-_STRIP = 256
+_STRIP = 128
 PREFIX = "unwhitened/"
 """Of the arrays' names in a file."""
 _PARTS, _COUNTS = ("kernel", "pull", "loss"), "counts"
@@ -115,6 +115,7 @@ class Chosen:
         self._lots = torch.empty(0, device="cpu")
         self._loss = torch.empty(0, 0, dtype=torch.float64, device="cpu")
         self._found: Unwhitened | None = None
+        self._kernel: Tensor | None = None
         self._concluded = False
         self._rows = torch.empty(0, 0, device="cpu")
         self._total = torch.empty(0, dtype=torch.float64, device="cpu")
@@ -130,7 +131,7 @@ class Chosen:
         """
         if not self._seen:
             self._start(rows, loss.shape[1])
-        self._found = None
+        self._found = self._kernel = None
         self._total += (rows.T @ loss[:, :1].to(rows)).flatten()
         every = torch.cat([
             self._lots,
@@ -197,7 +198,9 @@ class Chosen:
             rows = rows[: len(taken)]
         else:
             rows = rows[taken.to(rows.device)]
-        kernel = inner_products(rows).float().cpu()
+        if self._kernel is None:
+            self._kernel = inner_products(rows).float().cpu()
+        kernel = self._kernel
         pull = (rows @ (self._total / self._seen).to(rows)).cpu().double()
         if not bool(torch.isfinite(kernel).all() and torch.isfinite(pull).all()):
             return None
