@@ -106,19 +106,26 @@ def test_short_fine_tunings_are_told_from_what_is_left():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "explained", "times"),
-    [(0.0, 0.4, 1.0), (0.0, 0.6, 3**0.5), (0.0, 0.8, 3.0), (0.3, 0.8, 1 / 2.5)],
+    ("wrong", "left", "explained", "times"),
+    [
+        (0.0, 2.5, 0.4, 1.0),
+        (0.0, 2.5, 0.6, 3**0.5),
+        (0.0, 2.5, 0.8, 3.0),
+        (0.3, 2.5, 0.8, 1 / 2.5),
+        (0.0, 0.45, 0.8, 3**0.5),
+        (0.0, 0.301, 0.8, 1.0),
+    ],
 )
 def test_fine_tunings_were_shorter_and_wrong_labels_take_longer(
-    wrong, explained, times, monkeypatch
+    wrong, left, explained, times, monkeypatch
 ):
     kernel, q = fine_tuned(1.0, offsets=1.0 + wrong, wrong=wrong)
     sure = float((q > 0.9).double().mean()) / float(q.mean())
     assert sure > 0.2 if wrong else sure < 0.1
-    monkeypatch.setattr(stationarity, "decay_of", lambda *_: Decay(2.5, 1.0, explained))
-    rest = Stationarity(0.0, -1.0, 0.0)  # which says nothing
+    monkeypatch.setattr(stationarity, "decay_of", lambda *_: Decay(left, 1.0, explained))
+    rest = Stationarity(0.0, LEAST / 4, 0.0)  # a long training
     found = training_of(kernel, kernel @ q, q, logistic=True, known=rest).ridge
-    assert found / float((q * (1 - q)).mean()) == pytest.approx(2.5 * times)
+    assert found / float((q * (1 - q)).mean()) == pytest.approx(left * times, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,11 @@ _SURE, _MISTAKEN = 0.9, (0.1, 0.2)
 """How many examples are surely wrong, as a share of what is left of Q. Between the two,
 short trainings turn from those of pretrained networks into those that have wrong labels to
 learn, where depth counts."""
-_SHORTER, _FITS = 3.0, (0.5, 0.7)
+_SHORTER, _FITS, _BRIEF = 3.0, (0.5, 0.7), (0.3, 0.6)
 """Fine-tunings want a larger ridge than what they left of Q says: it came down faster at
 first, when there was more of it, and their features are those of the pretraining. So many
-times, where the filter explains more than a half of what is left, up to seven tenths."""
+times, where the filter explains more than a half of what is left, up to seven tenths, and
+its ridge is not that of a long training, from 0.3 to 0.6."""
 _UNDONE, _RESTING = (0.3, 0.45), (0.9, 1.0)
 """What is left of Q on average: from the first to the second, a training in which few
 examples are surely wrong was short, unless stationarity explains nearly everything."""
@@ -371,8 +372,9 @@ def _ridge_of_it(
     if weight:
         decay = decay_of(kernel, loss, counts, examples.share, spectrum)
         own = float((loss * (1 - loss)).mean())
-        shorter = _SHORTER ** ((1 - mistaken) * between(decay.explained, *_FITS))
-        longer = decay.ridge * own / examples.steep * shorter / _DEPTH**mistaken
+        longer = decay.ridge * own / examples.steep
+        brief = between(longer, *_BRIEF) * between(decay.explained, *_FITS)
+        longer *= _SHORTER ** ((1 - mistaken) * brief) / _DEPTH**mistaken
         ridge *= (max(ridge, min(longer, MOST)) / ridge) ** (weight * decay.clarity)
     if told >= LEAST or ridge > _UNKNOWN:
         return ridge
