@@ -14,9 +14,11 @@ from torch import Tensor
 
 SUBSETS = 32
 """Halves that are trained on."""
-_STEPS, _HALVINGS, _DOUBLINGS = 100, 20, 8  # Newton's method; shorter, longer steps of it
+_STEPS, _HALVINGS, _DOUBLINGS = 100, 20, 4  # Newton's method; shorter, longer steps of it
 _CONVERGED = 0.03  # of an output; what is left to do then is about the square of that
 _FAR = 0.3  # moves of an output that may be made longer
+_LIFT = 4.0
+_BOX = 0.1  # how far beyond 0 and `1 / lambda` longer steps may take a dual
 _ENOUGH, _UNSEEN = 1e-4, 1e-5  # of what a step promises, and of rounded sums
 _LEAST = 1e-6  # curvature of an example that is fitted perfectly
 _ROUNDING = 1e-6
@@ -93,13 +95,22 @@ def retrained(
     if counts is not None:
         ridges /= counts.to(ridges)[own]  # an example that counts twice has half of it
     if answers is None:
-        duals = _logistic(*_rounded(inside, ridges)).to(kernel.dtype)
+        duals = _logistic(*_rounded(_lifted(inside), ridges)).to(kernel.dtype)
     else:
         duals = _solve(inside, ridges, answers[own])
     across = kernel[held.to(kernel.device)][:, own]  # [h, subsets, half]
     outputs = torch.einsum("hsi,si->sh", across, duals)
     device = kernel.device
     return Halves(train.to(device), held.to(device), masks.to(device), outputs)
+
+
+def _lifted(kernels: Tensor) -> Tensor:
+    # eigenvalues that should be 0 and were rounded to less, along which the objective would
+    # fall without end: what float32 rounds of a matrix grows by the root of its size
+    lift = _LIFT * torch.finfo(torch.float32).eps * kernels.shape[1] ** 0.5
+    units = kernels.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True)
+    kernels.diagonal(dim1=1, dim2=2).add_(lift * units)
+    return kernels
 
 
 def _rounded(kernels: Tensor, ridges: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,8 +170,12 @@ def _stepped(
         moved = duals + share[:, None] * wanted, outputs + share[:, None] * moves
         return _objective(ridges, *moved)
 
+    def within(share: Tensor) -> Tensor:
+        loss = ridges * (duals + share[:, None] * wanted)
+        return ((loss > -_BOX) & (loss < 1 + _BOX)).all(dim=1)
+
     before = _objective(ridges, duals, outputs)
-    share = _doubled(reached, farthest)
+    share = _doubled(reached, within, farthest)
     promised = _ENOUGH * ((duals - weights / ridges) * moves).sum(dim=1)
     least = before + _UNSEEN * before.abs()
     for _ in range(_HALVINGS):
@@ -172,15 +187,20 @@ def _stepped(
     return duals + along * wanted, outputs + along * moves, farthest
 
 
-def _doubled(reached: Callable[[Tensor], Tensor], farthest: Tensor) -> Tensor:
-    # how many times a step is made, at least once
+def _doubled(
+    reached: Callable[[Tensor], Tensor],
+    within: Callable[[Tensor], Tensor],
+    farthest: Tensor,
+) -> Tensor:
+    # how many times a step is made, at least once; not beyond what duals can be, where
+    # objectives of rounded kernels fall without end
     share, longer = torch.ones_like(farthest), farthest > _FAR
     if not bool(longer.any()):
         return share
     value = reached(share)
     for _ in range(_DOUBLINGS):
         further = reached(2 * share)
-        longer = longer & (further < value)
+        longer = longer & (further < value) & within(2 * share)
         if not bool(longer.any()):
             break
         share = torch.where(longer, 2 * share, share)
