@@ -223,8 +223,7 @@ UNSEEN = {
     ),
     "30 features": Variant((30, 64, 64, 2), lambda: blobs(900, 30, 2, 0.0), 60, 0.1, 0.0),
 }
-UNSEEN |= JUDGING
-VARIANTS |= UNSEEN | TUNED
+VARIANTS |= UNSEEN | JUDGING | TUNED
 
 
 def make(name: str) -> tuple[Recipe, Bank]:
