@@ -394,7 +394,7 @@ def _samples(rows: RowSource, situation: Situation) -> list[Sample]:
 
 
 def may_grow_freely(examples: Unwhitened, count: int, logistic: bool | None) -> bool:
-    """Whether `stiffness` may be a small number that these examples alone cannot tell.
+    """Whether `freedom` may be a small number that these examples alone cannot tell.
 
     Args:
         examples: some of the training set, as many as something can be told from, with
@@ -406,11 +406,18 @@ def may_grow_freely(examples: Unwhitened, count: int, logistic: bool | None) -> 
         False where growth is so small a part of the rows' variance that it cannot be below
         a half, and where it is held back beyond doubt.
     """
+    return _growing(examples, count, logistic, math.sqrt(2) * FREE) is not None
+
+
+def _growing(
+    examples: Unwhitened, count: int, logistic: bool | None, least: float
+) -> Sample | None:
+    # where growth is more than so much of the rows' variance, and not held back
     sample = sample_of(examples, count, Situation(logistic=logistic), curvature=False)
     if sample is None or not sample.are_probable:
-        return False
+        return None
     share = growth_share(sample.kernel, margins(sample.loss))
-    return share > math.sqrt(2) * FREE and not _is_held(sample, count)
+    return sample if share > least and not _is_held(sample, count) else None
 
 
 def _is_held(sample: Sample, count: int) -> bool:
@@ -437,13 +444,9 @@ def freedom(examples: Unwhitened, count: int, logistic: bool | None) -> float:
         small part of the rows' variance or held back beyond doubt, and where nothing can
         be told.
     """
-    if len(examples.loss) < FEWEST:
-        return 1.0
-    sample = sample_of(examples, count, Situation(logistic=logistic), curvature=False)
-    if sample is None or not sample.are_probable:
-        return 1.0
-    share = growth_share(sample.kernel, margins(sample.loss))
-    if share <= FREE or _is_held(sample, count):
+    enough = len(examples.loss) >= FEWEST
+    sample = _growing(examples, count, logistic, FREE) if enough else None
+    if sample is None:
         return 1.0
     found = growth_stiffness(
         sample.kernel,
