@@ -320,6 +320,9 @@ def _games(
         count, subsets = 2, subsets // 2
     if brief:
         count, subsets = 1, _HALVES
+    ended = training.stopped
+    if ended is not None:
+        ended = ended._replace(time=ended.time / sample.share)
     return [
         retrained(
             training.kernel,
@@ -328,6 +331,7 @@ def _games(
             counts=sample.counts,
             seed=seed,
             subsets=subsets,
+            stopped=ended,
         )
         for seed in range(count)
     ]

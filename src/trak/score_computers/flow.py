@@ -6,7 +6,7 @@ Outputs `f = Phi w` that are trained by gradient flow from zero are `f = Phi Phi
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from trak.score_computers.decay import between
 
 _STEPS, _STEPS_OF_SAMPLES = 1000, 3000  # of the time that Euler's rule is stable for
 _APART = 1.08  # times between two looks at the loss weights
-_FIRST, _GROWTH = 0.1, 1 / 12  # of steps
+_FIRST, _GROWTH, _GROWTH_OF_SAMPLES = 0.1, 1 / 12, 1 / 6  # of steps
 _TURNS = 12  # of the power iteration that begins
 _OVER = 0.25  # of the loss weights; so far beyond the model nothing is looked for
 _LEAST = 1e-30
@@ -40,10 +40,24 @@ class Followed(NamedTuple):
     Attributes:
         added: `a`, `[n]`, float32.
         distance: mean squared, between its loss weights and the real ones.
+        time: that has passed there.
     """
 
     added: Tensor
     distance: float
+    time: float
+
+
+class Stopped(NamedTuple):
+    """A flow that is stopped where it comes closest to the real model.
+
+    Attributes:
+        time: when, for all training examples.
+        weight: how much is to be made of it, 0 to 1.
+    """
+
+    time: float
+    weight: float
 
 
 def weaker(
@@ -68,53 +82,121 @@ def weaker(
         In the same units; at most what is known.
     """
     known, strong = kernel.float(), counts.float()  # a larger kernel takes less time
-    added, distance = followed(
-        lambda a: known @ (strong * a), loss.float(), _STEPS_OF_SAMPLES
-    )
-    along = known @ (strong * added)
+    found = _of_sample(known, loss, strong)
+    along = known @ (strong * found.added)
     steep = float((loss * (1 - loss) * counts).mean())
-    amounts = float(along @ (strong * loss.float()) / (along @ (strong * added)))
+    amounts = float(along @ (strong * loss.float()) / (along @ (strong * found.added)))
     told = max(amounts / share / steep, _WEAKEST)
-    clear = 1 - between(distance / max(float(loss.var()), _LEAST), *_UNLIKE)
-    weight = clear * (1 - between(told, *_SHORT))
+    weight = _likeness(found, loss) * (1 - between(told, *_SHORT))
     return float(ridge * (min(ridge, told) / ridge) ** weight)
 
 
-def followed(outputs: Pull, loss: Tensor, steps: int = _STEPS) -> Followed:
-    """Follows the flow of a logistic loss until its loss weights are the real ones.
+def stopped(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> Stopped:
+    """When a flow ends as the real training did.
 
-    Steps are a twelfth of the time that has passed, at least `0.1 / s`, with `s` the
-    largest eigenvalue of the linearized flow, which falls as examples are learned. Those
-    longer than `1 / s` have stages (see `_stepped`).
+    Args:
+        kernel: as for `weaker`.
+        loss: as for `weaker`.
+        counts: as for `weaker`.
+        share: as for `weaker`.
+
+    Returns:
+        Its time, and how well it reproduces the loss weights.
+    """
+    found = _of_sample(kernel.float(), loss, counts.float())
+    return Stopped(found.time * share, _likeness(found, loss))
+
+
+def _of_sample(kernel: Tensor, loss: Tensor, strong: Tensor) -> Followed:
+    def pull(added: Tensor) -> Tensor:
+        return kernel @ (strong * added)
+
+    return followed(pull, loss.float(), _STEPS_OF_SAMPLES, _GROWTH_OF_SAMPLES)
+
+
+def _likeness(found: Followed, loss: Tensor) -> float:
+    return 1 - between(found.distance / max(float(loss.var()), _LEAST), *_UNLIKE)
+
+
+def followed(
+    outputs: Pull, loss: Tensor, steps: int = _STEPS, growth: float = _GROWTH
+) -> Followed:
+    """Follows the flow of a logistic loss until its loss weights are the real ones.
 
     Args:
         outputs: the kernel; signed, and with how strongly examples pull.
         loss: Q of the real model as probabilities, `[n]`, float32.
         steps: how long at most, in steps of `1 / s`, or in shorter ones.
+        growth: length of steps, as a share of the time that has passed.
 
     Returns:
         The flow's state that has the least mean squared distance.
     """
-    added, current = torch.zeros_like(loss), torch.full_like(loss, 0.5)
-    leading, steep = _steepest(outputs, current, torch.ones_like(loss), _TURNS)
-    found, time, until = Followed(current, float("inf")), 0.0, 0.0
-    left = float(steps)
-    while left > 0:
-        stretch = min(max(_FIRST, _GROWTH * time * steep), max(left, 1.0))
-        step = stretch / steep
-        added, current = _stepped(outputs, added, current, step, stretch)
-        left -= max(1.0, stretch)
-        time += step
-        if time < until:
-            continue
-        until = time * _APART
+    found = Followed(torch.full_like(loss, 0.5), float("inf"), 0.0)
+    for time, added, current in _flow(outputs, loss, growth, steps):
         distance = float((current - loss).square().mean())
         if distance < found.distance:
-            found = Followed(added, distance)
+            found = Followed(added, distance, time)
         if float(current.mean()) < _OVER * float(loss.mean()):
             break
-        leading, steep = _steepest(outputs, current, leading, 1)
     return found
+
+
+def added_until(outputs: Pull, like: Tensor, time: float) -> Tensor:
+    """Loss weights integrated over a flow that is stopped at some time.
+
+    Args:
+        outputs: the kernel, or several, a column each.
+        like: a tensor of the size of `a`, whose entries do not matter.
+        time: when, above 0.
+
+    Returns:
+        `a`, as large.
+    """
+    added = torch.zeros_like(like)
+    for _, added, _ in _flow(outputs, like, _GROWTH_OF_SAMPLES, end=time):  # noqa: B007
+        pass
+    return added
+
+
+def _flow(
+    outputs: Pull,
+    like: Tensor,
+    growth: float,
+    steps: float = math.inf,
+    end: float = math.inf,
+) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """Times, `a` and loss weights, each at least 8 % later than the one before.
+
+    Steps are a share of the time that has passed, at least `0.1 / s`, with `s` the largest
+    eigenvalue of the linearized flow, which falls as examples are learned. Those longer
+    than `1 / s` have stages (see `_stepped`).
+
+    Args:
+        outputs: the kernel.
+        like: a tensor of the size of `a`.
+        growth: the share.
+        steps: how long at most, in steps of `1 / s`, or in shorter ones.
+        end: how long at most.
+
+    Yields:
+        The last state is that of the end, if it is reached.
+    """
+    added, current = torch.zeros_like(like), torch.full_like(like, 0.5)
+    leading, steep = _steepest(outputs, current, torch.ones_like(like), _TURNS)
+    time = until = 0.0
+    while steps > 0 and time < end:
+        stretch = min(max(_FIRST, growth * time * steep), max(steps, 1.0))
+        step = min(stretch / steep, end - time)
+        added, current = _stepped(outputs, added, current, step, step * steep)
+        steps -= max(1.0, stretch)
+        time += step
+        if until <= time < end:
+            yield time, added, current
+            until = time * _APART
+            leading, steep = _steepest(outputs, current, leading, 1)
+    if time >= end:
+        yield time, added, current
 
 
 def _stepped(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trak.score_computers.flow import Stopped, added_until
+
 SUBSETS = 32
 """Halves that are trained on."""
 _STEPS, _HALVINGS, _DOUBLINGS = 100, 20, 4  # Newton's method; shorter, longer steps of it
@@ -34,12 +36,16 @@ class Halves:
         held: numbers of the others, `[h]`.
         masks: which of the former each half holds, `[subsets, t]`, 0 or 1.
         outputs: what its model answers for the latter, `[subsets, h]`.
+        flowed: how many models, the last ones, were trained by a flow that was stopped.
+        weight: how much these count, 0 to 1.
     """
 
     train: Tensor
     held: Tensor
     masks: Tensor
     outputs: Tensor
+    flowed: int = 0
+    weight: float = 0.0
 
     def agreement(self, predicted: Tensor) -> Tensor:
         """How well something predicts the outputs.
@@ -48,10 +54,16 @@ class Halves:
             predicted: sums of scores over each half, `[..., subsets, h]`.
 
         Returns:
-            Pearson correlation over halves, mean over the examples held out, `[...]`.
+            Pearson correlation over halves whose models were trained alike, mean over the
+            examples held out, `[...]`.
         """
-        both = _standard(predicted) * _standard(self.outputs)
-        return both.sum(dim=-2).mean(dim=-1)
+        sizes = [len(self.masks) - self.flowed, self.flowed]
+        parts = zip(predicted.split(sizes, dim=-2), self.outputs.split(sizes), strict=True)
+        by_ridge, by_flow = (
+            (_standard(part) * _standard(outputs)).sum(dim=-2).mean(dim=-1)
+            for part, outputs in parts
+        )
+        return (1 - self.weight) * by_ridge + self.weight * by_flow
 
 
 def retrained(
@@ -61,8 +73,12 @@ def retrained(
     counts: Tensor | None = None,
     seed: int = 0,
     subsets: int = SUBSETS,
+    stopped: Stopped | None = None,
 ) -> Halves:
     """Trains the linearized model on random halves of three quarters of the examples.
+
+    With a ridge; the second half of the models by gradient flow from zero, without one, if
+    it is known when to stop.
 
     Args:
         kernel: `Phi Phi^T`, `[n, n]`, float64.
@@ -72,12 +88,32 @@ def retrained(
             the loss is logistic, `log(1 + exp(-f))`.
         counts: how much each example's loss counts, `[n]`; None if all count once.
         seed: of the halves.
-        subsets: how many halves.
+        subsets: how many halves, at least 4.
+        stopped: when flows end, and how much they count.
 
     Returns:
         The halves and what their models answer for the remaining quarter.
     """
-    size = len(kernel)
+    held, train, chosen = (
+        part.to(kernel.device) for part in _divided(len(kernel), seed, subsets)
+    )
+    masks = kernel.new_zeros(subsets, len(train)).scatter_(1, chosen, 1.0)
+    flowed = subsets // 2 if stopped is not None and stopped.weight > 0 else 0
+    own = train[chosen[: subsets - flowed]]  # [subsets, half]
+    duals = _duals(kernel, own, ridge, answers, counts)
+    outputs = torch.einsum("hsi,si->sh", kernel[held][:, own], duals)
+    if not flowed or stopped is None:
+        return Halves(train, held, masks, outputs)
+    strong = masks[-flowed:]
+    if counts is not None:
+        strong = strong * counts.to(strong)[train]
+    others = _flowed(kernel[:, train].float(), train, strong.T.float(), stopped.time)
+    outputs = torch.cat([outputs, others[held].T.to(outputs)])
+    return Halves(train, held, masks, outputs, flowed, stopped.weight)
+
+
+def _divided(size: int, seed: int, subsets: int) -> tuple[Tensor, Tensor, Tensor]:
+    # a quarter of the examples, the others, and places among these, [subsets, half]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(size, generator=generator, device="cpu")
     held, train = order[: size // 4], order[size // 4 :]
@@ -86,22 +122,31 @@ def retrained(
         torch.randperm(len(train), generator=generator, device="cpu")[:half]
         for _ in range(subsets)
     ])
-    masks = torch.zeros(subsets, len(train), dtype=kernel.dtype, device="cpu").scatter_(
-        1, chosen, 1.0
-    )
-    own = train[chosen].to(kernel.device)  # [subsets, half]
+    return held, train, chosen
+
+
+def _duals(
+    kernel: Tensor,
+    own: Tensor,
+    ridge: float,
+    answers: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    # of models that are trained with a ridge, [subsets, half]
     inside = kernel[own[:, :, None], own[:, None, :]]
     ridges = torch.full_like(inside[:, 0], ridge)
     if counts is not None:
         ridges /= counts.to(ridges)[own]  # an example that counts twice has half of it
     if answers is None:
-        duals = _logistic(*_rounded(_lifted(inside), ridges)).to(kernel.dtype)
-    else:
-        duals = _solve(inside, ridges, answers[own])
-    across = kernel[held.to(kernel.device)][:, own]  # [h, subsets, half]
-    outputs = torch.einsum("hsi,si->sh", across, duals)
-    device = kernel.device
-    return Halves(train.to(device), held.to(device), masks.to(device), outputs)
+        return _logistic(*_rounded(_lifted(inside), ridges)).to(kernel.dtype)
+    return _solve(inside, ridges, answers[own])
+
+
+def _flowed(kernel: Tensor, train: Tensor, strong: Tensor, time: float) -> Tensor:
+    # what models of all halves answer for all examples, [n, subsets]
+    known = kernel[train]
+    added = added_until(lambda a: known @ (strong * a), strong, time)
+    return kernel @ (strong * added)
 
 
 def _lifted(kernels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trak.score_computers.decay import Spectrum, between, decay_of
-from trak.score_computers.flow import weaker
+from trak.score_computers.flow import Stopped, stopped, weaker
 from trak.score_computers.logistic import log_odds
 from trak.score_computers.loss_power import OTHER, path_of, power_of
 from trak.score_computers.residuals import ridge_left
@@ -42,6 +42,11 @@ its ridge is not that of a long training, from 0.3 to 0.6."""
 _UNDONE, _RESTING = (0.3, 0.45), (0.9, 1.0)
 """What is left of Q on average: from the first to the second, a training in which few
 examples are surely wrong was short, unless stationarity explains nearly everything."""
+_FLOWED, _UNLEARNED, _GRIPPED = 0.6, (0.3, 0.4), (12.0, 18.0)
+"""How much linearized models count that were trained by a flow that was stopped, where it
+reproduces the loss weights: less the more labels are surely wrong; not at all from a mean
+loss weight of 0.4 on, nor where growth is held back 18 times as strongly as `q (1 - q)`,
+where it was not the length of training that kept outputs small."""
 _UNKNOWN = 0.4
 _BOUNDED = 0.8  # of several labels, pixels or a hinge
 _OF_WORDS = 0.03  # a text is many examples
@@ -73,6 +78,8 @@ class Training:
         stiffness: of growth of all outputs, as `growth_stiffness` says; the kernel has it.
         power: exponent of Q that suits it (`trak.score_computers.loss_power`).
         path: share of what Q added up to along the way, on a logarithmic scale.
+        stopped: when a flow from zero ends as it did, and how much is to be made of that;
+            None of a regression.
     """
 
     ridge: float
@@ -81,6 +88,7 @@ class Training:
     stiffness: float = 1.0
     power: float = 1.0
     path: float = 0.0
+    stopped: Stopped | None = None
 
     def of(self, places: Tensor) -> "Training":
         """The same training of a part of the examples.
@@ -119,12 +127,14 @@ class _Rest(NamedTuple):
         stiffness: of growth.
         power: exponent of Q.
         path: share of what Q added up to along the way.
+        flowed: how much models count that were trained by a flow, if it is like this.
     """
 
     ridge: float
     stiffness: float
     power: float
     path: float
+    flowed: float
 
 
 class _Examples(NamedTuple):
@@ -150,6 +160,12 @@ class _Examples(NamedTuple):
     def steep(self) -> float:
         """The loss's mean curvature."""
         return float((self.loss * (1 - self.loss) * self.counts).mean())
+
+    @property
+    def mistaken(self) -> float:
+        """How far surely wrong labels make up what is left of Q, 0 to 1."""
+        sure = float((self.loss > _SURE).double().mean())
+        return between(sure / float(self.loss.mean()), *_MISTAKEN)
 
 
 def training_of(
@@ -178,7 +194,8 @@ def training_of(
     the rows, as with two classes, it is larger (see `_stiffness`). Where most are wrong and
     yet pulled away from their outputs, more strongly than any ridge would hold them,
     these are little else than what training began with, as after a few epochs; the ridge
-    is then 20, so that models on halves are about a gradient step. That of a squared loss
+    is then 20, so that models on halves are about a gradient step. When a flow from zero
+    ends as a logistic training did is told beside that. The ridge of a squared loss
     is told from outputs and residuals (`trak.score_computers.residuals`), if they are
     known. For other losses it is a constant: 0.4, 0.8 where loss weights are different
     numbers from 0 to 1 (as are their exponent and share of the way, `loss_power.OTHER`), or
@@ -206,12 +223,7 @@ def training_of(
     if told is None:
         return _of_another_loss(kernel, pull, loss, counts, share, outputs, words=words)
     examples = _Examples(kernel, pull, loss, told, counts, share)
-    ridge, stiffness, power, path = _at_rest(examples, noisy=noisy, known=known)
-    if stiffness != 1:
-        along = kernel @ told
-        excess = (1 - 1 / stiffness) / float(told @ along)
-        kernel = kernel - excess * torch.outer(along, along)
-    return Training(ridge * examples.steep, kernel, None, stiffness, power, path)
+    return _of_logistic(examples, _at_rest(examples, noisy=noisy, known=known))
 
 
 def growth_stiffness(
@@ -243,6 +255,26 @@ def growth_stiffness(
     counts = torch.ones_like(loss) if counts is None else counts
     examples = _Examples(kernel, pull, loss, outputs, counts, share)
     return _at_rest(examples, noisy=False).stiffness
+
+
+def _of_logistic(examples: _Examples, rest: _Rest) -> Training:
+    kernel, outputs, ended = examples.kernel, examples.outputs, None
+    if rest.stiffness != 1:
+        along = kernel @ outputs
+        excess = (1 - 1 / rest.stiffness) / float(outputs @ along)
+        kernel = kernel - excess * torch.outer(along, along)
+    if rest.flowed:
+        ended = stopped(kernel, examples.loss, examples.counts, examples.share)
+        ended = ended._replace(weight=rest.flowed * ended.weight)
+    return Training(
+        rest.ridge * examples.steep,
+        kernel,
+        None,
+        rest.stiffness,
+        rest.power,
+        rest.path,
+        ended,
+    )
 
 
 def _of_another_loss(
@@ -336,7 +368,9 @@ def _at_rest(
     held = between(growing, *_HOLDS)
     power = power_of(float(loss.mean()), share, ridge, told, explained, held)
     path = path_of(share, ridge, told, explained, held)
-    return _Rest(ridge, stiffness, power, path)
+    flowed = (1 - examples.mistaken) * (1 - between(growing, *_GRIPPED))
+    flowed *= 1 - between(float(loss.mean()), *_UNLEARNED)
+    return _Rest(ridge, stiffness, power, path, _FLOWED * flowed)
 
 
 def _ridge_of_it(
@@ -363,9 +397,8 @@ def _ridge_of_it(
     """
     ridge = min(max(told, LEAST), MOST) if told > 0 else _UNKNOWN
     kernel, loss, counts = examples.kernel, examples.loss, examples.counts
-    left = float(loss.mean())
-    mistaken = between(float((loss > _SURE).double().mean()) / left, *_MISTAKEN)
-    undone = between(left, *_UNDONE) * (1 - mistaken)
+    mistaken = examples.mistaken
+    undone = between(float(loss.mean()), *_UNDONE) * (1 - mistaken)
     undone *= 1 - between(explained, *_RESTING)
     weight = max(1 - between(explained, *_HELD_BY_IT), undone)
     weight *= 1 - between(growing, *_HOLDS)

@@ -1,0 +1,160 @@
+"""Linearized models that are trained by a flow, which is stopped where the real one was."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from trak.score_computers import auto_ridge
+from trak.score_computers.auto_ridge import best_ridge
+from trak.score_computers.flow import Stopped, stopped
+from trak.score_computers.retraining import retrained
+from trak.score_computers.ridge_sample import Sample
+from trak.score_computers.stationarity import training_of
+
+DECAY = torch.logspace(0, -2, 60, dtype=torch.float64)
+
+
+def examples(n=200, k=60, seed=0, common=0.3):
+    """Rows that should be positive, in units of their mean squared norm."""
+    rng = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, k, generator=rng, dtype=torch.float64) * DECAY[:k]
+    rows = rows + common * torch.randn(k, generator=rng).double() * DECAY[:k]
+    return rows / rows.square().sum(1).mean().sqrt()
+
+
+def flowed(rows, time, counts=None, steps=1200):
+    """The weights of a logistic regression after a flow from zero, by Euler's rule."""
+    w = torch.zeros(rows.shape[1], dtype=torch.float64)
+    counts = torch.ones(len(rows), dtype=torch.float64) if counts is None else counts
+    for _ in range(steps):
+        w = w + time / steps * rows.T @ (counts * torch.sigmoid(-rows @ w))
+    return w
+
+
+def sample_of(rows, q, share=1.0):
+    """A sample as the automatic ridge takes it."""
+    kernel, even = rows @ rows.T, torch.ones(len(rows), dtype=torch.float64)
+    return Sample(kernel, kernel @ q / share, q, even, even, even, share, False)
+
+
+@pytest.mark.parametrize("time", [0.5, 5.0, 60.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_second_half_of_the_models_is_stopped(time, weighted):
+    rows = examples(80)
+    counts = torch.linspace(0.5, 1.5, 80, dtype=torch.float64) if weighted else None
+    found = retrained(
+        rows @ rows.T, 0.7, counts=counts, subsets=8, stopped=Stopped(time, 0.6)
+    )
+    alone = retrained(rows @ rows.T, 0.7, counts=counts, subsets=8)
+    assert (found.flowed, found.weight) == (4, 0.6)
+    assert torch.equal(found.masks, alone.masks)
+    torch.testing.assert_close(found.outputs[:4], alone.outputs[:4], rtol=1e-4, atol=1e-4)
+    for mask, outputs in zip(found.masks[4:], found.outputs[4:], strict=True):
+        half = found.train[mask.bool()]
+        own = None if counts is None else counts[half]
+        expected = rows[found.held] @ flowed(rows[half], time, own)
+        assert float((outputs - expected).norm() / expected.norm()) < 0.06
+
+
+def test_none_is_stopped_where_that_does_not_count():
+    rows = examples(80)
+    found = retrained(rows @ rows.T, 0.7, stopped=Stopped(5.0, 0.0))
+    assert torch.equal(found.outputs, retrained(rows @ rows.T, 0.7).outputs)
+
+
+def test_models_agree_among_those_that_were_trained_alike():
+    rows = examples(80)
+    found = retrained(rows @ rows.T, 0.7, subsets=8, stopped=Stopped(5.0, 0.6))
+    rng = torch.Generator().manual_seed(1)
+    predicted = torch.randn(found.outputs.shape, generator=rng, dtype=torch.float64)
+    means = [
+        np.mean([
+            np.corrcoef(predicted[part, j], found.outputs[part, j])[0, 1]
+            for j in range(len(found.held))
+        ])
+        for part in (slice(4), slice(4, 8))
+    ]
+    expected = 0.4 * means[0] + 0.6 * means[1]
+    assert float(found.agreement(predicted)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("time", [0.5, 5.0, 60.0])
+def test_when_a_training_was_stopped_is_told_from_loss_weights(time):
+    rows = examples()
+    q = torch.sigmoid(-rows @ flowed(rows, time))
+    even = torch.ones(len(rows), dtype=torch.float64)
+    found = stopped(rows @ rows.T, q, even, 1.0)
+    assert found.time == pytest.approx(time, rel=0.15)
+    assert found.weight == 1
+    assert stopped(rows @ rows.T, q, even, 0.25).time == pytest.approx(found.time / 4)
+    double = stopped(rows @ rows.T, q, 2 * even, 1.0)
+    assert double.time == pytest.approx(found.time / 2, rel=0.1)
+
+
+def test_loss_weights_that_no_flow_leaves_say_nothing():
+    rows = examples()
+    rng = torch.Generator().manual_seed(0)
+    q = torch.rand(len(rows), generator=rng, dtype=torch.float64)
+    assert stopped(rows @ rows.T, q, torch.ones_like(q), 1.0).weight == 0
+
+
+def trained(rows, q, pull=1.0):
+    kernel = rows @ rows.T
+    return training_of(kernel, pull * kernel @ q, q, logistic=True).stopped
+
+
+def test_it_counts_less_where_something_else_kept_outputs_small():
+    rows = examples(common=1.0)
+    q = torch.sigmoid(-rows @ flowed(rows, 5.0))
+    assert float(q.mean()) < 0.3
+    usual = trained(rows, q)
+    assert usual is not None
+    assert usual.weight == pytest.approx(0.6)
+    assert trained(rows, q, pull=1000) is None  # growth is held back
+    begun = torch.sigmoid(-rows @ flowed(rows, 0.002))
+    assert float(begun.mean()) > 0.4
+    assert trained(rows, begun) is None
+    wrong = q.clone()
+    wrong[:10] = 0.95
+    assert float(wrong.mean()) < 0.3
+    assert trained(rows, wrong) is None
+    kernel = rows @ rows.T
+    assert training_of(kernel, kernel @ q, q, logistic=False).stopped is None
+
+
+def share_of_best(sample, training, rows, outputs, masks, targets):
+    """LDS at the chosen ridge and at the best one, of models that were really retrained."""
+    reached = {}
+    for ridge in [*np.logspace(-2, 3, 26), best_ridge(sample, training)]:
+        system = rows.T @ rows + ridge * torch.eye(rows.shape[1])
+        scores = sample.loss[:, None] * (rows @ torch.linalg.solve(system, targets.T))
+        sums = masks @ scores
+        reached[ridge] = np.mean([
+            np.corrcoef(sums[:, j], outputs[:, j])[0, 1] for j in range(len(targets))
+        ])
+    *sweep, chosen = reached.values()
+    return chosen / max(sweep)
+
+
+@pytest.mark.parametrize("time", [1.0, 2.0, 4.0])
+def test_the_ridge_suits_models_that_were_stopped_early(time):
+    every = examples(200, common=0.6)
+    rows, targets = every[:160], every[160:]
+    rng = torch.Generator().manual_seed(2)
+    masks = torch.zeros(64, len(rows), dtype=torch.float64)
+    for mask in masks:
+        mask[torch.randperm(len(rows), generator=rng)[:80]] = 1
+    outputs = torch.stack([targets @ flowed(rows[m.bool()], time) for m in masks])
+    q = torch.sigmoid(-rows @ flowed(rows, time))
+    sample = sample_of(rows, q)
+    training = training_of(sample.kernel, sample.pull, q, logistic=True)
+    assert training.stopped is not None
+    played = [training, replace(training, stopped=None)]
+    judges = (rows, outputs, masks, targets)
+    found, by_ridge = (share_of_best(sample, each, *judges) for each in played)
+    assert found > 0.985
+    assert found > by_ridge
+    games = auto_ridge._games(sample, training)
+    assert all((len(each.masks), each.flowed) == (32, 16) for each in games)
