@@ -29,6 +29,10 @@ _UNLIKE = (0.35, 0.45)
 """Shares of the variance of loss weights that the flow does not reproduce: above the second
 it says nothing about the training."""
 _WEAKEST = 0.03
+_LONGER, _GREW = 2.0, (4.0, 8.0)
+"""Flows that end later than at 4 are continued, those beyond 8 for twice as long:
+features grew while outputs did, so that training took longer than it would have with those
+of its end. Times are in units of what the mean squared row norm is in."""
 
 Pull = Callable[[Tensor], Tensor]
 """`Phi Phi^T` times weights `[n]`, as outputs `[n]`."""
@@ -104,7 +108,8 @@ def stopped(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> Stopp
         Its time, and how well it reproduces the loss weights.
     """
     found = _of_sample(kernel.float(), loss, counts.float())
-    return Stopped(found.time * share, _likeness(found, loss))
+    longer = _LONGER ** between(math.log(max(found.time, _LEAST)), *map(math.log, _GREW))
+    return Stopped(found.time * longer * share, _likeness(found, loss))
 
 
 def _of_sample(kernel: Tensor, loss: Tensor, strong: Tensor) -> Followed:
