@@ -44,9 +44,10 @@ _UNDONE, _RESTING = (0.3, 0.45), (0.9, 1.0)
 examples are surely wrong was short, unless stationarity explains nearly everything."""
 _FLOWED, _UNLEARNED, _GRIPPED = 0.6, (0.3, 0.4), (12.0, 18.0)
 """How much linearized models count that were trained by a flow that was stopped, where it
-reproduces the loss weights: less the more labels are surely wrong; not at all from a mean
-loss weight of 0.4 on, nor where growth is held back 18 times as strongly as `q (1 - q)`,
-where it was not the length of training that kept outputs small."""
+reproduces the loss weights: less the more labels are surely wrong, and the more of the
+pulls stationarity explains; not at all from a mean loss weight of 0.4 on, nor where growth
+is held back 18 times as strongly as `q (1 - q)`, where it was not the length of training
+that kept outputs small."""
 _UNKNOWN = 0.4
 _BOUNDED = 0.8  # of several labels, pixels or a hinge
 _OF_WORDS = 0.03  # a text is many examples
@@ -368,8 +369,8 @@ def _at_rest(
     held = between(growing, *_HOLDS)
     power = power_of(float(loss.mean()), share, ridge, told, explained, held)
     path = path_of(share, ridge, told, explained, held)
-    flowed = (1 - examples.mistaken) * (1 - between(growing, *_GRIPPED))
-    flowed *= 1 - between(float(loss.mean()), *_UNLEARNED)
+    flowed = (1 - between(explained, *_HELD_BY_IT)) * (1 - between(growing, *_GRIPPED))
+    flowed *= (1 - examples.mistaken) * (1 - between(float(loss.mean()), *_UNLEARNED))
     return _Rest(ridge, stiffness, power, path, _FLOWED * flowed)
 
 
