@@ -22,7 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.banks.objectives import Regression as Task
-from benchmarks.banks.regressions import CHOSEN, JUDGED, Regression, Trained, make
+from benchmarks.banks.regressions import (
+    CHOSEN,
+    JUDGED,
+    LATER,
+    Regression,
+    Trained,
+    make,
+)
 from benchmarks.common import Row, write
 from benchmarks.lds import lds
 from trak import TRAKer
@@ -168,6 +175,7 @@ def main() -> None:
     groups: dict[str, list[Regression]] = {
         "looked at while it was made": CHOSEN,
         "made to judge it": JUDGED,
+        "made later": LATER,
     }
     if options.small:
         groups = {"looked at while it was made": CHOSEN[4:5]}

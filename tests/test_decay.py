@@ -5,7 +5,8 @@ import torch
 
 from trak.score_computers import stationarity
 from trak.score_computers.decay import Decay, decay_of
-from trak.score_computers.stationarity import LEAST, MOST, Stationarity, training_of
+from trak.score_computers.pulls import Stationarity
+from trak.score_computers.stationarity import LEAST, MOST, training_of
 
 N, K = 400, 150
 
@@ -123,9 +124,17 @@ def test_fine_tunings_were_shorter_and_wrong_labels_take_longer(
     sure = float((q > 0.9).double().mean()) / float(q.mean())
     assert sure > 0.2 if wrong else sure < 0.1
     monkeypatch.setattr(stationarity, "decay_of", lambda *_: Decay(left, 1.0, explained))
-    rest = Stationarity(0.0, LEAST / 4, 0.0)  # a long training
-    found = training_of(kernel, kernel @ q, q, logistic=True, known=rest).ridge
-    assert found / float((q * (1 - q)).mean()) == pytest.approx(left * times, rel=0.01)
+    steep = float((q * (1 - q)).mean())
+
+    def found():
+        rest = Stationarity(0.0, LEAST / 4, 0.0)  # a long training
+        return training_of(kernel, kernel @ q, q, logistic=True, known=rest).ridge / steep
+
+    monkeypatch.setattr(stationarity, "GROWTH", (0.0, 1e-9))  # as with two classes
+    assert found() == pytest.approx(left * max(1.0, times), rel=0.01) or wrong
+    assert found() == pytest.approx(left * 3, rel=0.01) or not wrong
+    monkeypatch.setattr(stationarity, "GROWTH", (1.0, 2.0))
+    assert found() == pytest.approx(left * times, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,20 @@ def test_loss_weights_that_no_flow_has_say_nothing():
     assert weaker(0.3, kernel, mixed, counts, 1.0) == 0.3
 
 
+def test_wrong_labels_pull_back_as_no_ridge_does():
+    rng = torch.Generator().manual_seed(0)
+    rows = 1 + 0.3 * torch.randn(200, 4, generator=rng, dtype=torch.float64)
+    rows[:20] *= -1  # whose labels are wrong
+    kernel, even = rows @ rows.T, torch.ones(200, dtype=torch.float64)
+    kernel = kernel / kernel.diagonal().mean()
+    outputs = torch.where(rows.mean(dim=1) > 0, 3.0, -3.0).double()
+    loss = torch.sigmoid(-outputs)  # beyond what the linearized model comes to
+    found = followed(kernel.float().__matmul__, loss.float())
+    assert found.distance < 0.1 * float(loss.var())
+    assert float((kernel @ found.added.double()) @ loss) < 0
+    assert weaker(0.3, kernel, loss, even, 1.0) == 0.3
+
+
 def test_equal_loss_weights_are_no_error():
     kernel, _, counts, _ = ended(1.0)
     half = torch.full((200,), 0.5, dtype=torch.float64)

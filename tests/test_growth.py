@@ -15,8 +15,8 @@ from trak.score_computers import auto_ridge, ridge_sample, stationarity
 from trak.score_computers import unwhitened as unwhitened_examples
 from trak.score_computers.auto_ridge import choice, freedom, may_grow_freely
 from trak.score_computers.curvature import roots, weighted
+from trak.score_computers.pulls import Stationarity
 from trak.score_computers.ridge_sample import Situation, stationarity_of_all
-from trak.score_computers.stationarity import Stationarity
 from trak.score_computers.unwhitened import Chosen
 
 RIDGE = 5.0

@@ -9,7 +9,7 @@ from trak import TRAKer
 from trak.errors import InputError
 from trak.score_computers import BasicScoreComputer, RidgeScoreComputer
 from trak.score_computers.auto_ridge import Choice
-from trak.score_computers.loss_power import as_power, power_of, powered
+from trak.score_computers.loss_power import Ending, as_power, power_of, powered
 from trak.score_computers.losses import Losses, losses_of
 
 N, M = 60, 6
@@ -113,6 +113,8 @@ def test_signs_and_how_much_examples_count_stay():
         (0.12, 0.3, 0.3, 0.0, 0.3, 0.5, 0.90625),
         (0.01, 0.3, 0.3, 0.0, 0.3, 1.0, 1.0),  # held back, and nothing left to learn
         (0.25, 0.16, 12.0, 12.0, 0.3, 0.0, 0.25),  # two classes, a short fine-tuning
+        (0.04, 0.45, 3.5, 0.0, 0.3, 0.0, 1.0),  # one whose outputs do little else but grow
+        (0.04, 0.3, 3.5, 0.0, 0.3, 0.0, 0.5625),
         (0.12, 0.02, 0.4, -0.1, 0.9, 0.0, 0.625),
         (0.01, 0.095, 0.3, 0.0, 0.3, 0.0, 0.875),
     ],
@@ -120,7 +122,7 @@ def test_signs_and_how_much_examples_count_stay():
 def test_the_power_depends_on_how_training_went(
     loss, share, ridge, at_rest, explained, held, expected
 ):
-    found = power_of(loss, share, ridge, at_rest, explained, held)
+    found = power_of(Ending(loss, share, ridge, at_rest, explained, held))
     assert found == pytest.approx(expected)
 
 

@@ -12,7 +12,7 @@ from trak.errors import StoreCorruptedError
 from trak.modelout_functions import AbstractModelOutput
 from trak.score_computers import RidgeScoreComputer, path
 from trak.score_computers.auto_ridge import Choice
-from trak.score_computers.loss_power import path_of
+from trak.score_computers.loss_power import Ending, path_of
 from trak.score_computers.losses import Losses
 from trak.score_computers.path import of_kernel
 from trak.score_computers.ridge_sample import SAMPLE, Situation, drawn
@@ -133,23 +133,27 @@ def test_nothing_breaks_it(kind):
 
 
 @pytest.mark.parametrize(
-    ("share", "ridge", "at_rest", "explained", "held", "expected"),
+    ("share", "ridge", "at_rest", "explained", "held", "followed", "expected"),
     [
-        (0.02, 0.3, 0.0, 0.3, 0.0, 0.5),
-        (0.3, 0.3, 0.0, 0.3, 0.0, 1.0),  # two classes
-        (0.3, 3.0, 0.0, 0.3, 0.0, 0.0),  # a short fine-tuning of them
-        (0.3, 2.0, 0.0, 0.3, 0.0, 0.5),
-        (0.3, 0.3, 0.0, 0.3, 1.0, 0.5),  # batch normalization
-        (0.02, 0.3, 0.3, 0.9, 0.0, 0.0),  # at rest against a decay
-        (0.02, 0.3, 0.1, 0.9, 0.0, 0.25),
-        (0.3, 0.3, 0.3, 0.85, 0.0, 1.0),  # two classes explain themselves more easily
-        (0.3, 0.3, 0.3, 0.97, 0.0, 0.0),  # a linear model of them
+        (0.02, 0.3, 0.0, 0.3, 0.0, 1.0, 0.5),
+        (0.3, 0.3, 0.0, 0.3, 0.0, 1.0, 1.0),  # two classes
+        (0.3, 0.3, 0.0, 0.3, 0.0, 0.0, 0.5),  # and little time
+        (0.3, 0.3, 0.0, 0.3, 0.0, 0.4, 0.7),
+        (0.3, 3.0, 0.0, 0.3, 0.0, 1.0, 0.0),  # a short fine-tuning of them
+        (0.3, 2.0, 0.0, 0.3, 0.0, 1.0, 0.5),
+        (0.3, 0.3, 0.0, 0.3, 1.0, 1.0, 0.5),  # batch normalization
+        (0.02, 0.3, 0.3, 0.9, 0.0, 1.0, 0.0),  # at rest against a decay
+        (0.02, 0.3, 0.1, 0.9, 0.0, 1.0, 0.25),
+        (0.02, 0.3, 0.0, 0.3, 0.0, 0.0, 0.5),
+        (0.3, 0.3, 0.3, 0.85, 0.0, 1.0, 1.0),  # two classes explain themselves more easily
+        (0.3, 0.3, 0.3, 0.97, 0.0, 1.0, 0.0),  # a linear model of them
     ],
 )
 def test_the_share_depends_on_how_training_went(
-    share, ridge, at_rest, explained, held, expected
+    share, ridge, at_rest, explained, held, followed, expected
 ):
-    assert path_of(share, ridge, at_rest, explained, held) == pytest.approx(expected)
+    ending = Ending(0.1, share, ridge, at_rest, explained, held, followed)
+    assert path_of(ending) == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")

@@ -352,7 +352,7 @@ def test_the_ridge_of_a_ridge_regression_is_found(ridge, weighted):
     system = kernel * torch.outer(roots, roots) + ridge * torch.eye(90).double()
     # (K C + lambda) a = y - level: outputs K C a + level, residuals lambda a
     q = ridge * torch.linalg.solve(system, roots * (y - 100)) / roots
-    known = kernel, y - q, q, counts, 1.0
+    known = kernel, kernel @ (counts * q), y - q, q, counts, 1.0
     mean = float(counts.mean())
     # beside an absurd one, or where it is the usual one
     assert ridge_left(*known, 1e-9) == pytest.approx(ridge, rel=0.15)
@@ -367,7 +367,8 @@ def test_a_half_of_the_examples_tells_the_same():
     q = 3 * torch.linalg.solve(kernel + 3 * torch.eye(400).double(), y)
     some = slice(0, 200)
     ones = torch.ones(200).double()
-    found = ridge_left(kernel[some, some], (y - q)[some], q[some], ones, 0.5, 1e-9)
+    part = kernel[some, some], (kernel @ q)[some], (y - q)[some], q[some]
+    found = ridge_left(*part, ones, 0.5, 1e-9)
     assert found == pytest.approx(3, rel=0.25)
 
 
@@ -381,7 +382,7 @@ def test_the_usual_ridge_is_kept_where_it_is_about_right(usual, expected):
     kernel, y = kernel_of(rows), rows[:, 0] + random(90, seed=2)
     y = y - y.mean()
     q = torch.linalg.solve(kernel + torch.eye(90).double(), y)
-    found = ridge_left(kernel, y - q, q, ones, 1.0, usual)
+    found = ridge_left(kernel, 0 * y, y - q, q, ones, 1.0, usual)
     if expected is None:
         assert 1.2 < found < 2.2
     else:
@@ -391,8 +392,8 @@ def test_the_usual_ridge_is_kept_where_it_is_about_right(usual, expected):
 def test_it_is_held_between_bounds():
     rows, ones = random(60, 60), torch.ones(60).double()
     kernel, y = kernel_of(rows), random(60, seed=1)
-    fitted = kernel, 1e3 * y, 1e-3 * random(60, seed=2), ones, 1.0
-    begun = kernel, 1e-6 * random(60, seed=2), y, ones, 1.0
+    fitted = kernel, 0 * y, 1e3 * y, 1e-3 * random(60, seed=2), ones, 1.0
+    begun = kernel, 0 * y, 1e-6 * random(60, seed=2), y, ones, 1.0
     assert ridge_left(*fitted, 0.4) == pytest.approx(LEAST)
     assert ridge_left(*begun, 0.4) == pytest.approx(MOST)
 
@@ -401,10 +402,33 @@ def test_where_nothing_can_be_told_it_is_the_usual_one():
     rows, ones = random(60, 60), torch.ones(60).double()
     kernel, y = kernel_of(rows), random(60, seed=1)
     same = torch.full((60,), 0.3).double()
-    assert ridge_left(kernel, y, same, ones, 1.0, 0.4) == pytest.approx(0.4)
-    assert ridge_left(kernel, -y, y, ones, 1.0, 0.4) == pytest.approx(0.4)
-    assert ridge_left(kernel, y / 0, y, ones, 1.0, 0.4) == pytest.approx(0.4)
-    assert ridge_left(kernel, y, y, 0 * ones, 1.0, 0.4) == 0
+    assert ridge_left(kernel, y, y, same, ones, 1.0, 0.4) == pytest.approx(0.4)
+    assert ridge_left(kernel, y, -y, y, ones, 1.0, 0.4) == pytest.approx(0.4)
+    assert ridge_left(kernel, y, y / 0, y, ones, 1.0, 0.4) == pytest.approx(0.4)
+    assert ridge_left(kernel, y, y, y, 0 * ones, 1.0, 0.4) == 0
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [(1.0, 1.0), (5.0, 1.0), (0.25, 0.5), (1e-4, 0.25), (-1.0, 1.0)]
+)
+def test_trainings_that_came_to_rest_have_a_smaller_ridge(told, expected):
+    rows, ones = random(90, 30), torch.ones(90).double()
+    rows = rows - rows.mean(dim=0)
+    kernel, y = kernel_of(rows), rows[:, 0] + random(90, seed=2)
+    y = y - y.mean()
+    q = torch.linalg.solve(kernel + torch.eye(90).double(), y)
+    outputs = y - q
+
+    def found(pull, noisy=False):
+        known = kernel, pull, outputs, q, ones, 1.0
+        return ridge_left(*known, 1e-9, noisy=noisy)
+
+    for noisy in (False, True):
+        assert found(told * outputs, noisy) == pytest.approx(expected, rel=0.05)
+    elsewhere = outputs.norm() * random(90, seed=4) / 90**0.5
+    assert found(told * elsewhere) == pytest.approx(1.0, rel=0.05)
+    mixed = found(told * (outputs + 0.8 * elsewhere))  # explained in between
+    assert min(expected, 1) - 0.05 <= mixed <= 1.05
 
 
 def regression(ridge, count=120, width=15):

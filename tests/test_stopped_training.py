@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from trak.score_computers import auto_ridge
+from trak.score_computers import auto_ridge, stationarity
 from trak.score_computers.auto_ridge import best_ridge
 from trak.score_computers.flow import Stopped, stopped
+from trak.score_computers.pulls import Stationarity
 from trak.score_computers.retraining import retrained
 from trak.score_computers.ridge_sample import Sample
-from trak.score_computers.stationarity import Stationarity, training_of
+from trak.score_computers.stationarity import growth_share, margins, training_of
 
 DECAY = torch.logspace(0, -2, 60, dtype=torch.float64)
 
@@ -107,7 +108,7 @@ def trained(rows, q, growing=1.0, explained=0.5):
     return training_of(kernel, kernel @ q, q, logistic=True, known=rest).stopped
 
 
-def test_it_counts_only_where_the_length_of_training_kept_outputs_small():
+def test_it_counts_only_where_the_length_of_training_kept_outputs_small(monkeypatch):
     rows = examples(common=1.0)
     q = torch.sigmoid(-rows @ flowed(rows, 5.0))
     assert float(q.mean()) < 0.3
@@ -122,9 +123,46 @@ def test_it_counts_only_where_the_length_of_training_kept_outputs_small():
     wrong = q.clone()
     wrong[:10] = 0.95
     assert float(wrong.mean()) < 0.3
+    assert trained(rows, wrong) is not None  # growth is much of it, as with two classes
+    monkeypatch.setattr(stationarity, "GROWTH", (1.0, 2.0))
     assert trained(rows, wrong) is None
     kernel = rows @ rows.T
     assert training_of(kernel, kernel @ q, q, logistic=False).stopped is None
+
+
+@pytest.mark.parametrize(("time", "path"), [(3.0, 0.5), (9.0, 1.0), (32**0.5, 0.75)])
+def test_what_loss_weights_added_up_to_counts_in_long_trainings(time, path, monkeypatch):
+    monkeypatch.setattr(stationarity, "_FREEST", 1.0)
+    rows = examples(common=1.0)
+    kernel, rest = rows @ rows.T, Stationarity(1.0, 0.5, 0.5)
+    q = torch.sigmoid(-rows @ flowed(rows, time))
+    found = training_of(kernel, kernel @ q, q, logistic=True, known=rest)
+    assert found.path == pytest.approx(path, abs=0.1)
+    mixed = q[torch.randperm(len(q), generator=torch.Generator().manual_seed(0))]
+    unlike = training_of(kernel, kernel @ mixed, mixed, logistic=True, known=rest)
+    assert unlike.path == pytest.approx(0.5)  # no flow leaves these
+
+
+@pytest.mark.parametrize(
+    ("growing", "explained", "all_of_it", "held"),
+    [
+        (8.0, 0.1, False, True),
+        (8.0, 0.1, True, False),
+        (20.0, 0.1, True, True),  # more than any training would
+        (8.0, 0.9, True, True),  # at rest
+    ],
+)
+def test_growth_is_held_where_that_is_beyond_doubt(
+    growing, explained, all_of_it, held, monkeypatch
+):
+    rows = examples(common=1.0)
+    q = torch.sigmoid(-rows @ flowed(rows, 5.0))
+    kernel, rest = rows @ rows.T, Stationarity(growing, 0.75, explained)
+    share = growth_share(kernel, margins(q))
+    limits = (share / 3, share / 2) if all_of_it else (2 * share, 3 * share)
+    monkeypatch.setattr(stationarity, "NEARLY_ALL", limits)
+    found = training_of(kernel, kernel @ q, q, logistic=True, known=rest)
+    assert found.stiffness > 3 if held else found.stiffness < 0.5
 
 
 def share_of_best(sample, training, rows, outputs, masks, targets):
@@ -141,9 +179,9 @@ def share_of_best(sample, training, rows, outputs, masks, targets):
     return chosen / max(sweep)
 
 
-@pytest.mark.parametrize("time", [1.0, 2.0])
-def test_the_ridge_suits_fine_tunings_that_were_stopped_early(time):
-    every = examples(200, common=0.6)
+@pytest.mark.parametrize(("common", "time"), [(0.3, 1.0), (0.2, 4.0)])
+def test_the_ridge_suits_fine_tunings_that_were_stopped_early(common, time):
+    every = examples(200, common=common)
     rows, targets = every[:160], every[160:]
     rng = torch.Generator().manual_seed(2)
     masks = torch.zeros(64, len(rows), dtype=torch.float64)
@@ -154,7 +192,8 @@ def test_the_ridge_suits_fine_tunings_that_were_stopped_early(time):
     ])
     q = torch.sigmoid(-rows @ flowed(rows, time, begin=0.3))
     sample = sample_of(rows, q)
-    training = training_of(sample.kernel, sample.pull, q, logistic=True)
+    rest = Stationarity(1.0, 0.75, 0.4)  # as where outputs did not begin at zero
+    training = training_of(sample.kernel, sample.pull, q, logistic=True, known=rest)
     assert training.stopped is not None
     played = [training, replace(training, stopped=None)]
     judges = (rows, outputs, masks, targets)

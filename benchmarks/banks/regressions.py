@@ -3,6 +3,7 @@
 `CHOSEN` were looked at while the automatic ridge of squared losses was made; sixteen with
 settings of no particular kind, and 24 with settings drawn by lot. `JUDGED` were drawn
 afterwards, to judge it; how the usual ridge is kept was settled in their sight, too.
+`LATER` were drawn when all was settled, that of trainings that came to rest included.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def drawn(count: int, seed: int) -> list[Regression]:
 
 CHOSEN += drawn(24, 2026)
 JUDGED = drawn(16, 77)
+LATER = drawn(32, 31415)
 
 
 @dataclass(frozen=True)

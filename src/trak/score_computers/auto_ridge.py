@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trak.encodings import RowSource
 from trak.score_computers.decay import Spectrum
+from trak.score_computers.pulls import Stationarity
 from trak.score_computers.retraining import SUBSETS, Halves, retrained
 from trak.score_computers.ridge_sample import (
     FEWEST,
@@ -35,7 +36,6 @@ from trak.score_computers.ridge_sample import (
 from trak.score_computers.stationarity import (
     FREE,
     HELD,
-    Stationarity,
     Training,
     growth_share,
     growth_stiffness,
@@ -165,7 +165,7 @@ def _told(
         "Automatic ridge: %.3g times the mean squared row norm for linearized models on "
         "halves, trained with a ridge of %s; times %.3g.",
         played,
-        ", ".join(f"{training.ridge:.3g}" for training in trainings),
+        ", ".join(map(_described, trainings)),
         factor,
     )
     if wider is not None:
@@ -192,6 +192,13 @@ def _training(
         outputs=sample.outputs,
         known=known,
     )
+
+
+def _described(training: Training) -> str:
+    ended = training.stopped
+    if ended is None or not ended.weight > 0:
+        return f"{training.ridge:.3g}"
+    return f"{training.ridge:.3g} (others stopped early, which count {ended.weight:.2g})"
 
 
 def _warn_of_much(strength: float, trainings: Sequence[Training]) -> None:

@@ -58,10 +58,12 @@ class Stopped(NamedTuple):
     Attributes:
         time: when, for all training examples.
         weight: how much is to be made of it, 0 to 1.
+        grew: how surely features grew on the way, 0 to 1.
     """
 
     time: float
     weight: float
+    grew: float = 0.0
 
 
 def weaker(
@@ -90,6 +92,8 @@ def weaker(
     along = known @ (strong * found.added)
     steep = float((loss * (1 - loss) * counts).mean())
     amounts = float(along @ (strong * loss.float()) / (along @ (strong * found.added)))
+    if not amounts > 0:  # as where labels are wrong: no ridge does that
+        return ridge
     told = max(amounts / share / steep, _WEAKEST)
     weight = _likeness(found, loss) * (1 - between(told, *_SHORT))
     return float(ridge * (min(ridge, told) / ridge) ** weight)
@@ -108,8 +112,8 @@ def stopped(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> Stopp
         Its time, and how well it reproduces the loss weights.
     """
     found = _of_sample(kernel.float(), loss, counts.float())
-    longer = _LONGER ** between(math.log(max(found.time, _LEAST)), *map(math.log, _GREW))
-    return Stopped(found.time * longer * share, _likeness(found, loss))
+    grew = between(math.log(max(found.time, _LEAST)), *map(math.log, _GREW))
+    return Stopped(found.time * _LONGER**grew * share, _likeness(found, loss), grew)
 
 
 def _of_sample(kernel: Tensor, loss: Tensor, strong: Tensor) -> Followed:

@@ -19,10 +19,12 @@ from trak.score_computers.losses import Losses
 _USUAL, _SHORT, _SHORTEST = 0.75, 0.5, 0.25
 _UNLEARNED = (0.06, 0.18)
 """Mean loss weights: below the first training was long, from the second on it was short."""
-_FREE = (0.06, 0.13)
+GROWTH = (0.06, 0.13)
 """Shares of the rows' variance in which all outputs grow together. As with two classes:
 what they have in common is learned for good, and the weights at the end say what is left.
 """
+NEARLY_ALL = (0.2, 0.4)
+"""From the second of these shares on, Q says what is left after short trainings, too."""
 _LAZY = (1.0, 3.0)
 """Ridges of the training: from the second on it was so short that Q is still much like
 what it began as, and growth like the rest."""
@@ -80,62 +82,71 @@ OTHER = (0.5, 0.5)
 loss that is no logistic one, such as of several labels or a hinge."""
 
 
-def power_of(
-    loss: float,
-    share: float,
-    ridge: float,
-    at_rest: float,
-    explained: float,
-    held: float,
-) -> float:
-    """The exponent that suits a training.
+class Ending(NamedTuple):
+    """How a training ended.
 
-    Args:
+    Attributes:
         loss: mean Q of its examples.
         share: of the rows' variance, in which all outputs grow.
         ridge: of the training, in mean squared row norms times `mean q (1 - q)`.
         at_rest: the ridge that holds its outputs where they are, if it came to rest.
         explained: share of what pulls at outputs that this explains, 0 to 1.
         held: how surely growth is held back, 0 to 1.
+        followed: how surely a flow followed it for so long that features grew, 0 to 1; 1
+            where none was asked.
+    """
+
+    loss: float
+    share: float
+    ridge: float
+    at_rest: float
+    explained: float
+    held: float
+    followed: float = 1.0
+
+
+def power_of(ending: Ending) -> float:
+    """The exponent that suits a training.
+
+    Args:
+        ending: of it.
 
     Returns:
         0.75, and down to 0.5 the more examples were not learned, unless a ridge explains
         that; up to 1 where growth is a large share, unless it is held back while examples
-        are left to learn; and instead of all this down to 0.25 the shorter training was.
+        are left to learn; and instead of all this down to 0.25 the shorter training was,
+        unless growth is nearly everything.
     """
-    rest = between(at_rest, 0, _AT_REST) * between(explained, *_EXPLAINED)
-    unlearned = between(loss, *_UNLEARNED)
+    rest = between(ending.at_rest, 0, _AT_REST) * between(ending.explained, *_EXPLAINED)
+    unlearned = between(ending.loss, *_UNLEARNED)
     power = _USUAL - (_USUAL - _SHORT) * unlearned * (1 - rest)
-    short = between(ridge, *_LAZY)
-    power += (1 - power) * between(share, *_FREE) * (1 - short) * (1 - held * unlearned)
+    short = between(ending.ridge, *_LAZY) * (1 - between(ending.share, *NEARLY_ALL))
+    free = between(ending.share, *GROWTH) * (1 - short) * (1 - ending.held * unlearned)
+    power += (1 - power) * free
     return power - (power - _SHORTEST) * short
 
 
-def path_of(
-    share: float, ridge: float, at_rest: float, explained: float, held: float
-) -> float:
+def path_of(ending: Ending) -> float:
     """How much of Q is to be what it added up to along the way, not what it ended as.
 
     Args:
-        share: as for `power_of`.
-        ridge: as for `power_of`.
-        at_rest: as for `power_of`.
-        explained: as for `power_of`.
-        held: how surely growth is held back, 0 to 1.
+        ending: of the training.
 
     Returns:
         An exponent: a half, and up to 1 where growth is a large share, unless it is held
-        back; down to 0 where training came to rest against its weight decay, which forgets
-        the way, and where it was so short that Q is still what it began as.
+        back or a flow says that training was short; down to 0 where training came to rest
+        against its weight decay, which forgets the way, and where it was so short that Q is
+        still what it began as.
     """
-    free = between(share, *_FREE) * (1 - held)
+    free = between(ending.share, *GROWTH) * (1 - ending.held)
     least, most = (
         low + (high - low) * free
         for low, high in zip(_EXPLAINED, _EXPLAINED_GROWTH, strict=True)
     )
-    rest = between(at_rest, 0, _AT_REST) * between(explained, least, most)
-    short = between(ridge, *_LAZY)
-    return (_HALF + (1 - _HALF) * free) * (1 - rest) * (1 - short)
+    rest = between(ending.at_rest, 0, _AT_REST) * between(ending.explained, least, most)
+    short = between(ending.ridge, *_LAZY)
+    own = _HALF + (1 - _HALF) * free * ending.followed
+    return own * (1 - rest) * (1 - short)
 
 
 def powered(

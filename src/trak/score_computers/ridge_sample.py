@@ -14,7 +14,8 @@ from trak.errors import NotEnoughMemoryError
 from trak.score_computers.curvature import roots as roots_of
 from trak.score_computers.decay import Spectrum
 from trak.score_computers.losses import Losses, losses_of
-from trak.score_computers.stationarity import Stationarity, margins, stationarity_of
+from trak.score_computers.pulls import Stationarity, stationarity_of
+from trak.score_computers.stationarity import margins
 from trak.score_computers.stream import home, rows_per_block, stream
 from trak.score_computers.unwhitened import Unwhitened, inner_products
 

@@ -16,7 +16,15 @@ from torch import Tensor
 from trak.score_computers.decay import Spectrum, between, decay_of
 from trak.score_computers.flow import Stopped, stopped, weaker
 from trak.score_computers.logistic import log_odds
-from trak.score_computers.loss_power import OTHER, path_of, power_of
+from trak.score_computers.loss_power import (
+    GROWTH,
+    NEARLY_ALL,
+    OTHER,
+    Ending,
+    path_of,
+    power_of,
+)
+from trak.score_computers.pulls import Stationarity, stationarity_of
 from trak.score_computers.residuals import ridge_left
 
 LEAST, MOST = 0.3, 8.0
@@ -48,6 +56,9 @@ reproduces the loss weights: less the more labels are surely wrong, and the more
 pulls stationarity explains; not at all from a mean loss weight of 0.4 on, nor where growth
 is held back 18 times as strongly as `q (1 - q)`, where it was not the length of training
 that kept outputs small."""
+_STILL = (0.7, 0.85)
+"""Shares of the pulls' variance that stationarity explains: between them training turns
+from one that was stopped into one that came to rest."""
 _UNKNOWN = 0.4
 _BOUNDED = 0.8  # of several labels, pixels or a hinge
 _OF_WORDS = 0.03  # a text is many examples
@@ -60,11 +71,9 @@ give way to growth more easily than linear models do, down to a fifth of the sti
 where growth is held back more than 8 times as strongly as the rest, nor where more than
 90 % of what pulls at outputs is explained by a linear model, nor, from a ridge of 1 to one
 of 3, after trainings that were short."""
-_FIRST, _LAST = 5, 100  # leading directions have few examples each on their side
 _MOST_WRONG = 0.5
 _ALIKE = 0.6
 _LEARNED = 0.75  # of the variance of outputs, by the leading directions
-_PRESENT = 1e-6  # smaller eigenvalues are rounding
 _RIGHT, _WRONG = 1e-30, 1e-9  # loss weights of 0 and 1 stand for finite outputs
 
 
@@ -80,7 +89,7 @@ class Training:
         power: exponent of Q that suits it (`trak.score_computers.loss_power`).
         path: share of what Q added up to along the way, on a logarithmic scale.
         stopped: when a flow from zero ends as it did, and how much is to be made of that;
-            None of a regression.
+            None if that is nothing, as of losses that are not logistic.
     """
 
     ridge: float
@@ -105,36 +114,17 @@ class Training:
         return replace(self, kernel=kernel, answers=answers)
 
 
-class Stationarity(NamedTuple):
-    """What pulls at outputs says about a training that came to rest.
-
-    Attributes:
-        growing: how strongly growth of all outputs is held back.
-        ridge: that holds the other outputs, in the same units: `q (1 - q)` mean squared row
-            norms.
-        explained: share of the pulls' variance that this ridge explains.
-    """
-
-    growing: float
-    ridge: float
-    explained: float
-
-
 class _Rest(NamedTuple):
     """What the training came to.
 
     Attributes:
-        ridge: of the training, in units of `q (1 - q)`.
+        ending: how it ended.
         stiffness: of growth.
-        power: exponent of Q.
-        path: share of what Q added up to along the way.
         flowed: how much models count that were trained by a flow, if it is like this.
     """
 
-    ridge: float
+    ending: Ending
     stiffness: float
-    power: float
-    path: float
     flowed: float
 
 
@@ -163,10 +153,19 @@ class _Examples(NamedTuple):
         return float((self.loss * (1 - self.loss) * self.counts).mean())
 
     @property
+    def growing(self) -> float:
+        """Share of the rows' variance in which all outputs grow."""
+        return growth_share(self.kernel, self.outputs)
+
+    @property
     def mistaken(self) -> float:
-        """How far surely wrong labels make up what is left of Q, 0 to 1."""
+        """How far surely wrong labels are what is left to learn, 0 to 1.
+
+        They are not where growth is a large share, as with two classes.
+        """
         sure = float((self.loss > _SURE).double().mean())
-        return between(sure / float(self.loss.mean()), *_MISTAKEN)
+        many = between(sure / float(self.loss.mean()), *_MISTAKEN)
+        return many and many * (1 - between(self.growing, *GROWTH))
 
 
 def training_of(
@@ -222,7 +221,9 @@ def training_of(
     told = _outputs(kernel, loss, logistic)
     counts = torch.ones_like(loss) if counts is None else counts
     if told is None:
-        return _of_another_loss(kernel, pull, loss, counts, share, outputs, words=words)
+        return _of_another_loss(
+            kernel, pull, loss, counts, share, outputs, words=words, noisy=noisy
+        )
     examples = _Examples(kernel, pull, loss, told, counts, share)
     return _of_logistic(examples, _at_rest(examples, noisy=noisy, known=known))
 
@@ -259,22 +260,23 @@ def growth_stiffness(
 
 
 def _of_logistic(examples: _Examples, rest: _Rest) -> Training:
-    kernel, outputs, ended = examples.kernel, examples.outputs, None
+    kernel, outputs, flow, ending = examples.kernel, examples.outputs, None, rest.ending
     if rest.stiffness != 1:
         along = kernel @ outputs
         excess = (1 - 1 / rest.stiffness) / float(outputs @ along)
         kernel = kernel - excess * torch.outer(along, along)
     if rest.flowed:
-        ended = stopped(kernel, examples.loss, examples.counts, examples.share)
-        ended = ended._replace(weight=rest.flowed * ended.weight)
+        flow = stopped(kernel, examples.loss, examples.counts, examples.share)
+        ending = ending._replace(followed=flow.weight * flow.grew)
+        flow = flow._replace(weight=rest.flowed * flow.weight)
     return Training(
-        rest.ridge * examples.steep,
+        ending.ridge * examples.steep,
         kernel,
         None,
         rest.stiffness,
-        rest.power,
-        rest.path,
-        ended,
+        power_of(ending),
+        path_of(ending),
+        flow,
     )
 
 
@@ -287,12 +289,13 @@ def _of_another_loss(
     outputs: Tensor | None,
     *,
     words: bool,
+    noisy: bool,
 ) -> Training:
     bounded = bool(((loss >= 0) & (loss <= 1)).all() and loss.min() < loss.max())
     usual = _OF_WORDS if words else _BOUNDED if bounded else _UNKNOWN
     ridge = usual * float(counts.mean())
     if outputs is not None:
-        ridge = ridge_left(kernel, outputs, loss, counts, share, usual)
+        ridge = ridge_left(kernel, pull, outputs, loss, counts, share, usual, noisy=noisy)
     power, path = OTHER if bounded and not words else (1.0, 0.0)
     return Training(ridge, kernel, pull / ridge + loss, power=power, path=path)
 
@@ -322,34 +325,6 @@ def growth_share(kernel: Tensor, outputs: Tensor) -> float:
     return float(outputs @ kernel @ outputs / (outputs @ outputs)) / len(outputs)
 
 
-def stationarity_of(
-    spectrum: Spectrum,
-    pull: Tensor,
-    outputs: Tensor,
-    steep: float,
-    *,
-    noisy: bool = False,
-    growing: float | None = None,
-) -> Stationarity:
-    """What pulls at outputs says: `lambda u^T f = u^T Phi Phi^T q` along eigenvectors.
-
-    Args:
-        spectrum: of the examples' kernel, which is as for `training_of`.
-        pull: as for `training_of`.
-        outputs: of the model, `[n]`.
-        steep: the loss's mean curvature, `q (1 - q)`, above 0.
-        noisy: as for `training_of`.
-        growing: what all examples say of growth; None to ask these.
-
-    Returns:
-        The ridge is the median over eigenvectors 6 to 100.
-    """
-    found, explained = _ridge_of(spectrum, pull, outputs, noisy=noisy)
-    if growing is None:
-        growing = float(outputs @ pull / (outputs @ outputs)) / steep
-    return Stationarity(growing, found / steep, explained)
-
-
 def _at_rest(
     examples: _Examples, *, noisy: bool, known: Stationarity | None = None
 ) -> _Rest:
@@ -364,14 +339,21 @@ def _at_rest(
     ridge = EARLY
     if not early:
         ridge = _ridge_of_it(examples, spectrum, told, explained, growing)
-    share = growth_share(kernel, outputs)
-    stiffness = _stiffness(growing / (_DEPTH * ridge), share, explained, ridge)
-    held = between(growing, *_HOLDS)
-    power = power_of(float(loss.mean()), share, ridge, told, explained, held)
-    path = path_of(share, ridge, told, explained, held)
-    flowed = (1 - between(explained, *_HELD_BY_IT)) * (1 - between(growing, *_GRIPPED))
-    flowed *= (1 - examples.mistaken) * (1 - between(float(loss.mean()), *_UNLEARNED))
-    return _Rest(ridge, stiffness, power, path, _FLOWED * flowed)
+    share = examples.growing
+    stiff = max(1.0, growing / (_DEPTH * ridge))
+    stiff **= _held_for_sure(growing, share, explained)
+    stiffness = _stiffness(stiff, share, explained, ridge)
+    left, held = float(loss.mean()), between(growing, *_HOLDS)
+    flowed = (1 - between(explained, *_STILL)) * (1 - between(growing, *_GRIPPED))
+    flowed *= (1 - examples.mistaken) * (1 - between(left, *_UNLEARNED))
+    ending = Ending(left, share, ridge, told, explained, held)
+    return _Rest(ending, stiffness, _FLOWED * flowed)
+
+
+def _held_for_sure(growing: float, share: float, explained: float) -> float:
+    # not where outputs do little but grow, so that there is nothing to compare it with
+    rest = between(explained, *_STILL)
+    return max(rest, between(growing, *_GRIPPED), 1 - between(share, *NEARLY_ALL))
 
 
 def _ridge_of_it(
@@ -459,24 +441,3 @@ def _as_if_learned(kernel: Tensor, loss: Tensor, outputs: Tensor) -> bool:
     apart = outputs - outputs.mean()
     along = (vectors.T @ apart).square().sum()
     return bool(along >= _LEARNED * apart.square().sum())
-
-
-def _ridge_of(
-    spectrum: Spectrum, pull: Tensor, outputs: Tensor, *, noisy: bool
-) -> tuple[float, float]:
-    # and the share of the pulls' variance that it explains
-    apart = outputs - outputs.mean()
-    slope = apart @ pull / (apart @ apart)
-    offset = outputs.mean() - pull.mean() / slope
-    values, vectors = spectrum
-    present = int((values > _PRESENT * values[-1]).sum())
-    last = max(1, min(_LAST, len(values) // 3, present))
-    chosen = slice(min(_FIRST, last - 1), last)
-    directions = vectors.flip(1)[:, chosen].T
-    pulls, wanted = directions @ pull, directions @ (outputs - offset)
-    lengths = pulls.norm() * wanted.norm()
-    explained = float((pulls @ wanted / lengths) ** 2) if lengths > 0 else 1.0
-    if not noisy:
-        return float((pulls / wanted).nanmedian()), explained
-    weights = wanted / values.flip(0)[chosen]  # a sketch's noise grows like the values
-    return float((weights @ pulls) / (weights @ wanted)), explained
