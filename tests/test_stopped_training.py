@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trak.score_computers import auto_ridge, stationarity
+from trak.score_computers import auto_ridge, flow, stationarity
 from trak.score_computers.auto_ridge import best_ridge
 from trak.score_computers.flow import Stopped, stopped
 from trak.score_computers.pulls import Stationarity
@@ -133,6 +133,7 @@ def test_it_counts_only_where_the_length_of_training_kept_outputs_small(monkeypa
 @pytest.mark.parametrize(("time", "path"), [(3.0, 0.5), (9.0, 1.0), (32**0.5, 0.75)])
 def test_what_loss_weights_added_up_to_counts_in_long_trainings(time, path, monkeypatch):
     monkeypatch.setattr(stationarity, "_FREEST", 1.0)
+    monkeypatch.setattr(flow, "_FOR_SURE", (1e8, 1e9))
     rows = examples(common=1.0)
     kernel, rest = rows @ rows.T, Stationarity(1.0, 0.5, 0.5)
     q = torch.sigmoid(-rows @ flowed(rows, time))
@@ -141,6 +142,19 @@ def test_what_loss_weights_added_up_to_counts_in_long_trainings(time, path, monk
     mixed = q[torch.randperm(len(q), generator=torch.Generator().manual_seed(0))]
     unlike = training_of(kernel, kernel @ mixed, mixed, logistic=True, known=rest)
     assert unlike.path == pytest.approx(0.5)  # no flow leaves these
+
+
+def test_long_trainings_are_long_though_no_flow_leaves_their_loss_weights(monkeypatch):
+    rows = examples(common=1.0)
+    kernel, even = rows @ rows.T, torch.ones(len(rows), dtype=torch.float64)
+    found = {}
+    for time in (6.0, 100.0):
+        q = torch.sigmoid(-rows @ flowed(rows, time))
+        monkeypatch.setattr(flow, "_UNLIKE", (-2.0, -1.0))
+        found[time] = stopped(kernel, q, even, 1.0)
+        assert found[time].weight == 0
+    assert found[6.0].grew == 0
+    assert found[100.0].grew == 1
 
 
 @pytest.mark.parametrize(

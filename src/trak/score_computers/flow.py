@@ -33,6 +33,9 @@ _LONGER, _GREW = 2.0, (4.0, 8.0)
 """Flows that end later than at 4 are continued, those beyond 8 for twice as long:
 features grew while outputs did, so that training took longer than it would have with those
 of its end. Times are in units of what the mean squared row norm is in."""
+_FOR_SURE = (16.0, 64.0)
+"""Flows that end later than the second of these went on for long, even if they do not
+reproduce the loss weights."""
 
 Pull = Callable[[Tensor], Tensor]
 """`Phi Phi^T` times weights `[n]`, as outputs `[n]`."""
@@ -112,8 +115,10 @@ def stopped(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> Stopp
         Its time, and how well it reproduces the loss weights.
     """
     found = _of_sample(kernel.float(), loss, counts.float())
-    grew = between(math.log(max(found.time, _LEAST)), *map(math.log, _GREW))
-    return Stopped(found.time * _LONGER**grew * share, _likeness(found, loss), grew)
+    late = math.log(max(found.time, _LEAST))
+    grew, surely = (between(late, *map(math.log, ends)) for ends in (_GREW, _FOR_SURE))
+    weight, time = _likeness(found, loss), found.time * _LONGER**grew
+    return Stopped(time * share, weight, grew * max(weight, surely))
 
 
 def _of_sample(kernel: Tensor, loss: Tensor, strong: Tensor) -> Followed:

@@ -267,7 +267,7 @@ def _of_logistic(examples: _Examples, rest: _Rest) -> Training:
         kernel = kernel - excess * torch.outer(along, along)
     if rest.flowed:
         flow = stopped(kernel, examples.loss, examples.counts, examples.share)
-        ending = ending._replace(followed=flow.weight * flow.grew)
+        ending = ending._replace(followed=flow.grew)
         flow = flow._replace(weight=rest.flowed * flow.weight)
     return Training(
         ending.ridge * examples.steep,
