@@ -1,6 +1,7 @@
 """Squared losses: recognized by Q's slope, and a ridge told from outputs and residuals."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -331,6 +332,15 @@ def test_nothing_is_kept_of_a_classifier(tmp_path):
     traker = runs.make_traker(model, N, tmp_path)
     runs.featurize(traker, train, model.state_dict(), size=20)
     assert not (tmp_path / "0" / "outputs.mmap").exists()
+
+
+def test_loss_weights_that_stay_are_not_logged(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    traker, *_ = run(tmp_path, loss_power="auto")
+    traker.finalize_features()
+    assert "Automatic ridge" in caplog.text
+    assert "to the power of" not in caplog.text
+    assert factor(traker).get("power", 1.0) == 1
 
 
 def kernel_of(rows):

@@ -114,7 +114,7 @@ def _chosen_together(
     found = [scorer.choose(phi_of(saver, i, device), situations[i]) for i in asked]
     multiples, powers, paths = zip(*found, strict=True)
     power, path = float(np.median(powers)), float(np.median(paths))
-    if scorer.loss_power is None:
+    if scorer.loss_power is None and (power, path) != (1.0, 0.0):
         logger.info(
             "Scores have loss weights Q to the power of %.3g, times what they added up to "
             "in training to the power of %.3g.",
