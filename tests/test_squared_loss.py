@@ -382,17 +382,23 @@ def test_a_half_of_the_examples_tells_the_same():
     assert found == pytest.approx(3, rel=0.25)
 
 
+def ridge_regression():
+    """Kernel, outputs and residuals of one with a ridge of 1."""
+    rows = random(90, 30)
+    rows = rows - rows.mean(dim=0)
+    kernel, y = kernel_of(rows), rows[:, 0] + random(90, seed=2)
+    y = y - y.mean()
+    q = torch.linalg.solve(kernel + torch.eye(90).double(), y)
+    return kernel, y - q, q
+
+
 @pytest.mark.parametrize(
     ("usual", "expected"),
     [(1.0, 1.0), (1.7, 1.7), (0.6, 0.6), (4.0, 1.0), (0.3, 1.0), (2.5, None)],
 )
 def test_the_usual_ridge_is_kept_where_it_is_about_right(usual, expected):
-    rows, ones = random(90, 30), torch.ones(90).double()
-    rows = rows - rows.mean(dim=0)
-    kernel, y = kernel_of(rows), rows[:, 0] + random(90, seed=2)
-    y = y - y.mean()
-    q = torch.linalg.solve(kernel + torch.eye(90).double(), y)
-    found = ridge_left(kernel, 0 * y, y - q, q, ones, 1.0, usual)
+    kernel, outputs, q = ridge_regression()
+    found = ridge_left(kernel, 0 * q, outputs, q, torch.ones(90).double(), 1.0, usual)
     if expected is None:
         assert 1.2 < found < 2.2
     else:
@@ -422,15 +428,10 @@ def test_where_nothing_can_be_told_it_is_the_usual_one():
     ("told", "expected"), [(1.0, 1.0), (5.0, 1.0), (0.25, 0.5), (1e-4, 0.25), (-1.0, 1.0)]
 )
 def test_trainings_that_came_to_rest_have_a_smaller_ridge(told, expected):
-    rows, ones = random(90, 30), torch.ones(90).double()
-    rows = rows - rows.mean(dim=0)
-    kernel, y = kernel_of(rows), rows[:, 0] + random(90, seed=2)
-    y = y - y.mean()
-    q = torch.linalg.solve(kernel + torch.eye(90).double(), y)
-    outputs = y - q
+    kernel, outputs, q = ridge_regression()
 
     def found(pull, noisy=False):
-        known = kernel, pull, outputs, q, ones, 1.0
+        known = kernel, pull, outputs, q, torch.ones(90).double(), 1.0
         return ridge_left(*known, 1e-9, noisy=noisy)
 
     for noisy in (False, True):

@@ -120,12 +120,16 @@ def test_it_counts_only_where_the_length_of_training_kept_outputs_small(monkeypa
     begun = torch.sigmoid(-rows @ flowed(rows, 0.002))
     assert float(begun.mean()) > 0.4
     assert trained(rows, begun) is None
-    wrong = q.clone()
-    wrong[:10] = 0.95
+    mixed = rows.clone()
+    mixed[:10] *= -1  # whose labels are wrong
+    wrong = torch.sigmoid(-mixed @ flowed(mixed, 5.0))
+    assert float((wrong > 0.9).double().mean()) > 0.2 * float(wrong.mean())
     assert float(wrong.mean()) < 0.3
-    assert trained(rows, wrong) is not None  # growth is much of it, as with two classes
+    two = trained(mixed, wrong)  # growth is much of it, as with two classes
+    assert two is not None
+    assert two.weight == pytest.approx(0.6)
     monkeypatch.setattr(stationarity, "GROWTH", (1.0, 2.0))
-    assert trained(rows, wrong) is None
+    assert trained(mixed, wrong) is None
     kernel = rows @ rows.T
     assert training_of(kernel, kernel @ q, q, logistic=False).stopped is None
 

@@ -196,7 +196,7 @@ def _training(
 
 def _described(training: Training) -> str:
     ended = training.stopped
-    if ended is None or not ended.weight > 0:
+    if ended is None:
         return f"{training.ridge:.3g}"
     return f"{training.ridge:.3g} (others stopped early, which count {ended.weight:.2g})"
 

@@ -1,10 +1,9 @@
 """How strongly a finished training was regularized, read off its rows and loss weights.
 
-At a stationary point of the regularized logistic loss with linearized outputs
-`f = b + Phi w`, `lambda w = Phi^T q`. So along every eigenvector `u` of `Phi Phi^T`
-`lambda = (u^T Phi Phi^T q) / (u^T (f - b))`. Training that was stopped early looks like
-training with a larger ridge, which is told from what is left of the loss weights
-(`trak.score_computers.decay`) where outputs did not begin at zero.
+What pulls at outputs says it where training came to rest (`trak.score_computers.pulls`).
+Training that was stopped early looks like training with a larger ridge, which is told from
+what is left of the loss weights (`trak.score_computers.decay`) where outputs did not begin
+at zero.
 """
 
 from dataclasses import dataclass, replace
@@ -153,7 +152,7 @@ class _Examples(NamedTuple):
         return float((self.loss * (1 - self.loss) * self.counts).mean())
 
     @property
-    def growing(self) -> float:
+    def growth(self) -> float:
         """Share of the rows' variance in which all outputs grow."""
         return growth_share(self.kernel, self.outputs)
 
@@ -165,7 +164,7 @@ class _Examples(NamedTuple):
         """
         sure = float((self.loss > _SURE).double().mean())
         many = between(sure / float(self.loss.mean()), *_MISTAKEN)
-        return many and many * (1 - between(self.growing, *GROWTH))
+        return many and many * (1 - between(self.growth, *GROWTH))
 
 
 def training_of(
@@ -268,7 +267,8 @@ def _of_logistic(examples: _Examples, rest: _Rest) -> Training:
     if rest.flowed:
         flow = stopped(kernel, examples.loss, examples.counts, examples.share)
         ending = ending._replace(followed=flow.grew)
-        flow = flow._replace(weight=rest.flowed * flow.weight)
+        weight = rest.flowed * flow.weight
+        flow = flow._replace(weight=weight) if weight else None
     return Training(
         ending.ridge * examples.steep,
         kernel,
@@ -339,21 +339,13 @@ def _at_rest(
     ridge = EARLY
     if not early:
         ridge = _ridge_of_it(examples, spectrum, told, explained, growing)
-    share = examples.growing
-    stiff = max(1.0, growing / (_DEPTH * ridge))
-    stiff **= _held_for_sure(growing, share, explained)
-    stiffness = _stiffness(stiff, share, explained, ridge)
+    share = examples.growth
+    stiffness = _stiffness(growing, share, explained, ridge)
     left, held = float(loss.mean()), between(growing, *_HOLDS)
     flowed = (1 - between(explained, *_STILL)) * (1 - between(growing, *_GRIPPED))
     flowed *= (1 - examples.mistaken) * (1 - between(left, *_UNLEARNED))
     ending = Ending(left, share, ridge, told, explained, held)
     return _Rest(ending, stiffness, _FLOWED * flowed)
-
-
-def _held_for_sure(growing: float, share: float, explained: float) -> float:
-    # not where outputs do little but grow, so that there is nothing to compare it with
-    rest = between(explained, *_STILL)
-    return max(rest, between(growing, *_GRIPPED), 1 - between(share, *NEARLY_ALL))
 
 
 def _ridge_of_it(
@@ -397,7 +389,7 @@ def _ridge_of_it(
     return weaker(ridge, kernel, loss, counts, examples.share)
 
 
-def _stiffness(found: float, share: float, explained: float, ridge: float) -> float:
+def _stiffness(growing: float, share: float, explained: float, ridge: float) -> float:
     """How strongly growth of all outputs is held back, compared with other directions.
 
     Features of networks whose outputs grow do grow, too, and what training leaves undone is
@@ -409,7 +401,7 @@ def _stiffness(found: float, share: float, explained: float, ridge: float) -> fl
     were trained so briefly that they are still linear.
 
     Args:
-        found: what the rows' stationarity says; counts from 1 on.
+        growing: how strongly it is held back, in units of `q (1 - q)`.
         share: of the rows' variance, along the outputs.
         explained: share of the pulls' variance that stationarity explains.
         ridge: of the training, in units of `q (1 - q)`.
@@ -417,11 +409,17 @@ def _stiffness(found: float, share: float, explained: float, ridge: float) -> fl
     Returns:
         Above 0; 1 if growth is like the rest.
     """
-    held = max(1.0, found)
+    held = max(1.0, growing / (_DEPTH * ridge)) ** _held_for_sure(growing, share, explained)
     freedom = max(_FREEST, min(1.0, FREE / share) ** 2) if share > 0 else 1.0
     unlike = min(1.0, max(0.0, 1 - explained) / (1 - _EXPLAINED))
     lazy = min(1.0, max(0.0, (ridge - _LAZY[0]) / (_LAZY[1] - _LAZY[0])))
     return held * freedom ** (unlike * (1 - lazy) / (1 + (held / HELD) ** 4))
+
+
+def _held_for_sure(growing: float, share: float, explained: float) -> float:
+    # not where outputs do little but grow, so that there is nothing to compare it with
+    rest = between(explained, *_STILL)
+    return max(rest, between(growing, *_GRIPPED), 1 - between(share, *NEARLY_ALL))
 
 
 def _outputs(kernel: Tensor, loss: Tensor, logistic: bool | None) -> Tensor | None:
