@@ -149,7 +149,7 @@ def test_the_flow_ends_where_its_loss_weights_are_closest():
     torch.testing.assert_close(found.added.double(), added, rtol=0.05, atol=0.05)
     few = followed(kernel.float().__matmul__, loss.float(), 5)
     assert few.distance > found.distance
-    assert flow._STEPS < flow._STEPS_OF_SAMPLES
+    assert flow._STEPS < flow.STEPS_OF_SAMPLES
 
 
 def test_a_long_training_is_followed_in_few_products():
@@ -164,7 +164,7 @@ def test_a_long_training_is_followed_in_few_products():
         products += 1
         return kernel.float() @ weights
 
-    found = followed(outputs, loss.float(), flow._STEPS_OF_SAMPLES)
+    found = followed(outputs, loss.float(), flow.STEPS_OF_SAMPLES)
     assert found.distance < 1e-3 * float(loss.var())
     torch.testing.assert_close(found.added.double(), added, rtol=0.1, atol=0.5)
     euler = 300 * float(torch.linalg.eigvalsh(kernel)[-1]) / 4  # q (1 - q) is a quarter
@@ -178,7 +178,10 @@ def test_one_step_follows_the_flow(stretch):
     kernel = rows @ rows.T
     largest = float(torch.linalg.eigvalsh(kernel)[-1]) / 4
     begin, loss = small_steps(kernel, torch.ones(200).double(), 10 * stretch / largest)
-    found, after = flow._stepped(kernel.__matmul__, begin, loss, stretch / largest, stretch)
+    step = stretch / largest
+    found, after = flow._stepped(
+        kernel.__matmul__, torch.zeros_like(begin), begin, loss, step, stretch
+    )
     torch.testing.assert_close(after, torch.sigmoid(-kernel @ found))
     exact, _ = small_steps(kernel, torch.ones(200).double(), 11 * stretch / largest)
     moved = (exact - begin).norm()

@@ -12,9 +12,11 @@ from trak import preparation, strength
 from trak.loaders import rest_of, some_of
 from trak.projectors import NoOpProjector
 from trak.score_computers import auto_ridge, ridge_sample, stationarity
+from trak.score_computers import freedom as freedom_of_growth
 from trak.score_computers import unwhitened as unwhitened_examples
-from trak.score_computers.auto_ridge import choice, freedom, may_grow_freely
+from trak.score_computers.auto_ridge import choice
 from trak.score_computers.curvature import roots, weighted
+from trak.score_computers.freedom import freedom, may_grow_freely
 from trak.score_computers.pulls import Stationarity
 from trak.score_computers.ridge_sample import Situation, stationarity_of_all
 from trak.score_computers.unwhitened import Chosen
@@ -263,7 +265,7 @@ def test_growth_that_is_a_small_part_of_rows_is_not_free(monkeypatch):
     other = unwhitened(torch.cat([0.1 * outputs / outputs.norm(), apart], 1), q, 120)
     assert not may_grow_freely(other, 900, True)
     assert not may_grow_freely(unwhitened(0 * rows, q, 120), 900, True)
-    monkeypatch.setattr(auto_ridge, "growth_stiffness", lambda *_, **__: 0.3)
+    monkeypatch.setattr(freedom_of_growth, "growth_stiffness", lambda *_, **__: 0.3)
     assert freedom(known, 900, True) == 0.3
     assert freedom(other, 900, True) == 1
 
@@ -274,14 +276,14 @@ def test_growth_that_is_held_back_beyond_doubt_is_not_free(monkeypatch):
     uneven = 0.2 + 9.0 * (torch.arange(120) % 12 == 0)
     rows = (outputs / q * uneven)[:, None]  # some examples hold growth back, most hardly
     held, growth = unwhitened(rows, q, 120), expected_growth(rows, q)
-    monkeypatch.setattr(auto_ridge, "growth_stiffness", lambda *_, **__: 0.3)
-    monkeypatch.setattr(auto_ridge, "HELD", 1.1 * growth)
+    monkeypatch.setattr(freedom_of_growth, "growth_stiffness", lambda *_, **__: 0.3)
+    monkeypatch.setattr(freedom_of_growth, "HELD", 1.1 * growth)
     assert may_grow_freely(held, 120, True)
     assert freedom(held, 120, True) == 0.3
-    monkeypatch.setattr(auto_ridge, "HELD", 0.9 * growth)
+    monkeypatch.setattr(freedom_of_growth, "HELD", 0.9 * growth)
     assert not may_grow_freely(held, 120, True)
     assert freedom(held, 120, True) == 1
-    monkeypatch.setattr(auto_ridge, "HELD", 0.9 * growth * 9000 / 120)
+    monkeypatch.setattr(freedom_of_growth, "HELD", 0.9 * growth * 9000 / 120)
     assert may_grow_freely(held, 9000, True)  # of which 120 are few
 
 

@@ -133,26 +133,24 @@ def test_nothing_breaks_it(kind):
 
 
 @pytest.mark.parametrize(
-    ("share", "ridge", "at_rest", "explained", "held", "followed", "expected"),
+    ("share", "at_rest", "explained", "time", "expected"),
     [
-        (0.02, 0.3, 0.0, 0.3, 0.0, 1.0, 0.5),
-        (0.3, 0.3, 0.0, 0.3, 0.0, 1.0, 1.0),  # two classes
-        (0.3, 0.3, 0.0, 0.3, 0.0, 0.0, 0.5),  # and little time
-        (0.3, 0.3, 0.0, 0.3, 0.0, 0.4, 0.7),
-        (0.3, 3.0, 0.0, 0.3, 0.0, 1.0, 0.0),  # a short fine-tuning of them
-        (0.3, 2.0, 0.0, 0.3, 0.0, 1.0, 0.5),
-        (0.3, 0.3, 0.0, 0.3, 1.0, 1.0, 0.5),  # batch normalization
-        (0.02, 0.3, 0.3, 0.9, 0.0, 1.0, 0.0),  # at rest against a decay
-        (0.02, 0.3, 0.1, 0.9, 0.0, 1.0, 0.25),
-        (0.02, 0.3, 0.0, 0.3, 0.0, 0.0, 0.5),
-        (0.3, 0.3, 0.3, 0.85, 0.0, 1.0, 1.0),  # two classes explain themselves more easily
-        (0.3, 0.3, 0.3, 0.97, 0.0, 1.0, 0.0),  # a linear model of them
+        (0.02, 0.0, 0.3, 8.0, 0.5),
+        (0.3, 0.0, 0.3, 8.0, 1.0),  # two classes
+        (0.3, 0.0, 0.3, 2.0, 0.5),  # and little time
+        (0.3, 0.0, 0.3, 2**1.5, 0.75),
+        (0.095, 0.0, 0.3, 8.0, 0.75),
+        (0.02, 0.3, 0.95, 8.0, 0.0),  # at rest against a decay
+        (0.02, 0.05, 0.95, 8.0, 0.25),
+        (0.3, 0.3, 0.95, 8.0, 1.0),
+        (0.3, 0.0, 0.3, 0.06, 0.0),  # so short that there was no way
+        (0.3, 0.0, 0.3, 2**-2.5, 0.25),
+        (0.02, 0.0, 0.3, 0.0, 0.0),
+        (0.3, 0.3, 0.95, None, 0.5),  # batch normalization
     ],
 )
-def test_the_share_depends_on_how_training_went(
-    share, ridge, at_rest, explained, held, followed, expected
-):
-    ending = Ending(0.1, share, ridge, at_rest, explained, held, followed)
+def test_the_share_depends_on_how_training_went(share, at_rest, explained, time, expected):
+    ending = Ending(share, at_rest, explained, time)
     assert path_of(ending) == pytest.approx(expected)
 
 

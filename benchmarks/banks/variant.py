@@ -25,6 +25,8 @@ class Variant:
             labels are fractions.
         start: the training, on everything, of which all layers but the last are taken over
             before this one begins; None for random layers.
+        optimizer: a name in `benchmarks.banks.recipes.OPTIMIZERS`.
+        normalized: layer normalization comes before every activation.
     """
 
     widths: tuple[int, ...]
@@ -35,3 +37,5 @@ class Variant:
     activation: Callable[[], nn.Module] = nn.ReLU
     task: str = ""
     start: Variant | None = None
+    optimizer: str = "sgd"
+    normalized: bool = False

@@ -9,7 +9,6 @@ of the automatic ridge was made with those above `UNSEEN` and with most fine-tun
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -235,7 +234,19 @@ def make(name: str) -> tuple[Recipe, Bank]:
     Returns:
         Data and model, and the ground truth.
     """
-    variant = VARIANTS[name]
+    return made_from(VARIANTS[name], name)
+
+
+def made_from(variant: Variant, name: str) -> tuple[Recipe, Bank]:
+    """Trains a bank that has no name in `VARIANTS`.
+
+    Args:
+        variant: how.
+        name: of the bank.
+
+    Returns:
+        Data and model, and the ground truth.
+    """
     made = _recipe(variant)
     targets, count = made.targets, len(made.train[1])
     rng = np.random.default_rng(5)
@@ -262,7 +273,7 @@ def _recipe(variant: Variant) -> Recipe:
     begun = None if variant.start is None else _trained(variant.start)
 
     def make_model() -> nn.Module:
-        model = _mlp(variant.widths, variant.activation)
+        model = _mlp(variant)
         if begun is not None:
             own = model.state_dict()
             *_, last = (name.partition(".")[0] for name in own)
@@ -283,6 +294,7 @@ def _recipe(variant: Variant) -> Recipe:
         checkpoints=CHECKPOINTS,
         together=TOGETHER,
         task=variant.task or usual,
+        optimizer=variant.optimizer,
     )
 
 
@@ -292,8 +304,11 @@ def _trained(variant: Variant) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def _mlp(widths: tuple[int, ...], activation: Callable[[], nn.Module]) -> nn.Module:
+def _mlp(variant: Variant) -> nn.Module:
     layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Linear(before, after), activation()]
-    return nn.Sequential(*layers[:-1])
+    for before, after in itertools.pairwise(variant.widths):
+        layers.append(nn.Linear(before, after))
+        if variant.normalized:
+            layers.append(nn.LayerNorm(after))
+        layers.append(variant.activation())
+    return nn.Sequential(*layers[: -2 if variant.normalized else -1])

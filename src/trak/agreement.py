@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trak.batches import Batch, normalize
 from trak.evaluation.ranks import correlations
+from trak.gradient_computers.surroundings import normalizes_batches
 from trak.loaders import state_of
 from trak.modes import evaluation_mode
 from trak.pipeline import Pipeline, prepare_task, validate_state
@@ -126,6 +127,7 @@ class Trial:
             logistic=self.logistic,
             words=self.pipeline.losses.words,
             curvature=self.curvature,
+            normalizes_batches=normalizes_batches(self.pipeline.model),
         )
         return ridge_of_examples(examples, situation)
 

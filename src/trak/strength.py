@@ -20,7 +20,7 @@ from trak.batches import Batch, batch_size, normalize
 from trak.modes import evaluation_mode
 from trak.pipeline import Pipeline
 from trak.savers.filesystem import read_object
-from trak.score_computers.auto_ridge import freedom, may_grow_freely
+from trak.score_computers.freedom import freedom, may_grow_freely
 from trak.score_computers.losses import losses_beside
 from trak.whitening.whitening import STRENGTH
 

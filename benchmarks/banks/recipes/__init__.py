@@ -46,9 +46,8 @@ class Recipe:
         checkpoints: models on everything.
         task: which of `OBJECTIVES`.
         optimizer: "sgd", with momentum 0.9, or "adamw".
-        together: models that `train_together` trains at once. More than 1 for SGD and
-            models without buffers only, where it is the same training and many times
-            faster.
+        together: models that `train_together` trains at once. More than 1 for models
+            without buffers only, where it is the same training and many times faster.
         pretrained: the weights that training begins with, or zeros. If given,
             checkpoints are stored as differences from them, a byte a weight, see
             `benchmarks.banks.differences`.
@@ -168,7 +167,8 @@ def train(recipe: Recipe, indices: Tensor, seed: int) -> nn.Module:
         The model, in evaluation mode.
     """
     model = _fresh(recipe, seed).train()
-    optimizer = _optimizer(recipe, model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = _optimizer(recipe, trained)
     loss = recipe.objective.loss
     generator = torch.Generator().manual_seed(seed)
     rates = _rates(recipe, len(indices))
@@ -192,7 +192,7 @@ def train_together(
     product a layer and model. No model sees another's examples.
 
     Args:
-        recipe: the recipe; SGD, and a model without buffers.
+        recipe: the recipe, of a model without buffers.
         subsets: the examples of each model.
         seeds: the seed of each model.
 
@@ -202,7 +202,7 @@ def train_together(
     models = [_fresh(recipe, seed) for seed in seeds]
     stacked, _ = stack_module_state(models)
     weights = {name: value.detach() for name, value in stacked.items()}
-    velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
+    optimizer = _optimizer(recipe, list(weights.values()))
 
     def loss(weights: dict[str, Tensor], *parts: Tensor) -> Tensor:
         predictions = functional_call(models[0], weights, parts[:-1])
@@ -217,12 +217,10 @@ def train_together(
         ])
         for batch in order.split(recipe.batch_size, dim=1):
             parts = (part[batch] for part in recipe.train)
-            gradients = vmap(grad(loss))(weights, *parts)
-            rate = next(rates)
-            for name, weight in weights.items():
-                step = gradients[name].add_(weight, alpha=recipe.weight_decay)
-                velocity[name].mul_(MOMENTUM).add_(step)
-                weight.sub_(velocity[name], alpha=rate)
+            for name, gradient in vmap(grad(loss))(weights, *parts).items():
+                weights[name].grad = gradient
+            optimizer.param_groups[0]["lr"] = next(rates)
+            optimizer.step()
     for j, model in enumerate(models):
         model.load_state_dict({name: value[j] for name, value in weights.items()})
     return [model.eval() for model in models]
@@ -234,8 +232,7 @@ def _fresh(recipe: Recipe, seed: int) -> nn.Module:
         return recipe.make_model()
 
 
-def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+def _optimizer(recipe: Recipe, trained: list[Tensor]) -> torch.optim.Optimizer:
     settings: Any = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(trained, **settings)

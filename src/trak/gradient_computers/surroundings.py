@@ -50,6 +50,20 @@ def undisturbed(model: nn.Module) -> Generator[None]:
         yield
 
 
+def normalizes_batches(model: nn.Module) -> bool:
+    """Whether a model has batch normalization, in evaluation mode or not.
+
+    Args:
+        model: the model.
+
+    Returns:
+        True also for modules that keep a `running_mean` without being one of torch's.
+    """
+    if any(isinstance(module, _OF_BATCHES) for module in model.modules()):
+        return True
+    return any(name.endswith("running_mean") for name, _ in model.named_buffers())
+
+
 def without_graph(model: nn.Module, attempt: Callable[[], _T]) -> _T:
     """Runs a model whose parameters need no gradient.
 

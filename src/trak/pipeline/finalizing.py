@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from trak.errors import ModelIDException
+from trak.gradient_computers.surroundings import normalizes_batches
 from trak.pipeline.describe import describe_rows
 from trak.pipeline.losses import LossWatch, tell_of_strays
 from trak.pipeline.project import RowMaker
@@ -43,9 +44,8 @@ def finalize_checkpoints(
     The automatic ridge, the exponent of Q and the share of what Q added up to are medians
     of what the rows of all that are asked for say, so that one of which too little can be
     told does not outweigh the others; with whitening what one of them says, since that
-    takes long and is as good (docs/ridge.md). They depend on nothing else: not on other
-    checkpoints of the store, nor on which of these were finalized before a call was
-    interrupted.
+    takes long and is as good (docs/ridge.md). They do not depend on other checkpoints of
+    the store, nor on which of these an interrupted call had finalized.
 
     Args:
         scorer: the score computer.
@@ -79,6 +79,7 @@ def finalize_checkpoints(
             columns=maker.projector.random_dim or None,
             unwhitened=whitener.unwhitened(model_id),
             plain=whitener.plain(model_id),
+            normalizes_batches=normalizes_batches(maker.model),
             **decided,
             **_examples(saver, model_id, losses),
         )

@@ -21,8 +21,14 @@ from torch import Tensor
 
 from trak.encodings import RowSource
 from trak.score_computers.decay import Spectrum
+from trak.score_computers.duration import as_networks
 from trak.score_computers.pulls import Stationarity
-from trak.score_computers.retraining import SUBSETS, Halves, retrained
+from trak.score_computers.retraining import (
+    SUBSETS,
+    Halves,
+    retrained,
+    trained_by_flow,
+)
 from trak.score_computers.ridge_sample import (
     FEWEST,
     SAMPLE,
@@ -34,11 +40,8 @@ from trak.score_computers.ridge_sample import (
     stationarity_of_all,
 )
 from trak.score_computers.stationarity import (
-    FREE,
-    HELD,
     Training,
     growth_share,
-    growth_stiffness,
     margins,
     training_of,
 )
@@ -58,8 +61,10 @@ BY_CURVATURE = 1.2
 _NOISE, _BY_TRAINING, _BY_SKETCH, _AVERAGED = 0.75, 0.4, 0.8, 0.4
 _SEEN_AVERAGED = 0.7
 _MUCH, _FREE = 0.25, 0.3  # whitening, where growth is as free as this
-_DOUBTS = 1.5  # standard errors
 _FARTHEST, _WORTH, _CHANCE = 2.0, 1.1, 0.25  # carried on to more examples
+_LESS, _MUCH_MORE = 6.0, 3.0
+"""How far below and above the ridge of models that are trained by flow alone another one
+may be."""
 USUAL = 2.0
 """The multiple for rows that nothing can be told from."""
 
@@ -152,7 +157,7 @@ def _told(
     _warn_of_much(situation.strength, trainings)
     pairs = zip(samples, trainings, strict=True)
     best = ridge_of_all if situation.strength else best_ridge
-    logs = [math.log(best(*pair)) for pair in pairs]
+    logs = [math.log(bounded(best(*pair), *pair)) for pair in pairs]
     sizes = [len(s.loss) for s in samples]
     played = math.exp(np.average(logs, weights=sizes))
     power, path = (
@@ -191,6 +196,7 @@ def _training(
         noisy=noisy,
         outputs=sample.outputs,
         known=known,
+        normalized=situation.normalizes_batches,
     )
 
 
@@ -224,6 +230,7 @@ def _by_wide(narrow: Sample, situation: Situation) -> float | None:
     whole = best_ridge(sample, training, games)
     seen = best_ridge(narrow, training, games)
     noise = (seen / whole) ** (situation.checkpoints**-_SEEN_AVERAGED)
+    whole = bounded(whole, sample, training)
     factor = noise_factor(len(narrow.loss), replace(situation, columns=None))
     factor *= BY_CURVATURE if is_curved(situation) else 1
     logger.info(
@@ -287,6 +294,38 @@ def ridge_of_all(sample: Sample, training: Training) -> float:
     return whole * more ** min(0.0, slope + _CHANCE)
 
 
+def bounded(found: float, sample: Sample, training: Training) -> float:
+    """A ridge, held near that of models which are trained by flow alone.
+
+    What tells a training's ridge (`trak.score_computers.stationarity`) was made with
+    trainings of some kinds, and may be far off after others. How long a flow has to last
+    until its loss weights are most like the real ones can be told of all
+    (`trak.score_computers.duration`), but is no close estimate. So the former counts as
+    long as it is not far from what the latter leads to.
+
+    Args:
+        found: the ridge, in the units of `best_ridge`.
+        sample: of the training set.
+        training: what was told of it.
+
+    Returns:
+        At least a sixth, at most three times that of the flow; the ridge as it is where
+        nobody can tell how long the training lasted.
+    """
+    if training.time is None:
+        return found
+    outputs = margins(sample.loss)
+    growth = growth_share(sample.kernel, outputs)
+    time, kernel = as_networks(training.time, sample.kernel, outputs, growth)
+    counts = sample.counts / sample.counts.mean()
+    games = [
+        trained_by_flow(kernel, time / sample.share, counts, seed, subsets)
+        for seed, subsets in _divisions(len(sample.loss))
+    ]
+    flowed = best_ridge(sample, training, games)
+    return min(max(found, flowed / _LESS), flowed * _MUCH_MORE)
+
+
 def best_ridge(
     sample: Sample, training: Training, games: Sequence[Halves] | None = None
 ) -> float:
@@ -319,14 +358,9 @@ def best_ridge(
 def _games(
     sample: Sample, training: Training, *, twice: bool = False, brief: bool = False
 ) -> list[Halves]:
-    # several with few examples, where it matters which of them are held out
-    size = len(sample.loss)
-    count = min(_MOST_GAMES, max(1, round(SAMPLE / size)))
-    subsets = SUBSETS if size <= SAMPLE else SUBSETS // 2
-    if twice and count == 1:
-        count, subsets = 2, subsets // 2
+    divisions = _divisions(len(sample.loss), twice=twice)
     if brief:
-        count, subsets = 1, _HALVES
+        divisions = [(0, _HALVES)]
     ended = training.stopped
     if ended is not None:
         ended = ended._replace(time=ended.time / sample.share)
@@ -340,8 +374,18 @@ def _games(
             subsets=subsets,
             stopped=ended,
         )
-        for seed in range(count)
+        for seed, subsets in divisions
     ]
+
+
+def _divisions(size: int, *, twice: bool = False) -> list[tuple[int, int]]:
+    # seeds and how many halves: several with few examples, where it matters which of them
+    # are held out
+    count = min(_MOST_GAMES, max(1, round(SAMPLE / size)))
+    subsets = SUBSETS if size <= SAMPLE else SUBSETS // 2
+    if twice and count == 1:
+        count, subsets = 2, subsets // 2
+    return [(seed, subsets) for seed in range(count)]
 
 
 def _played(
@@ -402,69 +446,3 @@ def _samples(rows: RowSource, situation: Situation) -> list[Sample]:
     if not situation.strength or (not found and situation.plain is not None):
         found = [sampled(rows, situation)]
     return [sample for sample in found if sample is not None]
-
-
-def may_grow_freely(examples: Unwhitened, count: int, logistic: bool | None) -> bool:
-    """Whether `freedom` may be a small number that these examples alone cannot tell.
-
-    Args:
-        examples: some of the training set, as many as something can be told from, with
-            what pulls at them from no others.
-        count: `n`.
-        logistic: whether Q is that of a logistic loss; None if unknown.
-
-    Returns:
-        False where growth is so small a part of the rows' variance that it cannot be below
-        a half, and where it is held back beyond doubt.
-    """
-    return _growing(examples, count, logistic, math.sqrt(2) * FREE) is not None
-
-
-def _growing(
-    examples: Unwhitened, count: int, logistic: bool | None, least: float
-) -> Sample | None:
-    # where growth is more than so much of the rows' variance, and not held back
-    sample = sample_of(examples, count, Situation(logistic=logistic), curvature=False)
-    if sample is None or not sample.are_probable:
-        return None
-    share = growth_share(sample.kernel, margins(sample.loss))
-    return sample if share > least and not _is_held(sample, count) else None
-
-
-def _is_held(sample: Sample, count: int) -> bool:
-    # growth is held back beyond doubt, as far as a part of the training set tells
-    outputs = margins(sample.loss)
-    pulls = count * sample.counts * sample.loss * (sample.kernel @ outputs)
-    steep = (sample.counts * sample.loss * (1 - sample.loss)).mean()
-    pulls = pulls / (outputs @ outputs) / steep  # growth is the mean of these
-    missing = max(0.0, 1 - len(outputs) / count)
-    doubt = float(pulls.std()) * math.sqrt(missing / len(outputs))
-    return float(pulls.mean()) - _DOUBTS * doubt >= HELD
-
-
-def freedom(examples: Unwhitened, count: int, logistic: bool | None) -> float:
-    """How freely all outputs of the model grow together.
-
-    Args:
-        examples: some of the training set.
-        count: `n`.
-        logistic: whether Q is that of a logistic loss; None if unknown.
-
-    Returns:
-        `trak.score_computers.stationarity.growth_stiffness`, at most 1; 1 where growth is a
-        small part of the rows' variance or held back beyond doubt, and where nothing can
-        be told.
-    """
-    enough = len(examples.loss) >= FEWEST
-    sample = _growing(examples, count, logistic, FREE) if enough else None
-    if sample is None:
-        return 1.0
-    found = growth_stiffness(
-        sample.kernel,
-        sample.pull,
-        sample.loss,
-        counts=sample.counts,
-        share=sample.share,
-        logistic=logistic,
-    )
-    return min(1.0, found)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from trak.score_computers.decay import between
 
-_STEPS, _STEPS_OF_SAMPLES = 1000, 3000  # of the time that Euler's rule is stable for
+_STEPS, STEPS_OF_SAMPLES = 1000, 3000  # of the time that Euler's rule is stable for
 _APART = 1.08  # times between two looks at the loss weights
-_FIRST, _GROWTH, _GROWTH_OF_SAMPLES = 0.1, 1 / 12, 1 / 6  # of steps
+_FIRST, _GROWTH, GROWTH_OF_SAMPLES = 0.1, 1 / 12, 1 / 6  # of steps
 _TURNS = 12  # of the power iteration that begins
 _OVER = 0.25  # of the loss weights; so far beyond the model nothing is looked for
 _LEAST = 1e-30
@@ -33,9 +33,6 @@ _LONGER, _GREW = 2.0, (4.0, 8.0)
 """Flows that end later than at 4 are continued, those beyond 8 for twice as long:
 features grew while outputs did, so that training took longer than it would have with those
 of its end. Times are in units of what the mean squared row norm is in."""
-_FOR_SURE = (16.0, 64.0)
-"""Flows that end later than the second of these went on for long, even if they do not
-reproduce the loss weights."""
 
 Pull = Callable[[Tensor], Tensor]
 """`Phi Phi^T` times weights `[n]`, as outputs `[n]`."""
@@ -61,12 +58,10 @@ class Stopped(NamedTuple):
     Attributes:
         time: when, for all training examples.
         weight: how much is to be made of it, 0 to 1.
-        grew: how surely features grew on the way, 0 to 1.
     """
 
     time: float
     weight: float
-    grew: float = 0.0
 
 
 def weaker(
@@ -115,17 +110,15 @@ def stopped(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> Stopp
         Its time, and how well it reproduces the loss weights.
     """
     found = _of_sample(kernel.float(), loss, counts.float())
-    late = math.log(max(found.time, _LEAST))
-    grew, surely = (between(late, *map(math.log, ends)) for ends in (_GREW, _FOR_SURE))
-    weight, time = _likeness(found, loss), found.time * _LONGER**grew
-    return Stopped(time * share, weight, grew * max(weight, surely))
+    grew = between(math.log(max(found.time, _LEAST)), *map(math.log, _GREW))
+    return Stopped(found.time * _LONGER**grew * share, _likeness(found, loss))
 
 
 def _of_sample(kernel: Tensor, loss: Tensor, strong: Tensor) -> Followed:
     def pull(added: Tensor) -> Tensor:
         return kernel @ (strong * added)
 
-    return followed(pull, loss.float(), _STEPS_OF_SAMPLES, _GROWTH_OF_SAMPLES)
+    return followed(pull, loss.float(), STEPS_OF_SAMPLES, GROWTH_OF_SAMPLES)
 
 
 def _likeness(found: Followed, loss: Tensor) -> float:
@@ -147,7 +140,7 @@ def followed(
         The flow's state that has the least mean squared distance.
     """
     found = Followed(torch.full_like(loss, 0.5), float("inf"), 0.0)
-    for time, added, current in _flow(outputs, loss, growth, steps):
+    for time, added, current in flow(outputs, loss, growth, steps):
         distance = float((current - loss).square().mean())
         if distance < found.distance:
             found = Followed(added, distance, time)
@@ -168,17 +161,18 @@ def added_until(outputs: Pull, like: Tensor, time: float) -> Tensor:
         `a`, as large.
     """
     added = torch.zeros_like(like)
-    for _, added, _ in _flow(outputs, like, _GROWTH_OF_SAMPLES, end=time):  # noqa: B007
+    for _, added, _ in flow(outputs, like, GROWTH_OF_SAMPLES, end=time):  # noqa: B007
         pass
     return added
 
 
-def _flow(
+def flow(
     outputs: Pull,
     like: Tensor,
     growth: float,
     steps: float = math.inf,
     end: float = math.inf,
+    start: Tensor | None = None,
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
     """Times, `a` and loss weights, each at least 8 % later than the one before.
 
@@ -192,17 +186,20 @@ def _flow(
         growth: the share.
         steps: how long at most, in steps of `1 / s`, or in shorter ones.
         end: how long at most.
+        start: outputs that the flow begins with; None for zeros.
 
     Yields:
         The last state is that of the end, if it is reached.
     """
-    added, current = torch.zeros_like(like), torch.full_like(like, 0.5)
+    added, begun = torch.zeros_like(like), torch.zeros_like(like)
+    begun = begun if start is None else begun + start
+    current = torch.sigmoid(-begun)
     leading, steep = _steepest(outputs, current, torch.ones_like(like), _TURNS)
     time = until = 0.0
     while steps > 0 and time < end:
         stretch = min(max(_FIRST, growth * time * steep), max(steps, 1.0))
         step = min(stretch / steep, end - time)
-        added, current = _stepped(outputs, added, current, step, step * steep)
+        added, current = _stepped(outputs, begun, added, current, step, step * steep)
         steps -= max(1.0, stretch)
         time += step
         if until <= time < end:
@@ -214,7 +211,12 @@ def _flow(
 
 
 def _stepped(
-    outputs: Pull, added: Tensor, current: Tensor, step: float, stretch: float
+    outputs: Pull,
+    begun: Tensor,
+    added: Tensor,
+    current: Tensor,
+    step: float,
+    stretch: float,
 ) -> tuple[Tensor, Tensor]:
     """One step of the flow, by a Runge-Kutta-Chebyshev rule of first order.
 
@@ -224,6 +226,7 @@ def _stepped(
 
     Args:
         outputs: the kernel.
+        begun: outputs that the flow began with, `[n]`.
         added: `a`, `[n]`.
         current: loss weights there, `[n]`.
         step: how long.
@@ -240,14 +243,14 @@ def _stepped(
         values.append(2 * middle * values[-1] - values[-2])
     scale = values[stages] / slopes[stages] * step
     before, added = added, added + scale / middle * current
-    current = torch.sigmoid(-outputs(added))
+    current = torch.sigmoid(-begun - outputs(added))
     for j in range(2, stages + 1):
         moved = middle * added + scale * current
         before, added = (
             added,
             (2 * values[j - 1] * moved - values[j - 2] * before) / values[j],
         )
-        current = torch.sigmoid(-outputs(added))
+        current = torch.sigmoid(-begun - outputs(added))
     return added, current
 
 

@@ -7,6 +7,7 @@ and data had come to rest, as fine-tunings and trainings without weight decay do
 ran until they had, `q` itself is right (docs/choices.md has the measurements).
 """
 
+import math
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,23 +17,22 @@ from trak.errors import InputError
 from trak.score_computers.decay import between
 from trak.score_computers.losses import Losses
 
-_USUAL, _SHORT, _SHORTEST = 0.75, 0.5, 0.25
-_UNLEARNED = (0.06, 0.18)
-"""Mean loss weights: below the first training was long, from the second on it was short."""
 GROWTH = (0.06, 0.13)
 """Shares of the rows' variance in which all outputs grow together. As with two classes:
-what they have in common is learned for good, and the weights at the end say what is left.
-"""
+what they have in common is learned for good."""
 NEARLY_ALL = (0.2, 0.4)
-"""From the second of these shares on, Q says what is left after short trainings, too."""
-_LAZY = (1.0, 3.0)
-"""Ridges of the training: from the second on it was so short that Q is still much like
-what it began as, and growth like the rest."""
-_HALF = 0.5  # of the way, where nothing else is known
-_EXPLAINED_GROWTH = (0.85, 0.97)  # as `_EXPLAINED`, where growth is a large share
-_AT_REST, _EXPLAINED = 0.2, (0.6, 0.8)
+"""From the second of these shares on outputs do little else but grow."""
+_AT_REST, _EXPLAINED = 0.1, (0.8, 0.95)
 """A ridge of the training, and the share of what pulls at outputs that it explains, from
 which on a training has come to rest against its weight decay."""
+_BRIEF = (-4.0, -1.0)
+"""Powers of two: times of trainings, in units of what the mean squared row norm is in,
+below the first of which Q is still much like what it began as."""
+_LONG = (1.0, 2.0)
+"""Powers of two, too: from times above the second on features grew with outputs."""
+_HALF, _RESTED = 0.5, 0.75
+_NORMALIZED = (1.0, 0.5)
+"""Exponent, and share of the way, where batch normalization lets nobody tell the time."""
 
 
 class Path(NamedTuple):
@@ -86,23 +86,22 @@ class Ending(NamedTuple):
     """How a training ended.
 
     Attributes:
-        loss: mean Q of its examples.
         share: of the rows' variance, in which all outputs grow.
-        ridge: of the training, in mean squared row norms times `mean q (1 - q)`.
         at_rest: the ridge that holds its outputs where they are, if it came to rest.
         explained: share of what pulls at outputs that this explains, 0 to 1.
-        held: how surely growth is held back, 0 to 1.
-        followed: how surely a flow followed it for so long that features grew, 0 to 1; 1
-            where none was asked.
+        time: how long it lasted (`trak.score_computers.duration`); None if nobody can tell.
     """
 
-    loss: float
     share: float
-    ridge: float
     at_rest: float
     explained: float
-    held: float
-    followed: float = 1.0
+    time: float | None
+
+    @property
+    def rest(self) -> float:
+        """How surely it came to rest, 0 to 1; not where growth is a large share."""
+        held = between(self.at_rest, 0, _AT_REST) * between(self.explained, *_EXPLAINED)
+        return held * (1 - between(self.share, *GROWTH))
 
 
 def power_of(ending: Ending) -> float:
@@ -112,18 +111,13 @@ def power_of(ending: Ending) -> float:
         ending: of it.
 
     Returns:
-        0.75, and down to 0.5 the more examples were not learned, unless a ridge explains
-        that; up to 1 where growth is a large share, unless it is held back while examples
-        are left to learn; and instead of all this down to 0.25 the shorter training was,
-        unless growth is nearly everything.
+        A half, and up to 0.75 where training came to rest, so that Q says what is left;
+        down to 0 the shorter it was, since Q says little then.
     """
-    rest = between(ending.at_rest, 0, _AT_REST) * between(ending.explained, *_EXPLAINED)
-    unlearned = between(ending.loss, *_UNLEARNED)
-    power = _USUAL - (_USUAL - _SHORT) * unlearned * (1 - rest)
-    short = between(ending.ridge, *_LAZY) * (1 - between(ending.share, *NEARLY_ALL))
-    free = between(ending.share, *GROWTH) * (1 - short) * (1 - ending.held * unlearned)
-    power += (1 - power) * free
-    return power - (power - _SHORTEST) * short
+    if ending.time is None:
+        return _NORMALIZED[0]
+    own = _HALF + (_RESTED - _HALF) * ending.rest
+    return own * _beyond(ending.time, *_BRIEF)
 
 
 def path_of(ending: Ending) -> float:
@@ -133,20 +127,19 @@ def path_of(ending: Ending) -> float:
         ending: of the training.
 
     Returns:
-        An exponent: a half, and up to 1 where growth is a large share, unless it is held
-        back or a flow says that training was short; down to 0 where training came to rest
-        against its weight decay, which forgets the way, and where it was so short that Q is
-        still what it began as.
+        An exponent: a half, and up to 1 where growth is a large share and training was
+        long; down to 0 where training came to rest against its weight decay, which forgets
+        the way, and where it was so short that there was none.
     """
-    free = between(ending.share, *GROWTH) * (1 - ending.held)
-    least, most = (
-        low + (high - low) * free
-        for low, high in zip(_EXPLAINED, _EXPLAINED_GROWTH, strict=True)
-    )
-    rest = between(ending.at_rest, 0, _AT_REST) * between(ending.explained, least, most)
-    short = between(ending.ridge, *_LAZY)
-    own = _HALF + (1 - _HALF) * free * ending.followed
-    return own * (1 - rest) * (1 - short)
+    if ending.time is None:
+        return _NORMALIZED[1]
+    grown = between(ending.share, *GROWTH) * _beyond(ending.time, *_LONG)
+    own = _HALF + (1 - _HALF) * grown
+    return own * (1 - ending.rest) * _beyond(ending.time, *_BRIEF)
+
+
+def _beyond(time: float, low: float, high: float) -> float:
+    return between(math.log2(time), low, high) if time > 0 else 0.0
 
 
 def powered(

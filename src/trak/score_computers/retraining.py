@@ -104,12 +104,31 @@ def retrained(
     outputs = torch.einsum("hsi,si->sh", kernel[held][:, own], duals)
     if not flowed or stopped is None:
         return Halves(train, held, masks, outputs)
-    strong = masks[-flowed:]
-    if counts is not None:
-        strong = strong * counts.to(strong)[train]
-    others = _flowed(kernel[:, train].float(), train, strong.T.float(), stopped.time)
-    outputs = torch.cat([outputs, others[held].T.to(outputs)])
+    others = _flowed(kernel, train, held, masks[-flowed:], counts, stopped.time)
+    outputs = torch.cat([outputs, others])
     return Halves(train, held, masks, outputs, flowed, stopped.weight)
+
+
+def trained_by_flow(
+    kernel: Tensor, time: float, counts: Tensor, seed: int = 0, subsets: int = SUBSETS
+) -> Halves:
+    """Trains as `retrained` does, but without a ridge: all by gradient flow from zero.
+
+    Args:
+        kernel: `Phi Phi^T`, `[n, n]`, float64.
+        time: how long.
+        counts: how much each example's loss counts, `[n]`.
+        seed: of the halves.
+        subsets: how many halves.
+
+    Returns:
+        The halves and what their models answer for the remaining quarter.
+    """
+    held, train, chosen = (
+        part.to(kernel.device) for part in _divided(len(kernel), seed, subsets)
+    )
+    masks = kernel.new_zeros(subsets, len(train)).scatter_(1, chosen, 1.0)
+    return Halves(train, held, masks, _flowed(kernel, train, held, masks, counts, time))
 
 
 def _divided(size: int, seed: int, subsets: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,11 +161,20 @@ def _duals(
     return _solve(inside, ridges, answers[own])
 
 
-def _flowed(kernel: Tensor, train: Tensor, strong: Tensor, time: float) -> Tensor:
-    # what models of all halves answer for all examples, [n, subsets]
-    known = kernel[train]
+def _flowed(
+    kernel: Tensor,
+    train: Tensor,
+    held: Tensor,
+    masks: Tensor,
+    counts: Tensor | None,
+    time: float,
+) -> Tensor:
+    # what models of all halves answer for the examples held out, [subsets, h]
+    strong = masks if counts is None else masks * counts.to(masks)[train]
+    strong, own = strong.T.float(), kernel[:, train].float()
+    known = own[train]
     added = added_until(lambda a: known @ (strong * a), strong, time)
-    return kernel @ (strong * added)
+    return (own[held] @ (strong * added)).T.to(kernel)
 
 
 def _lifted(kernels: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class Situation:
         wide: some of the examples in a wider projection, for rows that are not whitened.
         outputs: of some of the examples, for rows that are not whitened.
         words: Q is a mean over the words of a text.
+        normalizes_batches: the model has batch normalization.
         multiple: the ridge that was chosen already, in mean squared row norms.
         power: the exponent of Q that was chosen with it.
         path: the share of what Q added up to along the way that was chosen with them.
@@ -88,6 +89,7 @@ class Situation:
     wide: Wide | None = None
     outputs: Outputs | None = None
     words: bool = False
+    normalizes_batches: bool = False
     multiple: float | None = None
     power: float = 1.0
     path: float = 0.0

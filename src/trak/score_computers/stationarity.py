@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trak.score_computers.decay import Spectrum, between, decay_of
+from trak.score_computers.duration import lasted
 from trak.score_computers.flow import Stopped, stopped, weaker
 from trak.score_computers.logistic import log_odds
 from trak.score_computers.loss_power import (
@@ -89,6 +90,7 @@ class Training:
         path: share of what Q added up to along the way, on a logarithmic scale.
         stopped: when a flow from zero ends as it did, and how much is to be made of that;
             None if that is nothing, as of losses that are not logistic.
+        time: how long it lasted (`trak.score_computers.duration`); None if nobody can tell.
     """
 
     ridge: float
@@ -98,6 +100,7 @@ class Training:
     power: float = 1.0
     path: float = 0.0
     stopped: Stopped | None = None
+    time: float | None = None
 
     def of(self, places: Tensor) -> "Training":
         """The same training of a part of the examples.
@@ -117,12 +120,14 @@ class _Rest(NamedTuple):
     """What the training came to.
 
     Attributes:
-        ending: how it ended.
+        ending: how it ended; nobody has asked for the time yet.
+        ridge: of the training, in mean squared row norms times `mean q (1 - q)`.
         stiffness: of growth.
         flowed: how much models count that were trained by a flow, if it is like this.
     """
 
     ending: Ending
+    ridge: float
     stiffness: float
     flowed: float
 
@@ -179,6 +184,7 @@ def training_of(
     noisy: bool = False,
     outputs: Tensor | None = None,
     known: Stationarity | None = None,
+    normalized: bool = False,
 ) -> Training:
     """The training whose result these examples are.
 
@@ -213,6 +219,7 @@ def training_of(
             weighted by the noise, take the place of the median.
         outputs: of the model, in units of Q, `[n]`, where the loss is a squared one.
         known: what pulls at outputs says, where more examples tell it than `pull` does.
+        normalized: the model normalizes batches, which hides how long training was.
 
     Returns:
         The training.
@@ -220,11 +227,11 @@ def training_of(
     told = _outputs(kernel, loss, logistic)
     counts = torch.ones_like(loss) if counts is None else counts
     if told is None:
-        return _of_another_loss(
-            kernel, pull, loss, counts, share, outputs, words=words, noisy=noisy
-        )
+        known_of_all = kernel, pull, loss, counts, share, outputs
+        return _of_another_loss(*known_of_all, words=words, noisy=noisy)
     examples = _Examples(kernel, pull, loss, told, counts, share)
-    return _of_logistic(examples, _at_rest(examples, noisy=noisy, known=known))
+    time = None if normalized else lasted(kernel, loss, counts, share)
+    return _of_logistic(examples, _at_rest(examples, noisy=noisy, known=known), time)
 
 
 def growth_stiffness(
@@ -258,25 +265,26 @@ def growth_stiffness(
     return _at_rest(examples, noisy=False).stiffness
 
 
-def _of_logistic(examples: _Examples, rest: _Rest) -> Training:
-    kernel, outputs, flow, ending = examples.kernel, examples.outputs, None, rest.ending
+def _of_logistic(examples: _Examples, rest: _Rest, time: float | None) -> Training:
+    kernel, outputs, flow = examples.kernel, examples.outputs, None
+    ending = rest.ending._replace(time=time)
     if rest.stiffness != 1:
         along = kernel @ outputs
         excess = (1 - 1 / rest.stiffness) / float(outputs @ along)
         kernel = kernel - excess * torch.outer(along, along)
     if rest.flowed:
         flow = stopped(kernel, examples.loss, examples.counts, examples.share)
-        ending = ending._replace(followed=flow.grew)
         weight = rest.flowed * flow.weight
         flow = flow._replace(weight=weight) if weight else None
     return Training(
-        ending.ridge * examples.steep,
+        rest.ridge * examples.steep,
         kernel,
         None,
         rest.stiffness,
         power_of(ending),
         path_of(ending),
         flow,
+        time,
     )
 
 
@@ -341,11 +349,11 @@ def _at_rest(
         ridge = _ridge_of_it(examples, spectrum, told, explained, growing)
     share = examples.growth
     stiffness = _stiffness(growing, share, explained, ridge)
-    left, held = float(loss.mean()), between(growing, *_HOLDS)
+    left = float(loss.mean())
     flowed = (1 - between(explained, *_STILL)) * (1 - between(growing, *_GRIPPED))
     flowed *= (1 - examples.mistaken) * (1 - between(left, *_UNLEARNED))
-    ending = Ending(left, share, ridge, told, explained, held)
-    return _Rest(ending, stiffness, _FLOWED * flowed)
+    ending = Ending(share, told, explained, None)
+    return _Rest(ending, ridge, stiffness, _FLOWED * flowed)
 
 
 def _ridge_of_it(
