@@ -37,10 +37,12 @@ def test_how_long_a_flow_lasted_is_told_from_loss_weights(time, begun):
     assert lasted(kernel, q, 2 * even, 1.0) == pytest.approx(found)
 
 
-def test_equal_loss_weights_tell_no_time():
+def test_some_loss_weights_tell_no_time():
     rows = examples()
-    even = torch.ones(len(rows), dtype=torch.float64)
-    assert lasted(rows @ rows.T, 0.3 * even, even, 1.0) == 0
+    kernel, even = rows @ rows.T, torch.ones(len(rows), dtype=torch.float64)
+    assert lasted(kernel, 0.3 * even, even, 1.0) is None
+    assert lasted(kernel, 1 - left_of(rows, 0.001), even, 1.0) is None
+    assert lasted(kernel, left_of(rows, 0.001), even, 1.0) is not None
 
 
 @pytest.mark.parametrize("time", [0.5, 5.0, 60.0])
@@ -96,12 +98,15 @@ def played(rows, time):
     return sample, training_of(sample.kernel, sample.pull, q, logistic=True)
 
 
-def test_a_ridge_is_held_near_that_of_the_flow():
+def test_a_ridge_is_held_near_that_of_the_flow(caplog):
+    caplog.set_level("INFO")
     sample, training = played(examples(common=0.6), 2.0)
     found = [bounded(ridge, sample, training) for ridge in (1e-4, 1e4)]
     assert found[1] == pytest.approx(18 * found[0])
+    assert caplog.text.count("as long as loss weights say") == 2
     middle = 2 * found[0]
     assert bounded(middle, sample, training) == middle
+    assert caplog.text.count("as long as loss weights say") == 2
     longer = replace(training, time=20 * training.time)
     assert bounded(1e-4, sample, longer) > 2 * found[0]
     outputs = margins(sample.loss)

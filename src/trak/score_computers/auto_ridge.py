@@ -323,7 +323,16 @@ def bounded(found: float, sample: Sample, training: Training) -> float:
         for seed, subsets in _divisions(len(sample.loss))
     ]
     flowed = best_ridge(sample, training, games)
-    return min(max(found, flowed / _LESS), flowed * _MUCH_MORE)
+    held = min(max(found, flowed / _LESS), flowed * _MUCH_MORE)
+    if held != found:
+        logger.info(
+            "The ridge is %.3g times the mean squared row norm instead of %.3g, since "
+            "models that are trained as long as loss weights say lead to %.3g.",
+            held,
+            found,
+            flowed,
+        )
+    return held
 
 
 def best_ridge(

@@ -29,7 +29,7 @@ _FREE, _FREEST, _FREER, _BY_THEN = 0.04, 0.2, 0.5, (0.0, 6.0)
 scale, after trainings of 64 and nothing of it after those of 1."""
 
 
-def lasted(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> float:
+def lasted(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> float | None:
     """How long a flow lasts whose loss weights are most like the real ones.
 
     Args:
@@ -41,14 +41,14 @@ def lasted(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> float:
 
     Returns:
         The time at which the correlation is largest, for all training examples, as if
-        they counted once on average; 0 where loss weights are all equal, of which nothing
-        can be told.
+        they counted once on average; None where it is nowhere above 0, as where loss
+        weights are all equal, so that nothing can be told.
     """
     known, strong = kernel.float(), (counts / counts.mean()).float()[:, None]
     wanted = loss.float() - loss.float().mean()
     starts = torch.tensor(_STARTS, dtype=torch.float32, device=known.device)
     begun = torch.log((1 - starts) / starts).expand(len(loss), -1)
-    best, found = 0.0, 0.0
+    best, found = 0.0, None
     followed = flow(
         lambda added: known @ (strong * added),
         torch.zeros_like(begun),
@@ -63,7 +63,7 @@ def lasted(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> float:
             best, found = float(alike.max()), time
         if float(current.mean(dim=0).max()) < _OVER * float(loss.mean()):
             break
-    return found * share
+    return None if found is None else found * share
 
 
 def as_networks(
