@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.banks import bank as banks
-from benchmarks.banks import build, evaluate, fetch_cifar2, objectives, recipes
+from benchmarks.banks import (
+    build,
+    drawn,
+    evaluate,
+    fetch_cifar2,
+    objectives,
+    recipes,
+    variants,
+)
 from benchmarks.banks.bank import Bank, MissingDataError, load, save
 from benchmarks.banks.differences import restore, shrink
 from benchmarks.banks.recipes import cifar2
@@ -235,7 +243,9 @@ def test_models_are_built_where_this_library_is_not(name, tmp_path):
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True)
 
 
-def test_training_together_is_training_one_by_one(recipe):
+@pytest.mark.parametrize("optimizer", recipes.OPTIMIZERS)
+def test_training_together_is_training_one_by_one(optimizer, recipe):
+    recipe = dataclasses.replace(recipe, optimizer=optimizer, weight_decay=0.1)
     masks = build.masks_of(recipe)
     subsets = [torch.as_tensor(np.flatnonzero(mask)) for mask in masks]
     together = recipes.train_together(recipe, subsets, seeds=[5, 6, 7, 8])
@@ -243,6 +253,26 @@ def test_training_together_is_training_one_by_one(recipe):
         alone = recipes.train(recipe, subset, seed).state_dict()
         for name, value in model.state_dict().items():
             torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5)
+
+
+def test_trainings_drawn_by_lot_are_always_the_same():
+    found, again = drawn.drawn(4, 7), drawn.drawn(4, 7)
+    assert list(found) == list(again)
+    assert len(found) == 4
+    assert list(found) != list(drawn.drawn(4, 8))
+    normal = drawn.drawn(4, 7, normalized=True)
+    for (name, variant), other in zip(found.items(), normal.values(), strict=True):
+        kind = "adamw" if " adamw " in name.rpartition(", decay")[0] else "sgd"
+        assert variant.optimizer == kind
+        assert f"{variant.epochs} epochs" in name
+        count = [
+            sum(isinstance(m, torch.nn.LayerNorm) for m in variants._mlp(v).modules())
+            for v in (variant, other)
+        ]
+        assert count == [0, len(variant.widths) - 2]
+        (x, y), _ = variant.data()
+        assert variants._mlp(other)(x[:2]).shape == (2, variant.widths[-1])
+        assert len(x) == len(y)
 
 
 def test_training_sees_nothing_but_the_subset(recipe):
