@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import ridge
 from benchmarks.banks.bank import Bank
 from benchmarks.banks.drawn import JUDGING, LOOKED_AT
 from benchmarks.banks.recipes import Recipe
 from benchmarks.banks.variants import made_from
-from benchmarks.common import Row, environment, write
+from benchmarks.common import Row, write
 from benchmarks.one_call import quality
 from benchmarks.quality_table.ours import one_call
-from benchmarks.ridge import measure
 
 COUNTS = (1, 5)
 LEAST, BAR, ALIKE = 0.15, 0.97, 0.0005
@@ -46,19 +46,11 @@ def judged(made: Recipe, bank: Bank, count: int) -> dict[str, Any]:
     Returns:
         The ridges, and the LDS of plain TRAK at both and of the one call.
     """
-    auto, chosen, swept = measure(made, bank, count, proj_dim="exact")
-    best = max(swept, key=lambda ridge: swept[ridge])
+    found = ridge.judged(made, bank, "exact", count)
     states = [made.weights(stored) for stored in bank.checkpoints[:count]]
-    return {
-        "commit": environment()["commit"],
-        "checkpoints": count,
-        "auto": round(chosen, 3),
-        "lds": round(auto, 4),
-        "best": best,
-        "best lds": round(swept[best], 4),
-        "share": round(auto / max(swept[best], auto), 4),
-        "one call": round(quality(one_call(made, states)["auto"], bank), 4),
-    }
+    reached = quality(one_call(made, states)["auto"], bank)
+    kept = {name: value for name, value in found.items() if name not in ("k", "sweep")}
+    return {**kept, "one call": round(reached, 4)}
 
 
 def rows_of(group: str, details: list[dict[str, Any]]) -> list[Row]:

@@ -23,10 +23,12 @@ adapt their steps learn more in few of them than a flow that lasts hardly at all
 _LATE, _LATER = (-2.4, 5.6), (0.4, 1.0)
 """Powers of two, of times and of how much longer models are trained than that: features
 are learned on the way, so that a training takes longer than one with those of its end."""
-_FREE, _FREEST, _FREER, _BY_THEN = 0.04, 0.2, 0.5, (0.0, 6.0)
+FREE, FREEST = 0.04, 0.2
 """Growth of all outputs is easier for networks than for linear models where it is more than
-4 % of the rows' variance, down to a fifth of the stiffness; half of that, on a logarithmic
-scale, after trainings of 64 and nothing of it after those of 1."""
+4 % of the rows' variance, down to a fifth of the stiffness."""
+_FREER, _BY_THEN = 0.5, (0.0, 6.0)
+"""Half of that, on a logarithmic scale, after trainings of 64, nothing of it after those
+of 1."""
 
 
 def lasted(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> float | None:
@@ -81,12 +83,27 @@ def as_networks(
         A longer time, and a kernel in which growth is easier.
     """
     longer = math.log2(time + _SHORTEST)
-    freedom = max(_FREEST, min(1.0, _FREE / growth)) if growth > 0 else 1.0
+    freedom = max(FREEST, min(1.0, FREE / growth)) if growth > 0 else 1.0
     stiffness = freedom ** (_FREER * between(longer, *_BY_THEN))
-    if stiffness < 1:
-        along = kernel @ outputs
-        excess = (1 - 1 / stiffness) / float(outputs @ along)
-        kernel = kernel - excess * torch.outer(along, along)
+    kernel = with_growth(kernel, outputs, stiffness)
     first, last = _LATER
     longer += first + (last - first) * between(longer, *_LATE)
     return 2**longer, kernel
+
+
+def with_growth(kernel: Tensor, outputs: Tensor, stiffness: float) -> Tensor:
+    """A kernel in which growth of all outputs is easier or harder.
+
+    Args:
+        kernel: `Phi Phi^T`, `[s, s]`.
+        outputs: of the model, `[s]`.
+        stiffness: of growth, compared with that of the kernel, above 0.
+
+    Returns:
+        The kernel, divided by the stiffness along the outputs and as it was elsewhere.
+    """
+    if stiffness == 1:
+        return kernel
+    along = kernel @ outputs
+    excess = (1 - 1 / stiffness) / float(outputs @ along)
+    return kernel - excess * torch.outer(along, along)

@@ -2,9 +2,9 @@
 
 import math
 
+from trak.score_computers.duration import FREE
 from trak.score_computers.ridge_sample import FEWEST, Sample, Situation, sample_of
 from trak.score_computers.stationarity import (
-    FREE,
     HELD,
     growth_share,
     growth_stiffness,

@@ -20,8 +20,6 @@ from trak.score_computers.losses import Losses
 GROWTH = (0.06, 0.13)
 """Shares of the rows' variance in which all outputs grow together. As with two classes:
 what they have in common is learned for good."""
-NEARLY_ALL = (0.2, 0.4)
-"""From the second of these shares on outputs do little else but grow."""
 _AT_REST, _EXPLAINED = 0.1, (0.8, 0.95)
 """A ridge of the training, and the share of what pulls at outputs that it explains, from
 which on a training has come to rest against its weight decay."""

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from trak.score_computers.decay import Spectrum, between, decay_of
-from trak.score_computers.duration import lasted
+from trak.score_computers.duration import FREE, FREEST, lasted, with_growth
 from trak.score_computers.flow import Stopped, stopped, weaker
 from trak.score_computers.logistic import log_odds
 from trak.score_computers.loss_power import (
     GROWTH,
-    NEARLY_ALL,
     OTHER,
     Ending,
     path_of,
@@ -59,13 +58,16 @@ that kept outputs small."""
 _STILL = (0.7, 0.85)
 """Shares of the pulls' variance that stationarity explains: between them training turns
 from one that was stopped into one that came to rest."""
+NEARLY_ALL = (0.2, 0.4)
+"""From the second of these shares of the rows' variance on outputs do little else but grow.
+"""
 _UNKNOWN = 0.4
 _BOUNDED = 0.8  # of several labels, pixels or a hinge
 _OF_WORDS = 0.03  # a text is many examples
 _DEPTH = 2.5
 """Outputs of a network of `L` layers grow like the `L`-th power of its weights, so that
 `Phi w = L f`. How many layers there are cannot be told from rows; 2.5 was best."""
-FREE, _FREEST, HELD, _EXPLAINED, _LAZY = 0.04, 0.2, 8.0, 0.9, (1.0, 3.0)
+HELD, _EXPLAINED, _LAZY = 8.0, 0.9, (1.0, 3.0)
 """Where outputs of all examples grow along more than 4 % of the rows' variance, networks
 give way to growth more easily than linear models do, down to a fifth of the stiffness; not
 where growth is held back more than 8 times as strongly as the rest, nor where more than
@@ -266,12 +268,8 @@ def growth_stiffness(
 
 
 def _of_logistic(examples: _Examples, rest: _Rest, time: float | None) -> Training:
-    kernel, outputs, flow = examples.kernel, examples.outputs, None
+    kernel, flow = with_growth(examples.kernel, examples.outputs, rest.stiffness), None
     ending = rest.ending._replace(time=time)
-    if rest.stiffness != 1:
-        along = kernel @ outputs
-        excess = (1 - 1 / rest.stiffness) / float(outputs @ along)
-        kernel = kernel - excess * torch.outer(along, along)
     if rest.flowed:
         flow = stopped(kernel, examples.loss, examples.counts, examples.share)
         weight = rest.flowed * flow.weight
@@ -418,7 +416,7 @@ def _stiffness(growing: float, share: float, explained: float, ridge: float) -> 
         Above 0; 1 if growth is like the rest.
     """
     held = max(1.0, growing / (_DEPTH * ridge)) ** _held_for_sure(growing, share, explained)
-    freedom = max(_FREEST, min(1.0, FREE / share) ** 2) if share > 0 else 1.0
+    freedom = max(FREEST, min(1.0, FREE / share) ** 2) if share > 0 else 1.0
     unlike = min(1.0, max(0.0, 1 - explained) / (1 - _EXPLAINED))
     lazy = min(1.0, max(0.0, (ridge - _LAZY[0]) / (_LAZY[1] - _LAZY[0])))
     return held * freedom ** (unlike * (1 - lazy) / (1 + (held / HELD) ** 4))
