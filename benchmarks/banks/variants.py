@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.datasets import (
     load_iris,
     load_wine,
@@ -247,12 +248,9 @@ def made_from(variant: Variant, name: str) -> tuple[Recipe, Bank]:
     Returns:
         Data and model, and the ground truth.
     """
-    made = _recipe(variant)
+    made = recipe_of(variant)
     targets, count = made.targets, len(made.train[1])
-    rng = np.random.default_rng(5)
-    masks = np.zeros((SUBSETS, count), dtype=bool)
-    for mask in masks:
-        mask[rng.permutation(count)[: count // 2]] = True
+    masks = halves(count)
     outputs = np.zeros((SUBSETS, SEEDS, len(targets[1])))
     jobs = [(j, seed) for j in range(SUBSETS) for seed in range(SEEDS)]
     for start in range(0, len(jobs), TOGETHER):
@@ -267,7 +265,31 @@ def made_from(variant: Variant, name: str) -> tuple[Recipe, Bank]:
     return made, Bank(masks, outputs, states, {"name": name})
 
 
-def _recipe(variant: Variant) -> Recipe:
+def halves(count: int) -> NDArray[np.bool_]:
+    """The halves of a training set on which models are retrained.
+
+    Args:
+        count: how many examples there are.
+
+    Returns:
+        Which of them each holds, `[64, count]`.
+    """
+    rng = np.random.default_rng(5)
+    masks = np.zeros((SUBSETS, count), dtype=bool)
+    for mask in masks:
+        mask[rng.permutation(count)[: count // 2]] = True
+    return masks
+
+
+def recipe_of(variant: Variant) -> Recipe:
+    """Data, model and training.
+
+    Args:
+        variant: what it is trained by.
+
+    Returns:
+        The recipe.
+    """
     train, targets = variant.data()
     usual = "regression" if train[1].is_floating_point() else "image_classification"
     begun = None if variant.start is None else _trained(variant.start)
@@ -299,7 +321,7 @@ def _recipe(variant: Variant) -> Recipe:
 
 
 def _trained(variant: Variant) -> dict[str, Tensor]:
-    made = _recipe(variant)
+    made = recipe_of(variant)
     (model,) = train_together(made, [torch.arange(len(made.train[1]))], [8000])
     return dict(model.state_dict())
 
