@@ -36,7 +36,7 @@ STRENGTHS = (0.0, 0.25, 0.75)
 @pytest.fixture
 def stiff(monkeypatch):
     """Growth of outputs is like other changes, so that checkpoints are asked."""
-    monkeypatch.setattr("trak.strength.freedom", lambda *_: 1.0)
+    monkeypatch.setattr("trak.strength.freedom", lambda *_, **__: 1.0)
 
 
 @pytest.fixture

@@ -227,7 +227,7 @@ def test_where_growth_may_be_free_all_examples_tell_it(freely, tmp_path, monkeyp
         train = x, model(x).argmax(1)
     monkeypatch.setattr(strength, "may_grow_freely", lambda *_: freely)
     seen = []
-    monkeypatch.setattr(strength, "freedom", lambda *a: seen.append(a[0]) or 1.0)
+    monkeypatch.setattr(strength, "freedom", lambda *a, **_: seen.append(a[0]) or 1.0)
     traker = runs.make_traker(
         model, 120, tmp_path, whitening="auto", projector=NoOpProjector()
     )

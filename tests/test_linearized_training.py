@@ -5,7 +5,7 @@ import torch
 
 from trak.score_computers import retraining
 from trak.score_computers.retraining import retrained
-from trak.score_computers.stationarity import EARLY, LEAST, MOST, training_of
+from trak.score_computers.stationarity import LEAST, MOST, training_of
 
 
 def fitted(rows, ridge, steps=60):
@@ -117,15 +117,14 @@ def test_the_ridge_of_a_training_is_found_again():
 
 
 def test_the_ridge_of_a_training_stays_in_bounds():
-    # a weak one may be weaker still, where a linear model was trained for long
-    for ridge, bias, low, high in ((1e-3, 0.0, 0.8 * LEAST, LEAST), (1e6, 1.0, MOST, MOST)):
+    for ridge, bias, expected in ((1e-3, 0.0, LEAST), (1e6, 1.0, MOST)):
         rows = torch.cat([logistic()[0], torch.full((300, 1), bias).double()], dim=1)
         q = torch.sigmoid(-rows @ fitted(rows, ridge))
         kernel = rows @ rows.T
         unit = kernel.diagonal().mean()
         training = training_of(kernel / unit, kernel @ q / unit, q)
         steep = float((q * (1 - q)).mean())
-        assert low - 1e-6 < training.ridge / steep < high + 1e-6
+        assert training.ridge / steep == pytest.approx(expected)
 
 
 def test_answers_of_a_regression_lead_to_its_residuals():
@@ -168,25 +167,6 @@ def test_outputs_that_nobody_can_have_learned_are_no_outputs(leading, logistic):
     assert training_of(kernel, kernel @ few, few).answers is None
     alike = torch.sigmoid(-0.5 * outputs - 5)  # hardly so where all are alike
     assert (training_of(kernel, kernel @ alike, alike).answers is None) == logistic
-
-
-@pytest.mark.parametrize(
-    ("offset", "common", "early"),
-    [(-2.2, 1.0, True), (2.2, 1.0, False), (-2.2, 0.0, False)],
-)
-def test_a_training_that_had_hardly_begun(offset, common, early):
-    # most are wrong, and all are pulled the same way by features that they share
-    rows = torch.randn(240, 30, generator=torch.Generator().manual_seed(0)).double()
-    rows = rows * 0.8 ** torch.arange(30) + common
-    kernel = rows @ rows.T
-    kernel = kernel / kernel.diagonal().mean()
-    outputs = torch.full((240,), offset).double()
-    for _ in range(3):  # steps of gradient descent
-        outputs = outputs + 1e-3 * kernel @ torch.sigmoid(-outputs)
-    q = torch.sigmoid(-outputs)
-    ridge = training_of(kernel, kernel @ q, q).ridge / float((q * (1 - q)).mean())
-    assert (ridge == pytest.approx(EARLY)) == early
-    assert early or ridge <= MOST
 
 
 def test_a_direction_that_is_held_back_counts_less():
@@ -242,13 +222,6 @@ def test_growth_is_free_where_rows_share_it():
 def test_growth_is_like_the_rest_in_a_linear_model_trained_to_its_end():
     trained, kernel, _ = two_classes(lambda _: torch.full((200,), 3.0, dtype=torch.float64))
     torch.testing.assert_close(trained.kernel, kernel)
-
-
-def test_growth_is_like_the_rest_after_a_short_training():
-    trained, kernel, _ = two_classes(
-        lambda rng: 10 * (1 + 4 * torch.rand(200, generator=rng))
-    )
-    torch.testing.assert_close(trained.kernel, kernel, rtol=0, atol=0.2)
 
 
 def test_growth_that_is_held_back_stays_so():

@@ -249,7 +249,10 @@ def test_the_scale_of_weights_does_not_matter_to_ridge_and_ranks(tmp_path):
     close(found[7.0], found[1.0], rtol=1e-3)
 
 
-def test_the_scale_of_weights_does_not_matter_to_the_agreement(tmp_path, caplog):
+def test_the_scale_of_weights_does_not_matter_to_the_agreement(
+    tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr("trak.strength.freedom", lambda *_, **__: 1.0)
     model, train, targets = runs.data("cnn", 80, M)
     every = (model, train, targets, cases.checkpoints("cnn", 2))
     said = []

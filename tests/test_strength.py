@@ -27,7 +27,7 @@ def chosen(traker, states, batches):
 @pytest.fixture
 def stiff(monkeypatch):
     """Growth of outputs is like other changes."""
-    monkeypatch.setattr("trak.strength.freedom", lambda *_: 1.0)
+    monkeypatch.setattr("trak.strength.freedom", lambda *_, **__: 1.0)
 
 
 @pytest.mark.parametrize("checkpoints", [1, 3])
@@ -38,7 +38,7 @@ def test_little_is_whitened_where_growth_is_free(
     traker = TRAKer(learned[0], TASK, N, tmp_path, whitening=0.5)
     states = learned[-1][:checkpoints]
     for free, expected in ((0.2, 0.08), (0.45, 0.18), (0.7, 0.28), (1.0, 0.4)):
-        monkeypatch.setattr("trak.strength.freedom", lambda *_, free=free: free)
+        monkeypatch.setattr("trak.strength.freedom", lambda *_, free=free, **__: free)
         found = chosen(traker, states, batches)
         if checkpoints == 1 or expected < 0.25:
             assert found == expected
@@ -46,15 +46,20 @@ def test_little_is_whitened_where_growth_is_free(
             assert found in (0.25, 0.5, 0.75)
 
 
-def test_freedom_is_found_in_the_first_checkpoint(learned, tmp_path, monkeypatch):
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_freedom_is_found_in_the_first_checkpoint(
+    normalizes, learned, tmp_path, monkeypatch
+):
     model, train, _, states = learned
     seen = []
 
-    def told(examples, count, logistic):
+    def told(examples, count, logistic, *, normalized):
+        assert normalized == normalizes
         seen.append((examples, count, logistic))
         return 0.3
 
     monkeypatch.setattr("trak.strength.freedom", told)
+    monkeypatch.setattr("trak.strength.normalizes_batches", lambda _: normalizes)
     traker = TRAKer(model, TASK, N, tmp_path, whitening=0.5)
     chosen(traker, states, runs.split(train, 9))
     [(examples, count, logistic)] = seen
@@ -138,7 +143,7 @@ def two_classes(share):
 
 def test_growth_is_free_where_it_is_a_large_part_of_the_rows(monkeypatch):
     # after trainings that were not short, where growth is like the rest
-    monkeypatch.setattr(stationarity, "decay_of", lambda *_: Decay(1.0, 0.0, 0.0))
+    monkeypatch.setattr(stationarity, "decay_of", lambda *_: Decay(1.0, 0.0))
     found = {}
     for share in (0.005, 0.08, 0.3):
         kernel, pull, q = two_classes(share)

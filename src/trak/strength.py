@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trak.agreement import Fitting, Trial, fit, load
 from trak.batches import Batch, batch_size, normalize
+from trak.gradient_computers.surroundings import normalizes_batches
 from trak.modes import evaluation_mode
 from trak.pipeline import Pipeline
 from trak.savers.filesystem import read_object
@@ -85,15 +86,21 @@ def choose_strength(
     if useful and enough and logistic is not False:
         fit(pipeline, fitting(0), 0, conclude=False)
         _look_on(pipeline, others, count, logistic)
-        examples = pipeline.whitener.seen(0)
-        free = 1.0 if examples is None else freedom(examples, count, logistic)
-        strength = round(STRENGTH * free, _DIGITS)
+        strength = round(STRENGTH * _freedom(pipeline, count, logistic), _DIGITS)
     if len(states) < 2 or not enough or strength < STRENGTHS[0]:
         logger.info("whitening='auto' stands for %g.", strength)
         return strength
     return _by_agreement(
         Trial(pipeline, sample, states, fitting, curvature=curvature, logistic=logistic)
     )
+
+
+def _freedom(pipeline: Pipeline, count: int, logistic: bool | None) -> float:
+    examples = pipeline.whitener.seen(0)
+    if examples is None:
+        return 1.0
+    normalized = normalizes_batches(pipeline.model)
+    return freedom(examples, count, logistic, normalized=normalized)
 
 
 def _finite_weights(pipeline: Pipeline, sample: list[Batch]) -> list[Tensor]:

@@ -31,13 +31,10 @@ class Decay(NamedTuple):
     Attributes:
         ridge: of the training, `lambda / c`.
         clarity: how much is to be made of it, from 0 to 1.
-        explained: share of what equal loss weights would leave unexplained that the filter
-            explains, at most 1.
     """
 
     ridge: float
     clarity: float
-    explained: float
 
 
 class Spectrum(NamedTuple):
@@ -89,7 +86,7 @@ def decay_of(
     """
     usual = counts.mean()  # the ridges that are tried must not depend on its size
     if not usual > 0:
-        return Decay(float(_RIDGES[0]), 0.0, 0.0)
+        return Decay(float(_RIDGES[0]), 0.0)
     roots = (counts / usual).sqrt()
     if spectrum is None or not bool((roots == 1).all()):
         spectrum = Spectrum.of(kernel * torch.outer(roots, roots))
@@ -104,7 +101,7 @@ def decay_of(
     scattered = float(began[:-_LEADING].square().sum() / began.square().sum())
     decayed = explained - _SCATTERED * scattered
     clarity = between(float(starts[best]), *_BEGAN) * between(decayed, *_DECAYED)
-    return Decay(float(_RIDGES[best] * usual), clarity, explained)
+    return Decay(float(_RIDGES[best] * usual), clarity)
 
 
 def between(value: float, low: float, high: float) -> float:

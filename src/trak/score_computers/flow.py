@@ -21,18 +21,9 @@ _TURNS = 12  # of the power iteration that begins
 _OVER = 0.25  # of the loss weights; so far beyond the model nothing is looked for
 _LEAST = 1e-30
 _DAMPED = 0.05  # Chebyshev polynomials, Hairer and Wanner 1996, Sec. IV.2
-_SHORT = (0.15, 0.25)
-"""Ridges that a training amounts to, in units of `q (1 - q)`. Below the first it was as
-long as only linear models are trained: features of networks grow as outputs do, so that
-these are done much earlier."""
 _UNLIKE = (0.35, 0.45)
 """Shares of the variance of loss weights that the flow does not reproduce: above the second
 it says nothing about the training."""
-_WEAKEST = 0.03
-_LONGER, _GREW = 2.0, (4.0, 8.0)
-"""Flows that end later than at 4 are continued, those beyond 8 for twice as long:
-features grew while outputs did, so that training took longer than it would have with those
-of its end. Times are in units of what the mean squared row norm is in."""
 
 Pull = Callable[[Tensor], Tensor]
 """`Phi Phi^T` times weights `[n]`, as outputs `[n]`."""
@@ -64,17 +55,10 @@ class Stopped(NamedTuple):
     weight: float
 
 
-def weaker(
-    ridge: float, kernel: Tensor, loss: Tensor, counts: Tensor, share: float
-) -> float:
-    """A training's ridge, less where a linear model was trained for long without any.
-
-    A flow that was stopped has `w = Phi^T a`, where a ridge would have led to
-    `lambda w = Phi^T q`; so it amounts to `lambda = a^T K q / (a^T K a)`.
+def stopped(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> Stopped:
+    """When a flow ends as the real training did.
 
     Args:
-        ridge: what else is known of it, in units of the mean squared row norm times
-            `mean q (1 - q)`, with how much examples count.
         kernel: `K = Phi Phi^T` of a sample, in units of the mean squared row norm,
             `[s, s]`, float64.
         loss: Q as probabilities of being wrong, not counting how much examples count,
@@ -83,35 +67,10 @@ def weaker(
         share: of the training set that the sample is.
 
     Returns:
-        In the same units; at most what is known.
-    """
-    known, strong = kernel.float(), counts.float()  # a larger kernel takes less time
-    found = _of_sample(known, loss, strong)
-    along = known @ (strong * found.added)
-    steep = float((loss * (1 - loss) * counts).mean())
-    amounts = float(along @ (strong * loss.float()) / (along @ (strong * found.added)))
-    if not amounts > 0:  # as where labels are wrong: no ridge does that
-        return ridge
-    told = max(amounts / share / steep, _WEAKEST)
-    weight = _likeness(found, loss) * (1 - between(told, *_SHORT))
-    return float(ridge * (min(ridge, told) / ridge) ** weight)
-
-
-def stopped(kernel: Tensor, loss: Tensor, counts: Tensor, share: float) -> Stopped:
-    """When a flow ends as the real training did.
-
-    Args:
-        kernel: as for `weaker`.
-        loss: as for `weaker`.
-        counts: as for `weaker`.
-        share: as for `weaker`.
-
-    Returns:
         Its time, and how well it reproduces the loss weights.
     """
     found = _of_sample(kernel.float(), loss, counts.float())
-    grew = between(math.log(max(found.time, _LEAST)), *map(math.log, _GREW))
-    return Stopped(found.time * _LONGER**grew * share, _likeness(found, loss))
+    return Stopped(found.time * share, _likeness(found, loss))
 
 
 def _of_sample(kernel: Tensor, loss: Tensor, strong: Tensor) -> Followed:

@@ -53,13 +53,16 @@ def _is_held(sample: Sample, count: int) -> bool:
     return float(pulls.mean()) - _DOUBTS * doubt >= HELD
 
 
-def freedom(examples: Unwhitened, count: int, logistic: bool | None) -> float:
+def freedom(
+    examples: Unwhitened, count: int, logistic: bool | None, *, normalized: bool = False
+) -> float:
     """How freely all outputs of the model grow together.
 
     Args:
         examples: some of the training set.
         count: `n`.
         logistic: whether Q is that of a logistic loss; None if unknown.
+        normalized: the model normalizes batches.
 
     Returns:
         `trak.score_computers.stationarity.growth_stiffness`, at most 1; 1 where growth is a
@@ -77,5 +80,6 @@ def freedom(examples: Unwhitened, count: int, logistic: bool | None) -> float:
         counts=sample.counts,
         share=sample.share,
         logistic=logistic,
+        normalized=normalized,
     )
     return min(1.0, found)

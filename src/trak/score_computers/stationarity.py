@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trak.score_computers.decay import Spectrum, between, decay_of
 from trak.score_computers.duration import FREE, FREEST, lasted, with_growth
-from trak.score_computers.flow import Stopped, stopped, weaker
+from trak.score_computers.flow import Stopped, stopped
 from trak.score_computers.logistic import log_odds
 from trak.score_computers.loss_power import (
     GROWTH,
@@ -28,33 +28,22 @@ from trak.score_computers.residuals import ridge_left
 
 LEAST, MOST = 0.3, 8.0
 """Ridges of a training, in units of the mean squared row norm times `q (1 - q)`."""
-EARLY = 20.0
-"""That of a training which was stopped when it had hardly begun."""
 _HELD_BY_IT = (0.75, 0.9)
 """Share of the pulls' variance that stationarity explains: from the second on, outputs
 began at zero and training came to rest, so that what is left of Q tells nothing else."""
-_HOLDS = (4.5, 6.0)
-"""Stiffness of growth, in units of `q (1 - q)`: from the second on something holds outputs
-small (batch normalization, smoothed labels), so that loss weights stay large without the
-training having been short."""
 _SURE, _MISTAKEN = 0.9, (0.1, 0.2)
 """How many examples are surely wrong, as a share of what is left of Q. Between the two,
 short trainings turn from those of pretrained networks into those that have wrong labels to
 learn, where depth counts."""
-_SHORTER, _FITS, _BRIEF = 3.0, (0.5, 0.7), (0.3, 0.6)
-"""Fine-tunings want a larger ridge than what they left of Q says: it came down faster at
-first, when there was more of it, and their features are those of the pretraining. So many
-times, where the filter explains more than a half of what is left, up to seven tenths, and
-its ridge is not that of a long training, from 0.3 to 0.6."""
 _UNDONE, _RESTING = (0.3, 0.45), (0.9, 1.0)
 """What is left of Q on average: from the first to the second, a training in which few
 examples are surely wrong was short, unless stationarity explains nearly everything."""
-_FLOWED, _UNLEARNED, _GRIPPED = 0.6, (0.3, 0.4), (12.0, 18.0)
+_FLOWED, _GRIPPED = 0.6, (12.0, 18.0)
 """How much linearized models count that were trained by a flow that was stopped, where it
 reproduces the loss weights: less the more labels are surely wrong, and the more of the
-pulls stationarity explains; not at all from a mean loss weight of 0.4 on, nor where growth
-is held back 18 times as strongly as `q (1 - q)`, where it was not the length of training
-that kept outputs small."""
+pulls stationarity explains; not at all where growth is held back 18 times as strongly as
+`q (1 - q)`, where it was not the length of training that kept outputs small, nor after
+batch normalization."""
 _STILL = (0.7, 0.85)
 """Shares of the pulls' variance that stationarity explains: between them training turns
 from one that was stopped into one that came to rest."""
@@ -67,12 +56,11 @@ _OF_WORDS = 0.03  # a text is many examples
 _DEPTH = 2.5
 """Outputs of a network of `L` layers grow like the `L`-th power of its weights, so that
 `Phi w = L f`. How many layers there are cannot be told from rows; 2.5 was best."""
-HELD, _EXPLAINED, _LAZY = 8.0, 0.9, (1.0, 3.0)
+HELD, _EXPLAINED = 8.0, 0.9
 """Where outputs of all examples grow along more than 4 % of the rows' variance, networks
 give way to growth more easily than linear models do, down to a fifth of the stiffness; not
 where growth is held back more than 8 times as strongly as the rest, nor where more than
-90 % of what pulls at outputs is explained by a linear model, nor, from a ridge of 1 to one
-of 3, after trainings that were short."""
+90 % of what pulls at outputs is explained by a linear model."""
 _MOST_WRONG = 0.5
 _ALIKE = 0.6
 _LEARNED = 0.75  # of the variance of outputs, by the leading directions
@@ -198,15 +186,12 @@ def training_of(
     them says that it was larger (see `_ridge_of_it`). The direction in which all outputs
     grow may be held back more strongly than others, as by batch normalization or the
     length of training; the kernel is then smaller along it. Where it is a large part of
-    the rows, as with two classes, it is larger (see `_stiffness`). Where most are wrong and
-    yet pulled away from their outputs, more strongly than any ridge would hold them,
-    these are little else than what training began with, as after a few epochs; the ridge
-    is then 20, so that models on halves are about a gradient step. When a flow from zero
-    ends as a logistic training did is told beside that. The ridge of a squared loss
-    is told from outputs and residuals (`trak.score_computers.residuals`), if they are
-    known. For other losses it is a constant: 0.4, 0.8 where loss weights are different
-    numbers from 0 to 1 (as are their exponent and share of the way, `loss_power.OTHER`), or
-    0.03 for means over words. The answers are those that would have led to these weights.
+    the rows, as with two classes, it is larger (see `_stiffness`). When a flow from zero
+    ends as a logistic training did is told beside that. The ridge of a squared loss is told
+    from outputs and residuals (`trak.score_computers.residuals`), if they are known. For
+    other losses it is a constant: 0.4, 0.8 where loss weights are different numbers from 0
+    to 1 (as are their exponent and share of the way, `loss_power.OTHER`), or 0.03 for means
+    over words. The answers are those that would have led to these weights.
 
     Args:
         kernel: `Phi Phi^T` of a sample, in units of the mean squared row norm, `[n, n]`,
@@ -232,8 +217,9 @@ def training_of(
         known_of_all = kernel, pull, loss, counts, share, outputs
         return _of_another_loss(*known_of_all, words=words, noisy=noisy)
     examples = _Examples(kernel, pull, loss, told, counts, share)
+    rest = _at_rest(examples, noisy=noisy, known=known, normalized=normalized)
     time = None if normalized else lasted(kernel, loss, counts, share)
-    return _of_logistic(examples, _at_rest(examples, noisy=noisy, known=known), time)
+    return _of_logistic(examples, rest, time)
 
 
 def growth_stiffness(
@@ -244,6 +230,7 @@ def growth_stiffness(
     counts: Tensor | None = None,
     share: float = 1.0,
     logistic: bool | None = None,
+    normalized: bool = False,
 ) -> float:
     """How strongly growth of all outputs is held back, compared with other directions.
 
@@ -254,6 +241,7 @@ def growth_stiffness(
         counts: as for `training_of`.
         share: as for `training_of`.
         logistic: as for `training_of`.
+        normalized: as for `training_of`.
 
     Returns:
         Below 1 where growth is easier than other changes, as in many classifiers of two
@@ -264,7 +252,7 @@ def growth_stiffness(
         return 1.0
     counts = torch.ones_like(loss) if counts is None else counts
     examples = _Examples(kernel, pull, loss, outputs, counts, share)
-    return _at_rest(examples, noisy=False).stiffness
+    return _at_rest(examples, noisy=False, normalized=normalized).stiffness
 
 
 def _of_logistic(examples: _Examples, rest: _Rest, time: float | None) -> Training:
@@ -332,36 +320,35 @@ def growth_share(kernel: Tensor, outputs: Tensor) -> float:
 
 
 def _at_rest(
-    examples: _Examples, *, noisy: bool, known: Stationarity | None = None
+    examples: _Examples,
+    *,
+    noisy: bool,
+    known: Stationarity | None = None,
+    normalized: bool = False,
 ) -> _Rest:
-    kernel, outputs, loss = examples.kernel, examples.outputs, examples.loss
+    kernel, outputs = examples.kernel, examples.outputs
     spectrum = None  # which takes as long as all else
     if known is None:
         spectrum, steep = Spectrum.of(kernel), examples.steep
         known = stationarity_of(spectrum, examples.pull, outputs, steep, noisy=noisy)
     growing, found, explained = known
     told = found / _DEPTH
-    early = growing < -MOST and float(loss.median()) > _MOST_WRONG
-    ridge = EARLY
-    if not early:
-        ridge = _ridge_of_it(examples, spectrum, told, explained, growing)
+    ridge = min(max(told, LEAST), MOST) if told > 0 else _UNKNOWN
+    flowed = 0.0
+    if not normalized:
+        ridge = _ridge_of_it(examples, spectrum, ridge, explained)
+        flowed = (1 - between(explained, *_STILL)) * (1 - between(growing, *_GRIPPED))
+        flowed *= 1 - examples.mistaken
     share = examples.growth
     stiffness = _stiffness(growing, share, explained, ridge)
-    left = float(loss.mean())
-    flowed = (1 - between(explained, *_STILL)) * (1 - between(growing, *_GRIPPED))
-    flowed *= (1 - examples.mistaken) * (1 - between(left, *_UNLEARNED))
     ending = Ending(share, told, explained, None)
     return _Rest(ending, ridge, stiffness, _FLOWED * flowed)
 
 
 def _ridge_of_it(
-    examples: _Examples,
-    spectrum: Spectrum | None,
-    told: float,
-    explained: float,
-    growing: float,
+    examples: _Examples, spectrum: Spectrum | None, told: float, explained: float
 ) -> float:
-    """The ridge of a training that had begun.
+    """The ridge of a training that may have been short.
 
     Outputs of pretrained networks did not begin at zero, so that stationarity cannot tell
     how short their fine-tuning was; the loss weights that it left can.
@@ -371,28 +358,21 @@ def _ridge_of_it(
         spectrum: of their kernel, if it is known.
         told: what stationarity says, in units of `q (1 - q)`.
         explained: share of the pulls' variance that it explains.
-        growing: stiffness of growth, in the same units.
 
     Returns:
         In units of `q (1 - q)`, with how much examples count.
     """
-    ridge = min(max(told, LEAST), MOST) if told > 0 else _UNKNOWN
     kernel, loss, counts = examples.kernel, examples.loss, examples.counts
     mistaken = examples.mistaken
     undone = between(float(loss.mean()), *_UNDONE) * (1 - mistaken)
     undone *= 1 - between(explained, *_RESTING)
     weight = max(1 - between(explained, *_HELD_BY_IT), undone)
-    weight *= 1 - between(growing, *_HOLDS)
-    if weight:
-        decay = decay_of(kernel, loss, counts, examples.share, spectrum)
-        own = float((loss * (1 - loss)).mean())
-        longer = decay.ridge * own / examples.steep
-        brief = between(longer, *_BRIEF) * between(decay.explained, *_FITS)
-        longer *= _SHORTER ** ((1 - mistaken) * brief) / _DEPTH**mistaken
-        ridge *= (max(ridge, min(longer, MOST)) / ridge) ** (weight * decay.clarity)
-    if told >= LEAST or ridge > _UNKNOWN:
-        return ridge
-    return weaker(ridge, kernel, loss, counts, examples.share)
+    if not weight:
+        return told
+    decay = decay_of(kernel, loss, counts, examples.share, spectrum)
+    own = float((loss * (1 - loss)).mean())
+    longer = decay.ridge * own / examples.steep / _DEPTH**mistaken
+    return told * (max(told, min(longer, MOST)) / told) ** (weight * decay.clarity)
 
 
 def _stiffness(growing: float, share: float, explained: float, ridge: float) -> float:
@@ -403,8 +383,7 @@ def _stiffness(growing: float, share: float, explained: float, ridge: float) -> 
     matters where much of what rows have in common is growth, as with two classes: there a
     ridge that does not know of it is far from what retrained networks want
     (docs/ridge.md). Where growth was found to be held back, as by batch normalization, it
-    stays so; and so do linear models that were trained to the end, and networks that
-    were trained so briefly that they are still linear.
+    stays so; and so do linear models that were trained to the end.
 
     Args:
         growing: how strongly it is held back, in units of `q (1 - q)`.
@@ -418,8 +397,7 @@ def _stiffness(growing: float, share: float, explained: float, ridge: float) -> 
     held = max(1.0, growing / (_DEPTH * ridge)) ** _held_for_sure(growing, share, explained)
     freedom = max(FREEST, min(1.0, FREE / share) ** 2) if share > 0 else 1.0
     unlike = min(1.0, max(0.0, 1 - explained) / (1 - _EXPLAINED))
-    lazy = min(1.0, max(0.0, (ridge - _LAZY[0]) / (_LAZY[1] - _LAZY[0])))
-    return held * freedom ** (unlike * (1 - lazy) / (1 + (held / HELD) ** 4))
+    return held * freedom ** (unlike / (1 + (held / HELD) ** 4))
 
 
 def _held_for_sure(growing: float, share: float, explained: float) -> float:
