@@ -9,6 +9,7 @@ from trak.gradient_computers import (
     FunctionalGradientComputer,
     HookGradientComputer,
     IterativeGradientComputer,
+    surroundings,
 )
 from trak.modelout_functions import (
     ImageClassificationModelOutput,
@@ -109,3 +110,37 @@ def test_each_checkpoint_has_its_own(tmp_path):
     known = runs.oracle(models[0], train, targets, states, None)
     expected = torch.from_numpy(reference.trak_scores(known))
     torch.testing.assert_close(scores, expected, check_dtype=False)
+
+
+def test_models_of_transformers_are_not_switched_for_every_batch():
+    transformers = pytest.importorskip(
+        "transformers", reason="the [hf] extra; make test has it"
+    )
+
+    class Classifier(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, inner):
+            super().__init__(transformers.PretrainedConfig())
+            self.inner, self.modes = inner, []
+
+        def forward(self, x):
+            return self.inner(x)
+
+    class Counting(Classifier):
+        def train(self, mode=True):
+            self.modes.append(mode)
+            return super().train(mode)
+
+    _, batch, _ = made(0)
+    plain = nn.Linear(6, 3).double()
+    model, own = Classifier(plain).eval(), Counting(plain).eval()
+    assert surroundings._switching(model) == []
+    assert surroundings._switching(own) == [own]
+    before = len(own.modes)
+    HookGradientComputer(own, ImageClassificationModelOutput()).compute_per_sample_grad(
+        batch
+    )
+    assert len(own.modes) > before  # it may keep something
+    keeping = Classifier(Keeping().double()).eval()
+    assert surroundings._switching(keeping) == [keeping.inner]

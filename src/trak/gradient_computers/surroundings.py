@@ -15,6 +15,7 @@ from trak.gradient_computers.capture import asking
 
 _T = TypeVar("_T")
 _OF_BATCHES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_OF_ALL_MODELS = "transformers.modeling_utils"
 _NORMALISING = (
     *_OF_BATCHES,
     nn.InstanceNorm1d,
@@ -138,7 +139,8 @@ def forget_kept(model: nn.Module) -> None:
     """Lets modules drop what they compute once in evaluation mode, from weights of then.
 
     Such as the attention biases of LeViT, TinyViT and EfficientFormer, which a change into
-    training mode drops. Other modules have no `train` of their own, and are left alone.
+    training mode drops. Other modules have no `train` of their own, or that of all models
+    of transformers, which keeps nothing, and are left alone.
 
     Args:
         model: the model, whose modules keep their modes.
@@ -152,8 +154,13 @@ def forget_kept(model: nn.Module) -> None:
 
 
 def _switching(model: nn.Module) -> list[nn.Module]:
-    usual = nn.Module.train
-    return [m for m in model.modules() if getattr(type(m), "train", usual) is not usual]
+    return [module for module in model.modules() if _keeps(type(module))]
+
+
+def _keeps(kind: type[nn.Module]) -> bool:
+    train = getattr(kind, "train", nn.Module.train)
+    usual = getattr(train, "__module__", None) == _OF_ALL_MODELS
+    return train is not nn.Module.train and not usual
 
 
 @contextmanager
