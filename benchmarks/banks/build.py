@@ -52,17 +52,18 @@ def masks_of(made: Recipe) -> NDArray[np.bool_]:
     return draw_halves(made.subsets, len(made.train[-1]))
 
 
-def draw_halves(subsets: int, n: int) -> NDArray[np.bool_]:
+def draw_halves(subsets: int, n: int, seed: int = MASK_SEED) -> NDArray[np.bool_]:
     """`masks_of`, of numbers.
 
     Args:
         subsets: how many halves.
         n: training examples.
+        seed: of the lots.
 
     Returns:
         `[subsets, n]`.
     """
-    rng = np.random.default_rng(MASK_SEED)
+    rng = np.random.default_rng(seed)
     masks = np.zeros((subsets, n), dtype=bool)
     for row in masks:
         row[rng.permutation(n)[: n // 2]] = True

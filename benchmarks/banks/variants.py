@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.banks import losses  # noqa: F401 - adds objectives
 from benchmarks.banks.bank import Bank
+from benchmarks.banks.build import draw_halves
 from benchmarks.banks.fine_tunings import JUDGING, TUNED
 from benchmarks.banks.recipes import Recipe, train_together
 from benchmarks.banks.recipes import outputs as evaluate
@@ -44,6 +45,7 @@ from benchmarks.banks.small_data import (
 from benchmarks.banks.variant import Variant
 
 SUBSETS, SEEDS, CHECKPOINTS, TOGETHER = 64, 4, 10, 32
+MASK_SEED = 5
 
 MLP = (64, 96, 64, 10)
 VARIANTS = {
@@ -274,11 +276,7 @@ def halves(count: int) -> NDArray[np.bool_]:
     Returns:
         Which of them each holds, `[64, count]`.
     """
-    rng = np.random.default_rng(5)
-    masks = np.zeros((SUBSETS, count), dtype=bool)
-    for mask in masks:
-        mask[rng.permutation(count)[: count // 2]] = True
-    return masks
+    return draw_halves(SUBSETS, count, MASK_SEED)
 
 
 def recipe_of(variant: Variant) -> Recipe:
